@@ -1,0 +1,349 @@
+"""The neuron of this project: one leaky integrate-and-fire scan, forward and backward.
+
+A token is one time step. In every step a neuron does three things, and these three lines are the
+same in this file, in kernels.py and in the README:
+
+    pre = beta * v + I + s W            # charge   (v and s are those of the step before)
+    s   = 1 if pre >= theta else 0      # fire
+    v   = pre - theta * s               # reset    (or v = pre: no reset; or softclamped)
+
+Glossary. B sequences, T time steps (tokens), N neurons, H heads of N/H neurons each.
+
+    symbol   name        shape              meaning
+    I        current     (B, T, N)          what the synapses deliver in a step
+    beta     beta        (N,) or (B, T, N)  decay of the membrane per step, 0..1
+    theta    theta       (N,) or (B, T, N)  firing threshold
+    W        w_rec       (H, N/H, N/H)      recurrent synapses, one row per presynaptic neuron;
+                                            H = 1 is the full matrix, None is none
+    pre      membrane    (B, T, N)          membrane before the reset
+    s        spikes      (B, T, N)          0 or 1
+    v, s     state       2 x (B, N)         membrane after the reset and spikes of the last step
+    u        u           (B, T, N)          pre - theta, the distance to the threshold
+    g        g           (B, T, N)          surrogate of ds/du, used backward only
+
+A step has no useful derivative, so backward puts a surrogate g(u) in its place (Neftci, Mostafa,
+Zenke 2019, arXiv 1901.09948). As u = pre - theta, the threshold receives -g.
+
+`lif_torch` is this scan in plain PyTorch: the reference, and the path for CPU and MPS.
+kernels.py has it in Triton. `python lif.py` draws a few neurons in the terminal.
+"""
+
+import math
+from typing import Callable, NamedTuple
+
+import torch
+
+# ---- surrogates -------------------------------------------------------------------------------
+
+
+class Surrogate(NamedTuple):
+    grad: Callable  # g(u, k) = ds/du, k the slope
+    soft: Callable  # its antiderivative: the smooth step that g really differentiates
+    slope: float  # the usual k
+
+
+def _triangle_soft(u, k):
+    w = u.clamp(-1 / k, 1 / k)
+    return 0.5 + k * w - 0.5 * k * k * w * w.abs()
+
+
+def _normal(u, s):  # density of the normal distribution with standard deviation s
+    return torch.exp(-0.5 * (u / s) ** 2) / (s * math.sqrt(2 * math.pi))
+
+
+def _normal_cdf(u, s):
+    return 0.5 + 0.5 * torch.erf(u / (s * math.sqrt(2)))
+
+
+def _multi_gaussian(normal, u, k):  # a bump of width 1/k between two negative lobes
+    s = 1 / k
+    return 0.5 * (1.15 * normal(u, s) - 0.15 * (normal(u - s, 6 * s) + normal(u + s, 6 * s)))
+
+
+SURROGATES = {
+    "fast_sigmoid": Surrogate(  # Zenke & Ganguli 2018, arXiv 1705.11146
+        lambda u, k: u.abs().mul_(k).add_(1).square_().reciprocal_(),
+        lambda u, k: 0.5 + u / (1 + k * u.abs()),
+        25.0,
+    ),
+    "atan": Surrogate(  # Fang et al. 2021, arXiv 2007.05785
+        lambda u, k: (u * (math.pi * k / 2)).square_().add_(1).reciprocal_().mul_(k / 2),
+        lambda u, k: 0.5 + torch.atan(u * (math.pi * k / 2)) / math.pi,
+        2.0,
+    ),
+    "sigmoid": Surrogate(
+        lambda u, k: k * torch.sigmoid(k * u) * torch.sigmoid(-k * u),
+        lambda u, k: torch.sigmoid(k * u),
+        4.0,
+    ),
+    "gaussian": Surrogate(
+        lambda u, k: (u * k).square_().neg_().exp_().mul_(k / math.sqrt(math.pi)),
+        lambda u, k: 0.5 + 0.5 * torch.erf(u * k),
+        2.0,
+    ),
+    "triangle": Surrogate(  # Esser et al. 2016, arXiv 1603.08270
+        lambda u, k: u.abs().mul_(-k * k).add_(k).clamp_(min=0), _triangle_soft, 1.0
+    ),
+    "boxcar": Surrogate(
+        lambda u, k: (u.abs() < 0.5 / k).to(u.dtype).mul_(k),
+        lambda u, k: (0.5 + k * u).clamp(0, 1),
+        1.0,
+    ),
+    "multi_gaussian": Surrogate(  # Yin, Corradi, Bohte 2021, arXiv 2103.12593
+        lambda u, k: _multi_gaussian(_normal, u, k),
+        lambda u, k: _multi_gaussian(_normal_cdf, u, k),
+        2.0,
+    ),
+    "ste": Surrogate(lambda u, k: torch.full_like(u, k), lambda u, k: 0.5 + k * u, 1.0),
+}
+
+
+def surrogate_named(name):
+    """The Surrogate called `name`; ValueError names the known ones."""
+    if name not in SURROGATES:
+        raise ValueError(f"unknown surrogate {name!r}; choose one of {', '.join(SURROGATES)}")
+    return SURROGATES[name]
+
+
+def softclamp(x, bound):
+    """bound * erf(sqrt(pi)/2 * x/bound): slope 1 at 0, saturates at +-bound (SpikeWhale)."""
+    return torch.erf(x * (math.sqrt(math.pi) / 2 / bound)) * bound
+
+
+# ---- the scan ---------------------------------------------------------------------------------
+
+
+def _steps(x, T):
+    """T slices (B, N) of a per-step tensor, or the one (N,) tensor T times.
+
+    unbind once: x[:, t] in a loop costs an autograd node and a Python call per step.
+    """
+    return x.unbind(1) if x.dim() == 3 else [x] * T
+
+
+def _add_recurrent(out, s, w):
+    """out (B, N) += s (B, N) @ w (H, d, d), head by head, in place."""
+    H, d, _ = w.shape
+    if H == 1:
+        out.addmm_(s, w[0])
+    else:
+        out.unflatten(1, (H, d)).transpose(0, 1).baddbmm_(s.unflatten(1, (H, d)).transpose(0, 1), w)
+
+
+def _before(first, x):
+    """x (B, T, N) one step earlier: `first` (B, N), then x without its last step."""
+    return torch.cat([first.unsqueeze(1), x[:, :-1]], dim=1)
+
+
+def _at(x, steps):
+    """The given steps of a per-step tensor (B, T, N); a per-neuron one (N,) as it is."""
+    return x if x.dim() == 1 else x[:, steps]
+
+
+def _accumulate(total, x, steps):
+    """Add the gradient x (B, n, N) of these steps to a per-step or per-neuron total, in place."""
+    if total.dim() == 1:
+        total += x.sum((0, 1))
+    else:
+        total[:, steps] = x
+
+
+def _after_reset(pre, theta, s, reset, clamp):
+    v = pre - theta * s if reset else pre.clone()
+    return softclamp(v, clamp) if clamp else v
+
+
+class _Scan(torch.autograd.Function):
+    """(current, beta, theta, w_rec, v0, s0) -> spikes (B,T,N), membrane (B,T,N), v (B,N)."""
+
+    @staticmethod
+    def forward(ctx, current, beta, theta, w_rec, v0, s0, surrogate, slope, options):
+        reset, reset_grad, clamp, soft = options
+        B, T, N = current.shape
+        membrane, spikes = torch.empty_like(current), torch.empty_like(current)
+        v, s = v0.clone(), s0
+        steps = zip(
+            current.unbind(1), _steps(beta, T), _steps(theta, T), membrane.unbind(1), spikes.unbind(1)
+        )
+        for I_t, beta_t, theta_t, pre, s_t in steps:
+            torch.addcmul(I_t, beta_t, v, out=pre)  # charge
+            if w_rec is not None:
+                _add_recurrent(pre, s, w_rec)
+            if soft:
+                s_t.copy_(surrogate.soft(pre - theta_t, slope))
+            else:
+                torch.ge(pre, theta_t, out=s_t)  # fire; a float output is faster than a mask
+            if reset:
+                torch.addcmul(pre, theta_t, s_t, value=-1, out=v)  # reset
+            else:
+                v.copy_(pre)
+            if clamp:
+                v.copy_(softclamp(v, clamp))
+            s = s_t
+        ctx.save_for_backward(membrane, spikes, beta, theta, w_rec, v0, s0)
+        ctx.surrogate, ctx.slope, ctx.options = surrogate, slope, options
+        ctx.set_materialize_grads(False)
+        return spikes, membrane, v
+
+    # Backward, with d_x the gradient of the loss with respect to x, from the last step to the first:
+    #   d_s   = d_spikes + d_pre' W^T                    (d_pre' is that of the step after)
+    #   d_r   = d_v * softclamp'                          r = pre - theta * s, the reset's argument
+    #   d_pre = d_membrane + d_r + g * (d_s - theta * d_r)   no theta * d_r if reset_grad is off
+    #   d_v   = beta * d_pre                              of the step before
+    # and, of use after the loop, since g * (d_s - theta * d_r) = d_pre - d_membrane - d_r:
+    #   d_I = d_pre,  d_beta = d_pre * v',  d_W = s'^T d_pre      (v', s' of the step before)
+    #   d_theta = -g * (d_s - theta * d_r) - s * d_r = d_membrane - d_pre + (1 - s) * d_r
+    @staticmethod
+    def backward(ctx, d_spikes, d_membrane, d_v):
+        membrane, spikes, beta, theta, w_rec, v0, s0 = ctx.saved_tensors
+        reset, reset_grad, clamp, soft = ctx.options
+        need_beta, need_theta = ctx.needs_input_grad[1:3]
+        B, T, N = membrane.shape
+        d_pre = torch.empty_like(membrane)
+        d_beta = torch.zeros_like(beta) if need_beta else None
+        d_theta = torch.zeros_like(theta) if need_theta else None
+        d_w = None
+        w_back = None if w_rec is None else w_rec.transpose(1, 2)
+        d_s = torch.zeros_like(s0)  # what reaches a step's spikes through W
+
+        # In blocks of about 64k elements: all that does not hang on later steps is computed for a
+        # whole block at once, in cache, and the loop is left with two small operations per step.
+        C = min(T, max(1, 65536 // (B * N)))
+        d_v_block = membrane.new_empty(B, C + 1, N)  # d_v of the step before the block, then its own
+        d_v = torch.zeros_like(v0) if d_v is None else d_v
+        for start in range((T - 1) // C * C, -1, -C):
+            now = slice(start, min(start + C, T))
+            n = now.stop - start
+            pre, s, th, d_pre_now = membrane[:, now], spikes[:, now], _at(theta, now), d_pre[:, now]
+            g = ctx.surrogate.grad(pre - th, ctx.slope)
+            direct = torch.zeros_like(g) if d_spikes is None else g * d_spikes[:, now]
+            if d_membrane is not None:
+                direct += d_membrane[:, now]
+            through = 1 - th * g if reset and reset_grad else torch.ones_like(g)
+            if clamp:
+                clamp_slope = pre - th * s if reset else pre.clone()
+                clamp_slope.mul_(math.sqrt(math.pi) / 2 / clamp).square_().neg_().exp_()
+                through *= clamp_slope
+
+            d_v_now = d_v_block[:, : n + 1]
+            d_v_now[:, n] = d_v
+            columns = (x.unbind(1) for x in (g, direct, through, d_v_now[:, 1:], d_v_now, d_pre_now))
+            beta_now = _steps(_at(beta, now), n)
+            for g_t, direct_t, through_t, d_v_t, d_v_before, d_pre_t, beta_t in reversed(
+                list(zip(*columns, beta_now))
+            ):
+                torch.addcmul(direct_t, through_t, d_v_t, out=d_pre_t)
+                if w_rec is not None:
+                    d_pre_t.addcmul_(g_t, d_s)
+                    _add_recurrent(d_s.zero_(), d_pre_t, w_back)
+                torch.mul(beta_t, d_pre_t, out=d_v_before)
+            d_v = d_v_now[:, 0]
+
+            if need_theta:
+                d_th = d_v_now[:, 1:] * clamp_slope if clamp else d_v_now[:, 1:].clone()
+                d_th = d_th.addcmul_(d_th, s, value=-1) if reset else d_th
+                d_th -= d_pre_now
+                if d_membrane is not None:
+                    d_th += d_membrane[:, now]
+                _accumulate(d_theta, d_th, now)
+            if need_beta:
+                v = _after_reset(pre, th, s, reset, clamp)
+                if start == 0:
+                    v_first = v0
+                else:
+                    last = start - 1
+                    th_last = theta if theta.dim() == 1 else theta[:, last]
+                    v_first = _after_reset(membrane[:, last], th_last, spikes[:, last], reset, clamp)
+                _accumulate(d_beta, _before(v_first, v).mul_(d_pre_now), now)
+
+        if ctx.needs_input_grad[3]:
+            H, d, _ = w_rec.shape
+            s_before = _before(s0, spikes).view(B * T, H, d)
+            d_w = torch.einsum("xhi,xhj->hij", s_before, d_pre.view(B * T, H, d))
+        return d_pre, d_beta, d_theta, d_w, d_v, d_s, None, None, None
+
+
+def lif_torch(
+    current,
+    beta,
+    theta,
+    w_rec=None,
+    state=None,
+    *,
+    surrogate="fast_sigmoid",
+    slope=None,
+    reset="soft",
+    reset_grad=True,
+    clamp=0.0,
+    soft=False,
+):
+    """Run N leaky integrate-and-fire neurons over T steps; the equations head this file.
+
+    current (B, T, N); beta, theta (N,) or (B, T, N); w_rec (H, N/H, N/H) or None; state (v, s),
+    each (B, N), or None for silence. Units: current, theta and the membrane share one arbitrary
+    unit, time is counted in steps.
+    surrogate, slope: a name of SURROGATES and its k (None: the usual one).
+    reset: 'soft' subtracts theta after a spike, 'none' lets the membrane run on.
+    reset_grad: whether the gradient also flows through the s of the reset.
+    clamp: bound of the soft clamp on the reset membrane; 0 switches it off.
+    soft: fire with the surrogate's own smooth step, so that the gradient is exact; for tests.
+
+    Returns spikes (B, T, N) in the dtype of current, the membrane before the reset (B, T, N) and
+    the state after the last step, these in float32 (float64 for float64 input). All of them are
+    differentiable. ValueError for an unknown surrogate or reset and for shapes that do not fit.
+    """
+    options = check(current, beta, theta, w_rec, state, reset, reset_grad, clamp) + (soft,)
+    chosen = surrogate_named(surrogate)
+    dtype = torch.promote_types(current.dtype, torch.float32)  # the membrane is never half
+    B, T, N = current.shape
+    v, s = state if state is not None else (current.new_zeros(B, N), current.new_zeros(B, N))
+    w = None if w_rec is None else w_rec.to(dtype)
+    spikes, membrane, v = _Scan.apply(
+        *(x.to(dtype) for x in (current, beta, theta)), w, v.to(dtype), s.to(dtype),
+        chosen, chosen.slope if slope is None else slope, options,
+    )  # fmt: skip
+    return spikes.to(current.dtype), membrane, (v, spikes[:, -1])
+
+
+def check(current, beta, theta, w_rec, state, reset, reset_grad, clamp):
+    """ValueError if the scan's arguments do not fit each other; else its options, normalised."""
+    if current.dim() != 3 or 0 in current.shape:
+        raise ValueError(f"current must be (B, T, N) and not empty, got {tuple(current.shape)}")
+    B, T, N = current.shape
+    for name, x in (("beta", beta), ("theta", theta)):
+        if x.shape not in ((N,), (B, T, N)):
+            raise ValueError(f"{name} must be ({N},) or {(B, T, N)}, got {tuple(x.shape)}")
+    if w_rec is not None:
+        H = w_rec.shape[0]
+        if N % H or w_rec.shape != (H, N // H, N // H):
+            raise ValueError(f"w_rec must be (H, {N}/H, {N}/H), got {tuple(w_rec.shape)}")
+    for x in state or ():
+        if x.shape != (B, N):
+            raise ValueError(f"state must be two tensors {(B, N)}, got {tuple(x.shape)}")
+    if reset not in ("soft", "none"):
+        raise ValueError(f"unknown reset {reset!r}; choose soft or none")
+    if clamp < 0:
+        raise ValueError(f"clamp must be 0 (off) or a positive bound, got {clamp}")
+    return reset == "soft", bool(reset_grad), float(clamp)
+
+
+# ---- a picture --------------------------------------------------------------------------------
+
+
+def main():
+    """Draw spikes (|) and membranes (shades) of eight neurons of growing decay for 72 steps."""
+    torch.manual_seed(1)
+    N, T = 8, 72
+    beta, theta = torch.linspace(0.0, 0.98, N), torch.ones(N)
+    current = (torch.rand(1, T, 1) < 0.35).float() * 0.45  # the same input to all of them
+    spikes, membrane, _ = lif_torch(current.expand(1, T, N).contiguous(), beta, theta)
+    print("The same random input, eight neurons from forgetful to patient. | is a spike.\n")
+    print(" input      " + "".join(".*"[int(x > 0)] for x in current[0, :, 0]))
+    for n in range(N):
+        shade = (membrane[0, :, n].clamp(0, 0.99) * 5).int()
+        row = "".join("|" if s else " .:-="[k] for s, k in zip(spikes[0, :, n], shade))
+        print(f" beta {beta[n]:.2f}  {row}  rate {spikes[0, :, n].mean():.2f}")
+
+
+if __name__ == "__main__":
+    main()
