@@ -1,0 +1,70 @@
+"""Settings: a frozen dataclass declares each one once; a config file, then --key=value, override."""
+
+import ast
+import dataclasses
+import difflib
+import inspect
+import re
+import runpy
+import sys
+
+
+def stop(message):
+    """One line on stderr and exit code 2: how every mistake of the user ends."""
+    print(f"error: {message}", file=sys.stderr)
+    raise SystemExit(2)
+
+
+def load(cls, argv):
+    """cls from argv = [CONFIG.py] [--key=value ...]: defaults < file < command line, last wins.
+
+    Unknown settings, wrong types, a missing or broken file: one line, exit code 2. --help prints.
+    """
+    if {"-h", "--help"} & set(argv):
+        print(f"{sys.argv[0]} [CONFIG.py] [--key=value ...]\n\n{describe(cls)}")
+        raise SystemExit(0)
+    settings = {}
+    for path in (arg for arg in argv if not arg.startswith("--")):
+        try:
+            found = runpy.run_path(path).items()
+        except Exception as error:  # whatever a file can do wrong
+            stop(f"cannot read the config file {path}: {type(error).__name__}: {error}")
+        settings |= {k: checked(cls, k, v, path) for k, v in found if not k.startswith("_")}
+    for arg in (arg for arg in argv if arg.startswith("--")):
+        key, equals, text = arg[2:].partition("=")
+        if not equals:
+            stop(f"{arg} has no value; write --{key}=VALUE (--help lists the settings)")
+        settings[key] = checked(cls, key, text, "the command line")
+    try:
+        return cls(**settings)
+    except ValueError as error:
+        stop(error)
+
+
+def checked(cls, key, value, where):
+    """value as the declared type of cls.key; text from the command line is read as a literal."""
+    kinds = {f.name: f.type for f in dataclasses.fields(cls)}
+    if key not in kinds:
+        near = difflib.get_close_matches(key, kinds, 1)
+        stop(f"{where}: unknown setting {key!r}" + (f"; did you mean {near[0]!r}?" if near else ""))
+    if isinstance(value, str) and kinds[key] is not str:
+        try:
+            value = ast.literal_eval(value)
+        except (ValueError, SyntaxError):
+            pass  # stays text, and is the wrong type below
+    if type(value) is int and kinds[key] is float:
+        value = float(value)
+    if type(value) is not kinds[key]:
+        stop(f"{where}: {key} must be of type {kinds[key].__name__}, got {value!r}")
+    return value
+
+
+def describe(cls):
+    """All settings of cls with default and comment, read from the source that declares them."""
+    lines = [
+        f"  --{m[1]}={m[2].strip()}  # {m[3].strip()}" if m else f"\n{line.strip()}"
+        for base in reversed(cls.__mro__[:-1])
+        for line in inspect.getsource(base).splitlines()
+        if (m := re.match(r"    (\w+): \w+ = (.+?)  # (.*)", line)) or line.startswith("    # ")
+    ]
+    return "\n".join(lines)

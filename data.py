@@ -1,0 +1,1046 @@
+"""Text in, windows of tokens out: tokenizers, sources, the phases of the curriculum, batches.
+
+    source -> documents -> train | held-out -> pieces -> streams  END piece END piece END ...
+
+Read from leaf to root: tokenizers, the nursery (a built-in corpus whose entropy is known),
+downloads, files, phases, the cache behind `prepare`, and `batch`, which every step calls.
+A document is a string: one that begins with "You: " is a conversation, any other a story.
+"""
+
+import functools
+import gzip
+import hashlib
+import heapq
+import json
+import math
+import os
+import random
+import re
+import shutil
+import tempfile
+import threading
+import time
+import zlib
+from collections import Counter, defaultdict
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import requests
+import tiktoken
+import torch
+from tqdm import tqdm
+
+END_TEXT = "<|endoftext|>"  # separates the documents of a .txt file; never encoded as text
+PHASES = ("words", "phrases", "sentences", "stories", "conversations")  # the curriculum
+YOU, SAM = "You: ", "Sam: "  # a conversation is lines of these
+FORMAT = 1  # raise it when the same source would give other token files: old caches are left
+
+
+class DataError(Exception):
+    """Bad input. The message is one line: what is wrong and how to mend it."""
+
+
+def turn(text: str) -> str:
+    """The prompt after which Sam answers `text`, written as in the corpora: "You: text\nSam:"."""
+    return f"{YOU}{text}\n{SAM.rstrip()}"
+
+
+def sha256(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+# ---- Tokenizers ------------------------------------------------------------------------------
+# All are byte-pair encodings run by tiktoken ('byte' is one without merges), except 'char'. The
+# end token is the last id; no text can produce it.
+
+# Merges stay inside: a word with the space or apostrophe before it, up to three digits, a run of
+# signs, a run of blanks (but its last goes to the next word). Python and tiktoken both read this.
+PATTERN = r"[ ']?[^\W\d_]+| ?\d{1,3}| ?(?:[^\w\s]|_)+|\s+(?!\S)|\s"
+BYTES = [bytes([value]) for value in range(256)]
+
+
+class Tokenizer:
+    """Text <-> token ids. kind: 'byte', 'char', 'bpe' or 'gpt2'.
+
+    vocab: merged byte strings in rank order ('bpe'), characters ('char'), else nothing.
+    `end` is the id of the end token; vocab_size counts it.
+    """
+
+    def __init__(self, kind: str, vocab=()):
+        self.kind, self.vocab = kind, list(vocab)
+        if kind == "char":
+            self._ids = {char: i for i, char in enumerate(self.vocab)}
+            self.end = len(self.vocab)
+        elif kind == "gpt2":
+            self._bpe = _gpt2()
+            self.end = self._bpe.eot_token
+        elif kind in ("byte", "bpe"):
+            ranks = {piece: rank for rank, piece in enumerate(BYTES + self.vocab)}
+            self._bpe = tiktoken.Encoding(
+                kind, pat_str=PATTERN, mergeable_ranks=ranks, special_tokens={}
+            )
+            self.end = len(ranks)
+        else:
+            raise DataError(f"unknown tokenizer {kind!r}: use byte, char, bpe or gpt2")
+        self.vocab_size = self.end + 1
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of `text`, never `end`: a string that looks special is plain text."""
+        if self.kind != "char":
+            return self._bpe.encode_ordinary(text)
+        try:
+            return [self._ids[char] for char in text]
+        except KeyError as error:
+            raise DataError(
+                f"character {error.args[0]!r} is not in this char tokenizer's vocabulary: leave "
+                "it out, or train with tokenizer byte or bpe, which know every character"
+            ) from None
+
+    def encode_batch(self, texts: list[str]) -> list[list[int]]:
+        """`encode` of each text: long ones on all cores, to short ones threads are a cost."""
+        if self.kind == "char" or sum(map(len, texts)) < 500 * len(texts):
+            return [self.encode(text) for text in texts]
+        return self._bpe.encode_ordinary_batch(texts, num_threads=os.cpu_count() or 1)
+
+    def decode_bytes(self, ids) -> bytes:
+        """UTF-8 bytes of the ids; `end` adds none. One token may hold a part of a character."""
+        ids = [int(i) for i in ids if i != self.end]
+        if not all(0 <= i < self.end for i in ids):
+            raise DataError(f"token ids go from 0 to {self.end}: use the tokenizer they came from")
+        if self.kind == "char":
+            return "".join(self.vocab[i] for i in ids).encode()
+        return self._bpe.decode_bytes(ids)
+
+    def decode(self, ids) -> str:
+        """Text of the ids; bytes that are not UTF-8 become the replacement character."""
+        return self.decode_bytes(ids).decode(errors="replace")
+
+    def state(self) -> str:
+        """JSON from which `tokenizer_from_state` rebuilds this tokenizer, for checkpoints."""
+        as_text = [p.decode("latin-1") if isinstance(p, bytes) else p for p in self.vocab]
+        return json.dumps({"kind": self.kind, "vocab": as_text})
+
+    @property
+    def hash(self) -> str:
+        return sha256(self.state())[:12]
+
+
+def _gpt2() -> tiktoken.Encoding:
+    try:
+        return tiktoken.get_encoding("gpt2")
+    except Exception as error:  # whatever tiktoken's downloader lets through
+        raise DataError(
+            f"cannot load the gpt2 vocabulary ({type(error).__name__}): connect to the network, "
+            "set TIKTOKEN_CACHE_DIR to a folder that holds it, or use tokenizer bpe"
+        ) from None
+
+
+def tokenizer_from_state(state: str) -> Tokenizer:
+    """The tokenizer whose `state()` this is. DataError when it is damaged."""
+    try:
+        fields = json.loads(state)
+        kind, vocab = fields["kind"], fields["vocab"]
+        if kind == "bpe":
+            vocab = [piece.encode("latin-1") for piece in vocab]
+        if len(set(vocab)) < len(vocab) or any((len(p) == 1) != (kind == "char") for p in vocab):
+            raise ValueError
+        return Tokenizer(kind, vocab)
+    except (AttributeError, KeyError, TypeError, ValueError):
+        raise DataError("damaged tokenizer state: use another checkpoint or cache") from None
+
+
+def train_tokenizer(kind: str, texts, vocab_size: int) -> Tokenizer:
+    """A tokenizer for `texts`. vocab_size is for 'bpe', which stays below it on little text."""
+    if kind == "char":
+        return Tokenizer(kind, sorted(set().union(*texts)))
+    if kind != "bpe":
+        return Tokenizer(kind)
+    if vocab_size < 257:
+        raise DataError(f"vocab_size {vocab_size} is too small: bpe has 256 bytes and an end token")
+    counts = Counter()
+    for text in texts:
+        counts.update(re.findall(PATTERN, text))
+    return Tokenizer(kind, _learn_merges(counts, vocab_size - 257))
+
+
+def _learn_merges(counts: Counter, n_merges: int) -> list[bytes]:
+    """n_merges times, the most frequent pair of neighbours within the words becomes a token.
+
+    A pair is known by its joined bytes and words are merged by the encoder's own rule, so the
+    statistics are those of the text as it will be encoded. A step visits only the words that
+    hold its token (inverted index). The heap may hold outdated counts; they are put right when
+    they surface. Ties go to the smaller byte string.
+    """
+    ordered = sorted(counts.items())  # the result must not depend on the order of the texts
+    words = [[bytes([b]) for b in word.encode(errors="replace")] for word, _ in ordered]
+    times = [n for _, n in ordered]
+    pairs = [list(map(bytes.__add__, word, word[1:])) for word in words]
+    total, where = Counter(), defaultdict(set)  # of each pair: its count, the words with it
+    for i, word_pairs in enumerate(pairs):
+        for pair in word_pairs:
+            total[pair] += times[i]
+            where[pair].add(i)
+    heap = [(-n, pair) for pair, n in total.items()]
+    heapq.heapify(heap)
+    ranks: dict[bytes, int] = {}
+    while heap and len(ranks) < n_merges:
+        n, token = heapq.heappop(heap)
+        if -n != total[token]:
+            if total[token] > 0:
+                heapq.heappush(heap, (-total[token], token))
+            continue
+        if total[token] < 2:  # only unique pairs are left: this text has no more to teach
+            break
+        ranks[token] = len(ranks)
+        touched = set()
+        for i in where.pop(token):
+            for pair in pairs[i]:
+                total[pair] -= times[i]
+            pairs[i] = _merge(words[i], pairs[i], ranks)
+            for pair in pairs[i]:
+                total[pair] += times[i]
+                where[pair].add(i)
+            touched.update(pairs[i])
+        for pair in touched:
+            heapq.heappush(heap, (-total[pair], pair))
+    return list(ranks)
+
+
+def _merge(word: list[bytes], pairs: list[bytes], ranks: dict[bytes, int]) -> list[bytes]:
+    """Join the pair of lowest rank, leftmost first, until no pair has a rank: changes `word`,
+    returns its pairs. This is what tiktoken does to encode a word."""
+    while known := ranks.keys() & pairs:
+        token = min(known, key=ranks.get)
+        at = pairs.index(token)
+        word[at : at + 2] = [token]
+        pairs = list(map(bytes.__add__, word, word[1:]))
+    return pairs
+
+
+# ---- The nursery -----------------------------------------------------------------------------
+# A corpus told by the grammar below, so that its entropy is known exactly.
+#
+#   rule: one|two|three     alternatives, equally likely; 3*one is three times as likely
+#   <rule>                  expands a rule afresh
+#   (one|two|)              alternatives in place
+#   {rule}                  a fact: chosen where it first occurs, then kept for the document
+#   {rule2} {rule3}         further facts of the same rule, each another choice
+#   {name.his}              another form of a fact: forms are separated by /
+#
+# "a" becomes "an" and sentences get their capitals afterwards. Two derivations never give the
+# same text (a test parses texts back), so the probability of a text is that of its choices.
+
+GRAMMAR = r"""
+document: 5*<story>|4*<chat>
+
+name: Mia/she/her/her|Lily/she/her/her|Anna/she/her/her|Rosie/she/her/her|Ella/she/her/her|
+  Daisy/she/her/her|Molly/she/her/her|Ruby/she/her/her|Nina/she/her/her|Poppy/she/her/her|
+  Zoe/she/her/her|Clara/she/her/her|Tom/he/him/his|Ben/he/him/his|Max/he/him/his|Leo/he/him/his|
+  Jack/he/him/his|Finn/he/him/his|Oscar/he/him/his|Toby/he/him/his|Noah/he/him/his|Theo/he/him/his|
+  Hugo/he/him/his|Gus/he/him/his
+animal: cat|dog|rabbit|bear|fox|mouse|duck|frog|pig|owl|hen|goat|lamb|pony|lion|monkey|turtle|
+  hedgehog|squirrel|elephant|penguin|badger|otter|donkey
+trait: small|brave|kind|shy|clever|cheerful|funny|quiet|curious|gentle|busy|lazy|polite|playful|
+  friendly|young
+color: red|blue|green|yellow|orange|purple|pink|white|brown|silver
+thing: kite|ball|drum|hat|boat|bell|book|lamp|balloon|scarf|cup|whistle|wagon|doll|blanket|umbrella|
+  basket|flute|mitten|spoon
+fragile: cup|lamp|drum|flute|boat|doll|bowl|clock|plate|vase
+skill: swim/swam|climb/climbed|dance/danced|sing/sang|skip/skipped|read/read|paint/painted|
+  skate/skated|whistle/whistled|draw/drew|cook/cooked|juggle/juggled|sew/sewed|row/rowed
+place: park/in the park|forest/in the forest|farm/on the farm|beach/on the beach|hill/on the hill|
+  garden/in the garden|lake/by the lake|river/by the river|meadow/in the meadow|market/at the
+  market|barn/in the barn|mill/by the mill|village/in the village|pond/by the pond|field/in the
+  field
+spot: under the bed|behind the door|in the tall grass|under a leaf|behind a rock|beside the well|in
+  an old box|under the stairs|between two stones|inside a hollow log|on the roof|near the gate
+food: apple/apples|pear/pears|plum/plums|berry/berries|cookie/cookies|nut/nuts|carrot/carrots|
+  cherry/cherries|pancake/pancakes|muffin/muffins|bun/buns|peach/peaches
+kin: mother|father|sister|brother|grandmother|grandfather|aunt|uncle
+number: two|three|four|five|six|seven|eight|nine
+pie: apple|plum|cherry|pear|berry|peach|lemon|pumpkin
+staple: flour|sugar|butter|milk|honey|salt
+fear: the dark|thunder|the wind|deep water|strange sounds
+plant: pumpkin|sunflower|melon|rose|bean|cabbage
+fort: castle|tent|ship|cave|train|tower
+beast: monster|dragon|ghost|giant|pirate
+when: One (sunny|cloudy|windy|bright|warm|cool|fine|quiet) (morning|afternoon|day)
+guest: a {trait2} {animal2} named {name2}
+meet: (Just then|Soon|After a while|A little later), <guest> came (along|by|down the path|over).
+sad: {name} (began to cry|felt very sad|did not know what to do|sat down and sighed).
+glad: {name} (was so happy|was full of joy|felt warm inside|jumped for joy|clapped and cheered)
+ask: "(What is wrong|Why are you so sad|What happened|Can I help you)?" asked {name2}.
+
+story: <opening> <plot> <ending>
+opening: (Once upon a time, there was|Long ago, there lived|Far away, there lived|There once was) a
+  {trait} {animal} named {name}.(| {name.he} lived in a (little|tall|cozy|round|tidy) (house|
+  cottage|cabin) {place.at}.| {name.he} lived with {name.his} {kin}.| Everyone liked {name}.)
+ending: From that day on, {name} and {name2} were (best|good|dear|true) friends.|{name} and {name2}
+  (laughed|sang|danced) (all the way home|until the sun went down|until bedtime).|That night, {name}
+  fell asleep with a (big|happy|sleepy|proud) smile.|"(Thank you|You are a good friend|What a
+  wonderful day), {name2}," said {name}.|<glad>, and {name2} (laughed|cheered|smiled|danced) too.
+plot: <lost>|<shop>|<learn>|<tree>|<night>|<share>|<bake>|<astray>|<rain>|<alone>|<broken>|<race>|
+  <seed>|<birthday>|<bridge>|<nest>|<awake>|<noise>|<picture>|<snow>
+
+lost: {name} had a {color} {thing} and took it everywhere. <when>, the {thing} was gone. {name.he}
+  looked {spot} and {spot2}, but it was not there. <sad> <meet> <ask> "I (lost|cannot find) my
+  {color} {thing}," said {name}. They (looked|searched) together, and (at last|soon|before supper)
+  {name2} found it {spot3}.
+shop: {name} wanted a {color} {thing}. There was one in the shop, but {name.he} had no (money|
+  coins). <meet> "Please help me (paint my fence|clean my house|pick my {food.s}|wash my windows|
+  carry my bags)," said {name2}. {name} worked hard (all day|all week|until evening), and {name2}
+  paid {name.him} {number} (shiny|golden) coins. {name} ran to the shop and bought the {color}
+  {thing}.
+learn: {name} wanted to learn to {skill}. <when>, {name.he} tried to {skill}, but (it was too hard|
+  it did not go well|everyone laughed|{name.he} fell down). "I will never {skill}," (cried|sighed|
+  said) {name}. <meet> "(Do not give up|Try again|Do it slowly|Watch me)," said {name2}. They
+  practiced every day for {number} (days|weeks). (At last|In the end|Then), {name} {skill.ed} (like
+  a star|better than anyone|without any help|for the whole village).
+tree: <when>, {name} was playing with a {color} (kite|ball|balloon). The wind blew it into (a tall
+  tree|an old oak|a high hedge). {name.he} (jumped and jumped|stretched and stretched|tried {number}
+  times), but {name.he} could not reach it. <sad> <meet> <ask> {name} pointed up. {name2} (climbed
+  up|fetched a ladder|used a long stick|shook the branches), and the toy came down.
+night: {name} was afraid of {fear}. One night, {name.he} hid under {name.his} {color} blanket and
+  could not stop shaking. <meet> "I used to be afraid of {fear} too," said {name2}. "(Hold my hand|
+  Sing with me|Count to {number}|Take a deep breath)." {name} tried it, and (slowly|soon|little by
+  little) the fear went away.
+share: <when>, {name} had {number} {food.s} for lunch and wanted to eat them all. <meet> {name2.he}
+  had (no lunch|nothing to eat) and looked very hungry. {name} thought (about it|for a moment|hard).
+  "You may have (half|some|most) of my {food.s}," {name.he} said. The next day, {name} forgot
+  {name.his} lunch, and {name2} shared {name2.his} {food2.s} with {name.him}.
+bake: {name} wanted to bake a {pie} pie for {name.his} {kin2}. <when>, {name.he} (put on an apron|
+  washed {name.his} hands|opened the cook book), but there was no {staple} in the kitchen. Next door
+  lived <guest>. "May I have some {staple}?" asked {name}. "Yes, if I may have a (slice|piece) of
+  pie," said {name2}. (Soon|Before long|An hour later) the pie was ready, and {name.his} {kin2}
+  (loved it|ate {number} slices|asked for more).
+astray: <when>, {name} followed a (butterfly|bright bird|small cloud) and lost {name.his} way. The
+  (trees|hills|shadows) were tall, and {name.he} wanted to go home. "(Hello|Help|Is anyone there)!"
+  {name} called. <meet> "I know the way," said {name2}. "Just follow (me|the stream|the white
+  stones|the stars)." They walked for {number} (minutes|hours) until {name} saw {name.his} (door|
+  house|street).
+rain: It rained and rained. {name} wanted to play outside, but {name.his} {kin2} said no. {name.he}
+  (looked out of the window|counted the drops|listened to the rain) and was bored. There was a knock
+  at the door. It was <guest>, who had a {color} {thing}. They built a {fort} from (pillows|boxes|
+  chairs|sheets), and the {thing} was their (flag|treasure|crown). When the rain stopped, they
+  wanted to stay in the {fort}.
+alone: {name} wanted a friend. <when>, {name.he} sat {spot} and watched the (clouds|birds|bees|
+  ants). <meet> {name2.he} was new and did not know anyone. {name} took a deep breath. "Do you like
+  (games|{food.s}|stories|songs|puzzles)?" {name.he} asked. "I love them!" said {name2}. They played
+  (tag|ball|hide and seek|chess) {number} times, and {name2} won (once|twice|every time).
+broken: {name} borrowed a {color} {fragile} from <guest>. <when>, {name.he} (dropped it|stepped on
+  it|sat on it), and it broke. {name} wanted to hide it, but that felt wrong. "I am sorry. I broke
+  your {fragile}," {name.he} said. {name2} was (quiet|sad|cross) for a moment. "Thank you for
+  telling the truth," {name2.he} said. They mended it with (glue|string|tape|wire), and it looked
+  (fine|funny|even better).
+race: {name} wanted to win the big race. <when>, {number} runners stood (in a row|at the start).
+  "(One, two, three|Ready, steady), go!" {name} ran (fast|like the wind), but {name.he} heard a cry.
+  It was <guest>, who had tripped over a (root|stone|bucket). {name} (stopped|turned around) and
+  helped {name2.him} up. They came in last, but (everyone|the whole crowd) clapped and gave them a
+  {color} (ribbon|medal|cup).
+seed: {name} planted a tiny seed and wanted a {plant}. {name.he} gave it water for {number} days,
+  but nothing (happened|grew). <sad> <meet> "Perhaps it is (asleep|shy|cold)," said {name2}. They
+  (sang to it|told it jokes|gave it a {color} scarf|sat beside it). <when>, a green leaf came up,
+  and by summer the {plant} was as big as a (house|cow|table|cart).
+birthday: It was the birthday of {name}, and {name.he} wished for a {color} {thing}. But nobody said
+  a word about it. <sad> <meet> "(Come with me|Come quickly|Close your eyes)," said {name2}.
+  {name2.he} opened the (barn|kitchen|garden) door. "Surprise!" shouted all the friends. There was a
+  cake with {number} candles, and beside it was a {color} {thing}.
+bridge: {name} wanted to visit {name.his} {kin2} across the water. <when>, {name.he} came to the
+  bridge, but it was (broken|gone|closed). <meet> {name2.he} had a little {color} boat. "(Jump|
+  Climb|Hop) in," said {name2}. They rowed past {number} (swans|rocks|islands|boats), and {name.his}
+  {kin2} gave them (warm|fresh|sweet) {food.s}.
+nest: <when>, {name} found a baby bird {spot}. It had fallen out of its nest. {name} wanted to help
+  it, but the nest was too high. <meet> "Stand on my (back|shoulders)," said {name2}. {name} (held
+  the bird softly|put the bird in {name.his} {color} hat) and climbed up. The mother bird sang
+  {number} songs to thank them.
+awake: One night, {name} wanted to sleep, but {name.he} was wide awake. {name.he} (counted {number}
+  stars|drank warm milk|read a {color} book), but it did not help. There was a tap at the window. It
+  was <guest>. "I cannot sleep either," said {name2}. They (listened to the crickets|looked at the
+  moon|talked about {food.s}|told quiet stories). Soon they were both (snoring|asleep|dreaming).
+noise: One night, {name} heard a (bump|scratch|rumble|squeak) {spot}. "Is it a {beast}?" {name.he}
+  whispered. {name.he} wanted to run, but {name.he} took a {color} lamp and went to look. It was not
+  a {beast}. It was <guest>, who (had lost {name2.his} {thing}|wanted some {food.s}|was looking for
+  the moon|was singing). They laughed and laughed.
+picture: {name} wanted to paint a picture for {name.his} {kin2}. <when>, {name.he} sat down with
+  {number} brushes, but (the cup fell over|{name.his} elbow slipped), and {color} paint went
+  everywhere. <sad> <meet> "I see a (butterfly|flower|fish|cloud)," said {name2}, and drew (a line|a
+  few dots|two eyes) on it. Now the picture was (lovely|better than before|really special), and
+  {name.his} {kin2} put it on the wall.
+snow: In the night it had snowed. {name} wanted to make a snowman as tall as a (door|house|tree).
+  {name.he} rolled {number} big balls, but they were too heavy to lift. <meet> "Let us do it
+  together," said {name2}. They pushed and pulled, and gave the snowman a {color} {thing} and a
+  (carrot nose|stone smile|leaf coat|straw belt). "(He looks like you|He is winking at us|He needs a
+  name)!" said {name}.
+
+chat: 4*<facts>|4*<trip>|3*<self>|3*<help>|2*<quizzes>|4*<tale>
+greet: You: (Hello|Hi|Good morning|Good evening)(|, Sam).\nSam: (Hello|Hi|Welcome)! (How are you|
+  What is new|What shall we talk about)?
+react: (I see|That is nice|That sounds lovely|How nice|Tell me more|I like that).
+bye: You: (Thank you|Thanks), Sam.\nSam: (You are welcome|Any time|It was fun|See you soon).
+facts: (|<greet>\n)You: {name} is a {trait} {animal}. {name.he} lives {place.at}. {name.he} likes
+  {food.s} and wants a {color} {thing}.\nSam: <react>\n{fact}\n{fact2}(|\n{fact3}(|\n{fact4}))(|
+  \n<bye>)
+fact: You: What does {name} want?\nSam: {name} wants a {color} {thing}.
+  |You: What color is the {thing}?\nSam: The {thing} is {color}.
+  |You: Who is {name}?\nSam: {name} is a {trait} {animal}.
+  |You: Where does {name} live?\nSam: {name} lives {place.at}.
+  |You: What does {name} like to eat?\nSam: {name} likes {food.s}.
+  |You: Does {name} want a {color2} {thing}?\nSam: No, {name.he} wants a {color} one.
+  |You: Is {name} a {animal2}?\nSam: No, {name} is a {animal}.
+  |You: Does {name} like {food.s}?\nSam: Yes, {name.he} likes {food.s}.
+trip: (|<greet>\n)You: (Today|Yesterday|Last week), {name} and {name2} went to the {place}. They
+  found a {color} {thing} {spot}. Then they ate {number} {food.s}.\nSam: <react>\n{seen}\n{seen2}(|
+  \n{seen3}(|\n{seen4}))(|\n<bye>)
+seen: You: Who went with {name}?\nSam: {name2} went with {name.him}.
+  |You: Where did they go?\nSam: They went to the {place}.
+  |You: What did they find?\nSam: They found a {color} {thing}.
+  |You: Where was the {thing}?\nSam: It was {spot}.
+  |You: What did they eat?\nSam: They ate {number} {food.s}.
+  |You: How many {food.s} did they eat?\nSam: They ate {number}.
+  |You: Did {name2} go to the {place2}?\nSam: No, {name2.he} went to the {place}.
+  |You: What color was the {thing}?\nSam: It was {color}.
+self: You: (Hello|Hi|Good day)(|, Sam). My name is {name}. I have a {color} {thing} and {number}
+  {food.s}.\nSam: (Hello|Hi|Nice to meet you), {name}.\n{mine}\n{mine2}(|\n{mine3}(|\n{mine4}))(|
+  \n<bye>)
+mine: You: What is my name?\nSam: Your name is {name}.
+  |You: What is your name?\nSam: My name is Sam.
+  |You: What color is my {thing}?\nSam: Your {thing} is {color}.
+  |You: How many {food.s} do I have?\nSam: You have {number} {food.s}.
+  |You: Do I have a {thing2}?\nSam: No, you have a {thing}.
+  |You: May I tell you a secret?\nSam: Yes, {name}, I will keep it.
+  |You: Would you like my {food.s}?\nSam: (Thank you|You are kind), but I cannot eat {food.s}.
+help: You: I am (sad|upset|worried)(|, Sam). I (lost|cannot find) my {color} {thing}.\nSam: (I am
+  sorry|Oh dear|That is a pity). Did you look {spot}?\nYou: Yes, but it was not there.\nSam: (Maybe|
+  Perhaps) it is {spot2}.\n(You: (You are right|I found it)! It was {spot2}.\nSam: (Hurray|
+  Wonderful|I am so glad)!|You: No, it is not there either.\nSam: Then ask {name}. {name.he} saw a
+  {thing} {spot3}.\nYou: (Yes|Hurray)! {name} was right.\nSam: {name} is a good friend.)(|\nYou:
+  What did I lose?\nSam: You lost your {color} {thing}.)(|\n<bye>)
+quizzes: (|<greet>\n){quiz}\n{quiz2}(|\n{quiz3}(|\n{quiz4}))(|\n<bye>)
+quiz: You: What does a {cry} say?\nSam: A {cry} says {cry.is}.
+  |You: What color is {tint}?\nSam: {tint} is {tint.is}.
+  |You: What is the opposite of {pole}?\nSam: The opposite of {pole} is {pole.is}.
+  |You: Where does a {den} live?\nSam: A {den} lives {den.is}.
+  |You: What comes after {count}?\nSam: {count.is} comes after {count}.
+cry: cow/moo|cat/meow|duck/quack|sheep/baa|dog/woof|pig/oink|bee/buzz|lion/roar|frog/croak|
+  mouse/squeak
+tint: grass/green|the sky/blue|snow/white|a lemon/yellow|coal/black|a tomato/red|chocolate/brown
+pole: big/small|hot/cold|up/down|day/night|fast/slow|old/young|wet/dry|open/closed|loud/quiet|
+  high/low
+den: bird/in a nest|bee/in a hive|fish/in the water|camel/in the desert|worm/in the ground|whale/in
+  the sea|horse/in a stable|bat/in a cave
+count: one/two|two/three|three/four|four/five|five/six|six/seven|seven/eight|eight/nine|nine/ten
+tale: You: (Please tell me|Tell me|I want to hear) a story about a {animal}(|, Sam).\nSam: (Once
+  there was|There was once) a {trait} {animal} named {name}. {name.he} wanted to {skill}, so
+  {name.he} practiced {place.at} with {name2}. After {number} days, {name} {skill.ed} (very well|
+  like a star|for everyone), and {name2} gave {name.him} a {color} {thing}.\n{told}\n{told2}(|
+  \n{told3}(|\n{told4}))(|\n<bye>)
+told: You: What was the name of the {animal}?\nSam: The {animal} was named {name}.
+  |You: What did {name} want to do?\nSam: {name.he} wanted to {skill}.
+  |You: Where did {name} practice?\nSam: {name} practiced {place.at}.
+  |You: Who helped {name}?\nSam: {name2} helped {name.him}.
+  |You: What did {name2} give {name}?\nSam: {name2} gave {name.him} a {color} {thing}.
+  |You: How long did it take?\nSam: It took {number} days.
+  |You: Did {name} learn to {skill}?\nSam: Yes, {name} {skill.ed} (in the end|very well).
+  |You: Was {name} a {trait} {animal}?\nSam: Yes, {name.he} was.
+"""
+
+FORMS = {"": 0, "he": 1, "him": 2, "his": 3, "ed": 1, "s": 1, "at": 1, "is": 1}
+MARKS = re.compile(r"<(\w+)>|\{([a-z]+)(\d?)\.?(\w*)\}|(\d+)\*|([(|)])|([^<{(|)\d]+)")
+
+
+@functools.cache
+def rules() -> dict[str, list]:
+    """The grammar: rule -> alternatives (weight, nodes)."""
+    text = re.sub(r"\n +(?=\(?\|)|(?<=\|)\n +", "", GRAMMAR.strip())  # next to a | no blank
+    lines = (line.split(": ", 1) for line in re.sub(r"\n +", " ", text).splitlines() if line)
+    return {name: _parse(MARKS.finditer(body.replace("\\n", "\n"))) for name, body in lines}
+
+
+def _parse(marks) -> list:
+    """Alternatives up to the closing bracket. A node is a string, a list of alternatives or
+    (rule, fact, form), in which fact None means: afresh."""
+    options, weight, nodes = [], 1, []
+    for mark in marks:
+        rule, fact, digit, form, times, sign, literal = mark.groups()
+        if rule:
+            nodes.append((rule, None, 0))
+        elif fact:
+            nodes.append((fact, fact + digit, FORMS[form]))
+        elif times:
+            weight = int(times)
+        elif literal:
+            nodes.append(literal)
+        elif sign == "(":
+            nodes.append(_parse(marks))
+        else:
+            options.append((weight, nodes))
+            weight, nodes = 1, []
+            if sign == ")":
+                return options
+    return options + [(weight, nodes)]
+
+
+def tell(rule: str, pick) -> tuple[str, float]:
+    """A text of `rule` and its -log2 probability (bits). pick(weights) -> index makes every
+    choice; its probability is its weight's share."""
+    facts, taken, bits = {}, defaultdict(set), 0.0  # fact -> forms; rule -> choices made; bits
+
+    def choose(options, barred=()) -> int:
+        nonlocal bits
+        weights = [0 if i in barred else weight for i, (weight, _) in enumerate(options)]
+        i = pick(weights)
+        bits -= math.log2(weights[i] / sum(weights))
+        return i
+
+    def write(node) -> str:
+        if isinstance(node, str):
+            return node
+        if isinstance(node, list):
+            return "".join(map(write, node[choose(node)][1]))
+        rule, fact, form = node
+        if fact is None:
+            return write(rules()[rule])
+        if fact not in facts:
+            i = choose(rules()[rule], taken[rule])
+            taken[rule].add(i)
+            facts[fact] = "".join(map(write, rules()[rule][i][1])).split("/")
+        return facts[fact][form]
+
+    text = re.sub(r"\b([Aa]) (?=[aeiou])", r"\1n ", write((rule, None, 0)))
+    return re.sub(r"(?:^|[.!?] |\.\" |: )[a-z]", lambda match: match[0].upper(), text), bits
+
+
+def nursery(n_bytes: int, seed) -> tuple[list[str], float]:
+    """Documents of the built-in corpus, n_bytes or a little more, and their -log2 probability."""
+    rng = random.Random(f"nursery {seed}")
+    documents, size, bits = [], 0, 0.0
+    while size < n_bytes:
+        text, cost = tell("document", lambda w: rng.choices(range(len(w)), w)[0])
+        documents.append(text)
+        size, bits = size + len(text), bits + cost
+    return documents, bits
+
+
+# ---- Downloads -------------------------------------------------------------------------------
+
+BASES = {"hub": "https://huggingface.co/datasets", "raw": "https://raw.githubusercontent.com"}
+TINY_STORIES = "{hub}/roneneldan/TinyStories/resolve/main/TinyStoriesV2-GPT4-"
+DOLLY = "{hub}/databricks/databricks-dolly-15k/resolve/main/databricks-dolly-15k.jsonl"
+OPEN_ASSISTANT = "{hub}/OpenAssistant/oasst1/resolve/main/2023-04-12_oasst_ready.trees.jsonl.gz"
+REAL_SAM = {  # file: (address, how many of its first bytes)
+    "train.txt": (TINY_STORIES + "train.txt", 200_000_000),
+    "valid.txt": (TINY_STORIES + "valid.txt", 1_000_000),
+    "alpaca.jsonl": ("{raw}/tatsu-lab/stanford_alpaca/main/alpaca_data.json", None),
+    "dolly.jsonl": (DOLLY, None),
+    "oasst.jsonl.gz": (OPEN_ASSISTANT, None),
+}
+
+
+def download(url, path, sha256=None, max_bytes=None, attempts=6, timeout=30.0, pause=1.0):
+    """Fetch `url` into the file `path`; on failure DataError, and nothing under that name.
+
+    Bytes gather in path.part, where a later call resumes. Size and checksum must be those that
+    the server declares (or `sha256`). max_bytes: take only the first bytes and cut them back to
+    the last END_TEXT. timeout: seconds without a byte. pause: seconds before the second attempt,
+    doubled from then on, unless the server says how long to wait (60 s at most).
+    """
+    part = Path(f"{path}.part")
+    for attempt in range(attempts):
+        try:
+            part.parent.mkdir(parents=True, exist_ok=True)
+            _fetch(url, part, sha256, max_bytes, timeout)
+            return os.replace(part, path)
+        except OSError as error:  # of the disk or, as requests' own errors are, of the network
+            known = not isinstance(error, requests.RequestException)  # those fill several lines
+            reason = str(error) if known else type(error).__name__
+            wait = getattr(error, "wait", pause * 2**attempt)
+        if attempt + 1 < attempts:
+            time.sleep(min(wait, 60.0))
+    raise DataError(f"cannot download {url} ({reason}): run again to resume, or use a local file")
+
+
+def _fetch(url, part: Path, sha256, max_bytes, timeout) -> None:
+    """One attempt to complete `part`; OSError when another one may go better."""
+    have = part.stat().st_size if part.exists() else 0
+    headers = {"Accept-Encoding": "identity"}  # or sizes would be those of compressed bytes
+    if have or max_bytes:
+        headers["Range"] = f"bytes={have}-{max_bytes - 1 if max_bytes else ''}"
+    with requests.get(url, headers=headers, stream=True, timeout=timeout) as answer:
+        have, total = _check_answer(answer, url, part, have)
+        wanted = min(total or max_bytes, max_bytes) if max_bytes else total
+        with open(part, "ab" if have else "wb") as file:
+            bar = tqdm(total=wanted, initial=have, unit="B", unit_scale=True, desc=part.stem)
+            for chunk in answer.iter_content(1 << 16):
+                file.write(chunk)
+                bar.update(len(chunk))
+                if max_bytes and file.tell() >= max_bytes:  # a server without Range sends it all
+                    file.truncate(max_bytes)
+                    break
+            bar.close()
+            file.flush()
+            os.fsync(file.fileno())
+    size = part.stat().st_size
+    whole = total in (None, size)
+    declared = sha256 or _declared_sha256(answer)
+    if wanted and size < wanted:
+        raise OSError(f"received {size} of {wanted} bytes")
+    if (wanted and size > wanted) or (whole and declared not in (None, _sha256_of([part]))):
+        part.unlink()
+        raise OSError(f"the {size} bytes received are not those announced")
+    if max_bytes and not whole:
+        _cut_back(part)
+
+
+def _check_answer(answer, url, part: Path, have: int):
+    """(bytes of `part` to keep, bytes of the whole file or None) after a look at the headers."""
+    code, headers = answer.status_code, answer.headers
+    if code == 429 or code >= 500:
+        error = OSError(f"status {code}")
+        if headers.get("Retry-After", "").isdigit():
+            error.wait = float(headers["Retry-After"])
+        raise error
+    if code == 200:  # the whole file, even if a range was asked for
+        length = headers.get("Content-Length", "")
+        return 0, int(length) if length.isdigit() else None
+    span = re.fullmatch(r"bytes (\d+)-\d+/(\d+)", headers.get("Content-Range", ""))
+    if code == 206 and span and int(span[1]) == have:
+        return have, int(span[2])
+    if code in (206, 416):  # `part` may be no beginning of this file: start again
+        part.unlink(missing_ok=True)
+        raise OSError(f"no bytes from {have} on")
+    raise DataError(f"cannot download {url} (status {code}): check the address")
+
+
+def _declared_sha256(answer) -> str | None:
+    """Hugging Face names the sha256 of a large file in the answer that redirects to it."""
+    tags = [step.headers.get("X-Linked-ETag", "").strip('"') for step in (*answer.history, answer)]
+    return next((tag for tag in tags if re.fullmatch(r"[0-9a-f]{64}", tag)), None)
+
+
+def _cut_back(part: Path) -> None:
+    """End a file of which only the beginning was taken after its last whole document."""
+    at = part.read_bytes().rfind(END_TEXT.encode())
+    if at > 0:
+        os.truncate(part, at)
+
+
+def real_sam(folder, bases=BASES, fetch=download) -> Path:
+    """The folder of TinyStories, Alpaca, Dolly and OpenAssistant; downloads what is missing."""
+    for name, (url, max_bytes) in REAL_SAM.items():
+        if not (path := Path(folder) / name).exists():
+            fetch(url.format(**bases), path, max_bytes=max_bytes)
+    return Path(folder)
+
+
+def online(bases=BASES, seconds=4.0) -> bool:
+    """Whether the server of the downloads answers within `seconds`."""
+    answers = []
+
+    def ask():
+        with suppress(requests.RequestException):
+            answers.append(requests.head(bases["hub"], timeout=seconds))
+
+    thread = threading.Thread(target=ask, daemon=True)  # for looking up a name has no timeout
+    thread.start()
+    thread.join(seconds)
+    return bool(answers)
+
+
+# ---- Files -----------------------------------------------------------------------------------
+
+SUFFIXES = (".txt", ".jsonl", ".txt.gz", ".jsonl.gz")  # a .jsonl may also be one JSON list
+HELD_OUT = ("valid", "val", "validation", "test")
+
+
+def list_files(path: Path) -> list[Path]:
+    """The files with text at `path`, a file or a folder, sorted."""
+    if not path.exists():
+        raise DataError(f"no file or folder {path}: give nursery, real_sam, auto or a path")
+    files = sorted(path.rglob("*")) if path.is_dir() else [path]
+    files = [file for file in files if file.name.endswith(SUFFIXES) and file.is_file()]
+    if not files:
+        raise DataError(f"{path} has no text: give a .txt or .jsonl file or a folder of them")
+    return files
+
+
+def read_file(path: Path, log=print) -> list[str]:
+    """The documents of one file. DataError when it is unreadable, binary or not UTF-8."""
+    name = path.name
+    try:
+        raw = path.read_bytes()
+        text = (gzip.decompress(raw) if name.endswith(".gz") else raw).decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise DataError(
+            f"{name} is not UTF-8 (byte {error.start}): convert it, as in "
+            f"iconv -f latin1 -t utf-8 {name} > new.txt"
+        ) from None
+    except (OSError, EOFError, zlib.error) as error:
+        raise DataError(f"cannot read {name} ({error}): check the file") from None
+    if "\0" in text:
+        raise DataError(f"{name} is binary: give UTF-8 text")
+    text = text.replace("\r\n", "\n").replace("\r", "\n")
+    documents = read_text(text) if ".txt" in name[-7:] else read_records(text, name, log)
+    if not documents:
+        raise DataError(f"{name} holds no text: remove it or fill it")
+    return documents
+
+
+def read_text(text: str, size=2000) -> list[str]:
+    """Documents between END_TEXT marks; without marks, blocks (or else lines) grouped until they
+    have `size` characters, fewer in a small file, of which some must be held out."""
+    if END_TEXT in text:
+        return [document for part in text.split(END_TEXT) if (document := part.strip())]
+    size = min(size, max(200, len(text) // 20))
+    gap = "\n\n" if len(units := re.split(r"\n\s*\n", text.strip())) > 1 else "\n"
+    documents, group = [], ""
+    for unit in units if gap == "\n\n" else text.split("\n"):
+        for start in range(0, len(unit), 4 * size):  # a file may be one endless line
+            group += unit[start : start + 4 * size] + gap
+            if len(group) >= size:
+                documents.append(group)
+                group = ""
+    return [document for part in (*documents, group) if (document := part.strip())]
+
+
+def read_records(text: str, name: str, log=print) -> list[str]:
+    """Documents of JSON lines (or of one JSON list); malformed records are counted in the log."""
+    lines = (line for line in text.split("\n") if line.strip())
+    if text.lstrip().startswith("["):
+        try:
+            lines = map(json.dumps, json.loads(text))
+        except ValueError as error:
+            raise DataError(f"{name} is damaged JSON ({error}): fetch it again") from None
+    documents, bad = [], 0
+    for line in lines:
+        try:
+            document = _document(json.loads(line)).strip()
+            documents.append(document.encode(errors="replace").decode())  # JSON may halve emoji
+        except (AttributeError, IndexError, KeyError, TypeError, ValueError, RecursionError):
+            bad += 1
+    if bad:
+        log(f"{name}: skipped {bad} malformed of {bad + len(documents)} records")
+    return [document for document in documents if document]
+
+
+def _document(record: dict) -> str:
+    """A record as a document; one of a few errors means that it is malformed."""
+    if "messages" in record:
+        speakers = {"user": YOU, "human": YOU, "prompter": YOU, "assistant": SAM}
+        messages = [(speakers.get(m["role"]), m["content"]) for m in record["messages"]]
+        turns = [message for message in messages if message[0]]  # a system prompt is no turn
+    elif "prompt" in record:
+        turns, message = [], record["prompt"]
+        while message:
+            turns.append((SAM if len(turns) % 2 else YOU, message["text"]))
+            message = min(message.get("replies") or [None], key=_rank)
+    elif "instruction" in record:
+        context = record.get("input") or record.get("context") or ""
+        answer = record["output"] if "output" in record else record["response"]
+        turns = [(YOU, f"{record['instruction']}\n{context}"), (SAM, answer)]
+    else:
+        return record["text"]
+    if turns[0][0] != YOU or len(turns) < 2 or not all(text.strip() for _, text in turns):
+        raise ValueError
+    return "\n".join(who + text.strip() for who, text in turns)
+
+
+def _rank(reply: dict | None) -> float:
+    """People liked rank 0 best; a reply that nobody ranked comes last."""
+    return math.inf if not reply or reply.get("rank") is None else reply["rank"]
+
+
+def is_talk(document: str) -> bool:
+    return document.startswith(YOU)
+
+
+def read_source(files: list[Path], log=print) -> tuple[list[str], list[str]]:
+    """(train, held-out) documents. The files called valid, val, validation or test are held out;
+    stories or conversations that these lack are split by hash."""
+    train, held = [], []
+    for file in files:
+        called = len(files) > 1 and file.name.split(".")[0].lower() in HELD_OUT
+        (held if called else train).extend(read_file(file, log))
+    for talk in (False, True):
+        if talk not in map(is_talk, held):
+            held += hold_out([document for document in train if is_talk(document) == talk])
+    train = _without(train, held)
+    if not held or not train:
+        raise DataError(f"{files[0].name}: too little to learn some and hold out some: add text")
+    return train, held
+
+
+def hold_out(documents: list[str], share=0.02, most=1_000_000) -> list[str]:
+    """About 2% of the documents, 1 MB at most but one at least. Their hash decides, so that a
+    document and its copies stay on one side whatever is added."""
+    if len(set(documents)) < 2:
+        return []
+    limit = min(share, most / sum(map(len, documents))) * 2**256
+    hashes = {document: int(sha256(document), 16) for document in documents}
+    return [d for d in hashes if hashes[d] < limit] or [min(hashes, key=hashes.get)]
+
+
+def _without(documents: list[str], others: list[str]) -> list[str]:
+    others = set(others)
+    return [document for document in documents if document not in others]
+
+
+def _sha256_of(files: list[Path]) -> str:
+    """Checksum of the bytes; of several files also of their names, which decide on their use."""
+    digest = hashlib.sha256()
+    for file in files:
+        digest.update(file.name.encode() if len(files) > 1 else b"")
+        with open(file, "rb") as stream:
+            while block := stream.read(1 << 20):
+                digest.update(block)
+    return digest.hexdigest()
+
+
+# ---- Phases ----------------------------------------------------------------------------------
+# The same documents at five grains. A piece keeps the blank before it, as in the running text,
+# so that a word is made of the same tokens in every phase.
+
+PHASE_TOKENS = 4_000_000  # at most, of words, phrases, sentences: more would cost minutes
+
+
+def words(text: str) -> list[str]:
+    return re.findall(r" ?\w+(?:['’-]\w+)*", text)
+
+
+def phrases(text: str) -> list[str]:
+    """Clauses between signs; one of more than six words is cut into equal parts of 3 to 6."""
+    pieces = []
+    for clause in re.split(r"(?<=[,;.!?])(?=\s)|(?<=[，；。！？])", text):
+        parts = re.findall(r"\s*\S+", clause)
+        n = math.ceil(len(parts) / 6)
+        edges = [len(parts) * i // n for i in range(n + 1)] if n else []
+        pieces += ["".join(parts[a:b]) for a, b in zip(edges, edges[1:])]
+    return pieces
+
+
+def sentences(text: str) -> list[str]:
+    """Cut after . ! ? (and closing quotes) before a blank, after 。！？ and at empty lines."""
+    ends = r"(?<=[.!?])(?=\s)|(?<=[.!?][\"'”’)])(?=\s)|(?<=[。！？])|(?=\n\n)"
+    return [piece for piece in re.split(ends, text) if piece.strip()]
+
+
+CUTS = {"words": words, "phrases": phrases, "sentences": sentences}
+
+
+def cut(documents: list[str], phase: str, tokenizer: Tokenizer, seed=0) -> list[str]:
+    """The pieces of one phase. Small ones are shuffled: in order they would be running text."""
+    if phase not in CUTS:
+        return [doc for doc in documents if is_talk(doc) == (phase == "conversations")]
+    sample = documents[:: len(documents) // 100 + 1]
+    pieces = [piece for document in sample for piece in CUTS[phase](document)]
+    tokens = len(pieces) + sum(map(len, tokenizer.encode_batch(pieces)))
+    step = math.ceil(tokens / len(sample) * len(documents) / PHASE_TOKENS) or 1
+    pieces = [piece for document in documents[::step] for piece in CUTS[phase](document)]
+    random.Random(f"{phase} {seed}").shuffle(pieces)
+    return pieces
+
+
+# ---- Prepared data ---------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Data:
+    """A prepared corpus. A stream is a 1-D uint16 or uint32 memmap END text END text ... END."""
+
+    name: str  # nursery, real_sam, or the name of the file or folder
+    sha256: str  # of the source files (nursery: of its grammar, sizes and seed)
+    tokenizer: Tokenizer
+    train: dict[str, np.memmap]  # phase -> stream; a phase that the source lacks is missing
+    valid: dict[str, np.memmap]  # the same of held-out documents
+    heldout: np.memmap  # the held-out documents whole, in a fixed random order
+    heldout_bytes: int  # UTF-8 bytes of their text: END counts none
+    entropy_bits: float | None  # nursery: -log2 probability of the held-out documents
+
+
+NURSERY_BYTES = (5_600_000, 200_000)  # for training, held out
+BPE_BYTES = 30_000_000  # of training text, at most, teach merges
+
+
+def prepare(dataset, tokenizer, vocab_size, data_dir, seed=0, log=print, bases=BASES) -> Data:
+    """The corpus `dataset`: 'nursery', 'real_sam', 'auto' or a path; from the cache if it can.
+
+    tokenizer: 'byte', 'char', 'bpe' (of vocab_size) or 'gpt2'; or the Tokenizer of a checkpoint.
+    data_dir: where downloads and caches are kept. seed: of the nursery and of the order of
+    pieces. log: takes lines for people. bases: servers of the downloads. Raises DataError.
+    """
+    data_dir = Path(data_dir)
+    name, checksum, read = find_source(str(dataset), data_dir, seed, log, bases)
+    recipe = tokenizer if isinstance(tokenizer, str) else tokenizer.hash
+    key = sha256(repr((checksum, recipe, vocab_size, seed, FORMAT)))[:12]
+    folder = data_dir / f"{name}-{key}"
+    if folder.exists():
+        try:
+            return _load(folder)
+        except DataError as error:
+            log(f"{error}: building it again")
+    try:
+        data_dir.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=".building-", dir=data_dir) as temporary:
+            building = Path(temporary) / "new"
+            building.mkdir()
+            train, held, bits = read()
+            meta = {"name": name, "sha256": checksum, "entropy_bits": bits}
+            _build(building, meta, train, held, tokenizer, vocab_size, seed)
+            return _publish(building, folder)
+    except OSError as error:
+        raise DataError(f"cannot write to {data_dir} ({error}): free or choose a disk") from None
+
+
+def find_source(dataset: str, data_dir: Path, seed: int, log, bases):
+    """(name, checksum, read) of a dataset; read() -> train, held-out documents, entropy bits."""
+    folder = data_dir / "real_sam"
+    if dataset == "auto":
+        there = all((folder / name).exists() for name in REAL_SAM)
+        dataset = "real_sam" if there or online(bases) else "nursery"
+        if dataset == "nursery":
+            log("no network: training on the built-in corpus, the nursery")
+    if dataset == "nursery":
+        recipe = json.dumps([GRAMMAR, NURSERY_BYTES, seed])
+        return dataset, sha256(recipe), functools.partial(_grow, seed)
+    files = list_files(real_sam(folder, bases) if dataset == "real_sam" else Path(dataset))
+    name = dataset if dataset == "real_sam" else Path(dataset).resolve().name
+    try:
+        return name, _sha256_of(files), lambda: (*read_source(files, log), None)
+    except OSError as error:
+        raise DataError(f"cannot read {error.filename} ({error.strerror}): check it") from None
+
+
+def _grow(seed: int) -> tuple[list[str], list[str], float]:
+    """The nursery. Held-out documents have a seed of their own and leave the training ones."""
+    held, bits = nursery(NURSERY_BYTES[1], f"held-out {seed}")
+    return _without(nursery(NURSERY_BYTES[0], f"train {seed}")[0], held), held, bits
+
+
+def _build(folder: Path, meta: dict, train, held, tokenizer, vocab_size: int, seed: int) -> None:
+    """Write the streams and, last, meta.json."""
+    if isinstance(tokenizer, str):
+        thin = train[:: sum(map(len, train)) // BPE_BYTES + 1]
+        texts = train + held if tokenizer == "char" else thin  # no character may be unknown
+        tokenizer = train_tokenizer(tokenizer, texts, vocab_size)
+    random.Random(f"held-out {seed}").shuffle(held)
+    streams = {"heldout": held}
+    for split, documents in (("train", train), ("valid", held)):
+        for phase in PHASES:
+            streams[f"{split}_{phase}"] = cut(documents, phase, tokenizer, seed)
+    meta |= {
+        "tokenizer": tokenizer.state(),
+        "dtype": "uint16" if tokenizer.vocab_size < 65536 else "uint32",
+        "heldout_bytes": sum(len(document.encode()) for document in held),
+    }
+    meta["streams"] = {
+        name: _write(folder / f"{name}.bin", texts, tokenizer, meta["dtype"])
+        for name, texts in streams.items()
+        if texts
+    }
+    content = json.dumps(meta)
+    (folder / "meta.json").write_text(json.dumps({"hash": sha256(content), "content": content}))
+
+
+def _write(path: Path, texts: list[str], tokenizer: Tokenizer, dtype: str) -> int:
+    """Write the stream of `texts`; returns its checksum."""
+    checksum, step, size = 0, 4096, sum(map(len, texts))
+    bar = tqdm(total=size, desc=path.stem, unit="B", unit_scale=True, disable=size < 2e7)
+    with open(path, "wb") as file, bar:
+        for start in range(0, len(texts), step):
+            ids = [] if start else [tokenizer.end]
+            for text_ids in tokenizer.encode_batch(texts[start : start + step]):
+                ids += text_ids
+                ids.append(tokenizer.end)
+            block = np.array(ids, dtype).tobytes()
+            file.write(block)
+            checksum = zlib.crc32(block, checksum)
+            bar.update(sum(map(len, texts[start : start + step])))
+    return checksum
+
+
+def _load(folder: Path) -> Data:
+    """The data of a cache folder. DataError unless every byte is as it was written."""
+    try:
+        meta = json.loads((folder / "meta.json").read_text())
+        if sha256(meta["content"]) != meta["hash"]:
+            raise ValueError("meta.json was changed")
+        meta = json.loads(meta["content"])
+        streams = {}
+        for name, checksum in meta["streams"].items():
+            streams[name] = np.memmap(folder / f"{name}.bin", meta["dtype"], mode="r")
+            if zlib.crc32(streams[name]) != checksum:
+                raise ValueError(f"{name}.bin was changed")
+        tokenizer = tokenizer_from_state(meta["tokenizer"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise DataError(f"the cache {folder.name} is damaged ({error})") from None
+    train, valid = (
+        {phase: streams[name] for phase in PHASES if (name := f"{split}_{phase}") in streams}
+        for split in ("train", "valid")
+    )
+    return Data(
+        meta["name"], meta["sha256"], tokenizer, train, valid, streams["heldout"],
+        meta["heldout_bytes"], meta["entropy_bits"],
+    )  # fmt: skip
+
+
+def _publish(building: Path, folder: Path) -> Data:
+    """Rename the finished folder into place, unless another process was first with a good one."""
+    for attempt in range(3):
+        with suppress(OSError):  # raised when `folder` exists
+            os.rename(building, folder)
+        try:
+            return _load(folder)
+        except DataError:
+            with suppress(OSError):  # out of the way; goes with the temporary folder
+                os.rename(folder, building.with_name(f"damaged{attempt}"))
+    raise OSError(f"{folder.name} could not be renamed into place")
+
+
+# ---- Batches ---------------------------------------------------------------------------------
+
+
+def batch(tokens, step, batch_size, length, seed, rank=0, world=1):
+    """(x, y) of training step `step`, int64 (batch_size // world, length); y is one token on.
+
+    Windows do not overlap and come without replacement; each epoch has an order and an offset of
+    its own. Nothing is remembered: a resumed run needs only its step, and rank r of w has rows
+    r * B/w to (r + 1) * B/w of the same batch. A stream shorter than length + 1 is a DataError:
+    were it repeated, a window would show what it asks for.
+    """
+    if len(tokens) <= length:
+        raise DataError(
+            f"{len(tokens)} tokens are too few for windows of {length} + 1: "
+            "set a smaller length or add text"
+        )
+    if batch_size % world:
+        raise DataError(f"batch_size {batch_size} must be a multiple of the {world} processes")
+    n_windows = max(1, (len(tokens) - length) // length)  # one fewer than fit: the offset's room
+    slack = min(length, len(tokens) - n_windows * length)
+    first = step * batch_size + rank * (batch_size // world)
+    rows = []
+    for window in range(first, first + batch_size // world):
+        order, offset = _epoch(seed, window // n_windows, n_windows, slack)
+        start = offset + int(order[window % n_windows]) * length
+        rows.append(tokens[start : start + length + 1])
+    rows = torch.from_numpy(np.stack(rows).astype(np.int64))  # (B/w, length + 1)
+    return rows[:, :-1].contiguous(), rows[:, 1:].contiguous()
+
+
+@functools.lru_cache(maxsize=8)  # a pure function, asked again at every step
+def _epoch(seed: int, epoch: int, n_windows: int, slack: int):
+    rng = np.random.default_rng((seed, epoch))
+    return rng.permutation(n_windows), int(rng.integers(slack))
+
+
+def main():
+    """Show a piece of each phase of the nursery, and its entropy."""
+    documents, bits = nursery(NURSERY_BYTES[1], "sample")
+    for phase in PHASES:
+        print(f"{phase}: {cut(documents, phase, Tokenizer('byte'))[0].strip()}\n")
+    size = sum(len(document.encode()) for document in documents)
+    print(f"entropy: {bits / size:.4f} bits per byte of {len(documents)} documents")
+
+
+if __name__ == "__main__":
+    main()

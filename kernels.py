@@ -1,0 +1,387 @@
+"""The scan of lif.py in Triton, for the GPU; and `lif`, which chooses between the two.
+
+    pre = beta * v + I + s W            # charge
+    s   = 1 if pre >= theta else 0      # fire
+    v   = pre - theta * s               # reset
+
+lif.py's glossary holds here too. One program owns a tile of ROWS sequences x COLS neurons and walks
+over time with the tile's v (and s) in registers, in float32 whatever the input: a bfloat16 membrane
+fires wrongly. Without recurrent synapses tiles know nothing of each other, so they are small, one
+sequence each, and many. With them a tile is one head, and at least 16 sequences share each of its
+products s W, as the tensor cores want.
+
+A pointer is called p_x, and x is the tile it holds at this step. TRITON_INTERPRET=1, set before
+Python starts, runs the kernels on the CPU, slowly; the tests do that.
+"""
+
+import os
+from types import SimpleNamespace
+
+import torch
+from torch.autograd.function import once_differentiable
+
+from lif import _before, check, lif_torch, surrogate_named
+
+try:
+    import triton
+    import triton.language as tl
+except ImportError:  # as with PyTorch for CPU and Mac; to be read, the kernels need only this:
+    triton = SimpleNamespace(jit=lambda kernel: kernel)
+    tl = SimpleNamespace(constexpr=None)
+    HAS_TRITON = INTERPRETED = False
+else:
+    HAS_TRITON, INTERPRETED = True, triton.knobs.runtime.interpret
+
+NEURONS = 128  # neurons of a tile without recurrent synapses: one per thread of four warps
+SEQUENCES = 16  # sequences of a tile with them: the fewest that tl.dot takes
+MAX_HEAD = 128  # neurons of a head: W stays on the chip for the whole scan, and must fit there
+
+# ---- tiles ------------------------------------------------------------------------------------
+
+
+@triton.jit
+def _tile(B, N, width, ROWS: tl.constexpr, COLS: tl.constexpr):
+    """This program's sequences (ROWS, 1), its neurons (1, COLS), and which of them exist.
+
+    The neurons fall in blocks of `width` <= COLS. Sequences are int64, and with them all offsets
+    made of them: B * T * N passes 2^31 in ordinary training.
+    """
+    blocks = tl.cdiv(N, width)
+    block = tl.program_id(0) % blocks
+    rows = (tl.program_id(0) // blocks).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
+    cols = tl.arange(0, COLS)[None, :]
+    return rows, block * width + cols, (rows < B) & (cols < width) & (block * width + cols < N)
+
+
+@triton.jit
+def _load(p, at, live):
+    """A tile in float32, 0 where no neuron lives."""
+    return tl.load(p + at, mask=live, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def _head(p_w, N, width, COLS: tl.constexpr, TRANSPOSED: tl.constexpr):
+    """W of this program's head, or W^T, (COLS, COLS), padded with zeros; in its own dtype."""
+    head = tl.program_id(0) % tl.cdiv(N, width)
+    row, col = tl.arange(0, COLS)[:, None], tl.arange(0, COLS)[None, :]
+    at = col * width + row if TRANSPOSED else row * width + col
+    live = (row < width) & (col < width)
+    return tl.load(p_w + head * width * width + at, mask=live, other=0.0)
+
+
+# ---- surrogates and soft clamp ----------------------------------------------------------------
+
+
+@triton.jit
+def _surrogate(u, k, NAME: tl.constexpr):
+    """g(u) = ds/du with slope k; the formulas of lif.SURROGATES, where their sources are."""
+    if NAME == "fast_sigmoid":
+        x = 1 + k * tl.abs(u)
+        return 1 / (x * x)
+    elif NAME == "atan":
+        x = u * (1.5707963267948966 * k)  # pi/2
+        return k / 2 / (1 + x * x)
+    elif NAME == "sigmoid":
+        return k * tl.sigmoid(k * u) * tl.sigmoid(-k * u)
+    elif NAME == "gaussian":
+        x = u * k
+        return tl.exp(-x * x) * (k * 0.5641895835477563)  # 1/sqrt(pi)
+    elif NAME == "triangle":
+        return tl.maximum(k - k * k * tl.abs(u), 0.0)
+    elif NAME == "boxcar":
+        return tl.where(tl.abs(u) < 0.5 / k, k, 0.0)
+    elif NAME == "multi_gaussian":
+        lobes = _normal(u - 1 / k, 6 / k) + _normal(u + 1 / k, 6 / k)
+        return 0.5 * (1.15 * _normal(u, 1 / k) - 0.15 * lobes)
+    else:
+        tl.static_assert(NAME == "ste", "this surrogate has no kernel")
+        return tl.zeros_like(u) + k
+
+
+@triton.jit
+def _normal(u, s):
+    x = u / s
+    return tl.exp(-0.5 * x * x) / (s * 2.5066282746310002)  # sqrt(2 pi)
+
+
+@triton.jit
+def _softclamp(x, BOUND: tl.constexpr):
+    return tl.erf(x * (0.886226925452758 / BOUND)) * BOUND  # sqrt(pi)/2
+
+
+@triton.jit
+def _softclamp_slope(x, BOUND: tl.constexpr):
+    x = x * (0.886226925452758 / BOUND)
+    return tl.exp(-x * x)
+
+
+# ---- the scan ---------------------------------------------------------------------------------
+#
+# Forward is the three lines above. Backward goes from the last step to the first; lif.py derives
+# it, a dash marks what belongs to another step (v', s' to the one before, d_pre' to the one after):
+#   d_s   = d_spikes + d_pre' W^T
+#   d_r   = d_v * softclamp'                      r = pre - theta * s, the reset's argument
+#   d_f   = g * (d_s - theta * d_r)               what passes through the fire line; g * d_s without
+#                                                 reset or its gradient
+#   d_pre = d_membrane + d_r + d_f
+#   d_v   = beta * d_pre                          of the step before
+#   d_I = d_pre,  d_beta = d_pre * v',  d_theta = -d_f - s * d_r,  d_W = s'^T d_pre
+# Only the membrane need be kept, and it is returned anyway: s and v are recomputed from it (dW alone
+# takes the spikes).
+
+
+@triton.jit
+def _forward_kernel(
+    p_current, p_beta, p_theta, p_w, p_v0, p_s0,  # p_w None: no recurrent synapses
+    p_spikes, p_membrane, p_v, p_s,
+    B, T, N, width,
+    BETA_STEPS: tl.constexpr, THETA_STEPS: tl.constexpr,  # per step (B, T, N), or per neuron (N,)
+    RESET: tl.constexpr, CLAMP: tl.constexpr,
+    ROWS: tl.constexpr, COLS: tl.constexpr,
+):  # fmt: skip
+    rows, neurons, live = _tile(B, N, width, ROWS, COLS)
+    state = rows * N + neurons  # where this tile lies in a (B, N) tensor
+    v, s = _load(p_v0, state, live), _load(p_s0, state, live)
+    if p_w is not None:
+        w = _head(p_w, N, width, COLS, TRANSPOSED=False)
+
+    now = rows * T * N + neurons  # and where in step t of a (B, T, N) one
+    for _ in range(T):
+        current = _load(p_current, now, live)
+        beta = _load(p_beta, now if BETA_STEPS else neurons, live)
+        theta = _load(p_theta, now if THETA_STEPS else neurons, live)
+
+        pre = tl.fma(beta, v, current)  # charge; rounds once, as torch.addcmul does
+        if p_w is not None:
+            pre += tl.dot(s.to(w.dtype), w, input_precision="ieee")
+        s = tl.where(pre >= theta, 1.0, 0.0)  # fire
+        v = pre - theta * s if RESET else pre  # reset
+        if CLAMP > 0:
+            v = _softclamp(v, CLAMP)
+
+        tl.store(p_spikes + now, s, mask=live)
+        tl.store(p_membrane + now, pre, mask=live)
+        now += N
+    tl.store(p_v + state, v, mask=live)
+    tl.store(p_s + state, s, mask=live)
+
+
+@triton.jit
+def _backward_kernel(
+    p_membrane, p_beta, p_theta, p_w, p_v0,
+    p_d_spikes, p_d_membrane, p_d_v, p_d_s,  # each None if the loss does not depend on it
+    p_d_current, p_d_beta, p_d_theta,  # the last two None if nobody asks
+    p_d_v0, p_d_s0,
+    B, T, N, width, slope,
+    BETA_STEPS: tl.constexpr, THETA_STEPS: tl.constexpr,
+    RESET: tl.constexpr, RESET_GRAD: tl.constexpr, CLAMP: tl.constexpr, SURROGATE: tl.constexpr,
+    ROWS: tl.constexpr, COLS: tl.constexpr,
+):  # fmt: skip
+    rows, neurons, live = _tile(B, N, width, ROWS, COLS)
+    state = rows * N + neurons
+    zero = tl.zeros((ROWS, COLS), tl.float32)
+    d_pre, d_beta, d_theta = zero, zero, zero
+    d_v = zero if p_d_v is None else _load(p_d_v, state, live)
+    d_s = zero if p_d_s is None else _load(p_d_s, state, live)  # then d_pre' W^T
+    if p_w is not None:
+        w_back = _head(p_w, N, width, COLS, TRANSPOSED=True)
+
+    now = (rows * T + T - 1) * N + neurons
+    for i in range(T):
+        pre = _load(p_membrane, now, live)
+        beta = _load(p_beta, now if BETA_STEPS else neurons, live)
+        theta = _load(p_theta, now if THETA_STEPS else neurons, live)
+        if p_d_spikes is not None:
+            d_s += _load(p_d_spikes, now, live)
+
+        s = tl.where(pre >= theta, 1.0, 0.0)
+        r = pre - theta * s if RESET else pre
+        if p_d_beta is not None:  # of the step after: this v is its v', and its d_pre is at hand
+            d_beta_after = d_pre * (_softclamp(r, CLAMP) if CLAMP > 0 else r)
+            if BETA_STEPS:
+                tl.store(p_d_beta + (now + N), d_beta_after, mask=live & (i > 0))
+            else:
+                d_beta += d_beta_after
+
+        d_r = d_v * _softclamp_slope(r, CLAMP) if CLAMP > 0 else d_v
+        d_f = _surrogate(pre - theta, slope, SURROGATE) * (
+            d_s - theta * d_r if RESET and RESET_GRAD else d_s
+        )
+        d_pre = d_r + d_f
+        if p_d_membrane is not None:
+            d_pre += _load(p_d_membrane, now, live)
+        d_v = beta * d_pre
+        d_s = zero
+        if p_w is not None:
+            d_s = tl.dot(d_pre.to(w_back.dtype), w_back, input_precision="ieee")
+
+        tl.store(p_d_current + now, d_pre, mask=live)
+        if p_d_theta is not None:
+            d_theta_now = -d_f - s * d_r if RESET else -d_f
+            if THETA_STEPS:
+                tl.store(p_d_theta + now, d_theta_now, mask=live)
+            else:
+                d_theta += d_theta_now
+        now -= N
+
+    tl.store(p_d_v0 + state, d_v, mask=live)
+    tl.store(p_d_s0 + state, d_s, mask=live)
+    if p_d_beta is not None:
+        d_beta += d_pre * _load(p_v0, state, live)
+        tl.store(p_d_beta + (now + N if BETA_STEPS else state), d_beta, mask=live)
+    if p_d_theta is not None and not THETA_STEPS:
+        tl.store(p_d_theta + state, d_theta, mask=live)
+
+
+def _tiling(w_rec):
+    """(width, ROWS, COLS, warps): neurons per tile and, padded, its shape; threads by the 32."""
+    if w_rec is None:
+        return NEURONS, 1, NEURONS, 4
+    d = w_rec.shape[-1]
+    cols = max(16, triton.next_power_of_2(d))  # tl.dot takes no less
+    return d, SEQUENCES, cols, 4 if cols <= 64 else 8  # 4 would keep all 255 registers busy at 128
+
+
+def _launch(kernel, tensors, numbers, w_rec, **constants):
+    """Run a kernel over all tiles of (B, T, N) = numbers[:3]."""
+    B, _, N = numbers[:3]
+    width, rows, cols, warps = _tiling(w_rec)
+    grid = (triton.cdiv(B, rows) * triton.cdiv(N, width),)
+    with torch.cuda.device_of(tensors[0]):  # Triton launches on the current device
+        kernel[grid](
+            *tensors, *numbers[:3], width, *numbers[3:], **constants, ROWS=rows, COLS=cols,
+            num_warps=warps, enable_fp_fusion=False,  # round where lif_torch rounds: same spikes
+        )  # fmt: skip
+
+
+class _Scan(torch.autograd.Function):
+    """(current, beta, theta, w_rec, v0, s0) -> spikes, membrane (B,T,N), v, s (B,N)."""
+
+    @staticmethod
+    def forward(ctx, current, beta, theta, w_rec, v0, s0, surrogate, slope, options):
+        reset, reset_grad, clamp = options
+        inputs = current, beta, theta, w_rec, v0, s0
+        inputs = tuple(None if x is None else x.contiguous() for x in inputs)
+        spikes = torch.empty_like(inputs[0])
+        membrane = torch.empty_like(spikes, dtype=torch.float32)
+        v, s = (torch.empty_like(inputs[4], dtype=torch.float32) for _ in range(2))
+        switches = dict(
+            BETA_STEPS=beta.dim() == 3, THETA_STEPS=theta.dim() == 3, RESET=reset, CLAMP=clamp
+        )
+        outputs = spikes, membrane, v, s
+        _launch(_forward_kernel, inputs + outputs, current.shape, w_rec, **switches)
+        ctx.save_for_backward(*inputs[1:], membrane, None if w_rec is None else spikes)
+        ctx.slope, ctx.dtype = slope, current.dtype
+        ctx.switches = dict(switches, RESET_GRAD=reset_grad, SURROGATE=surrogate)
+        ctx.set_materialize_grads(False)
+        return outputs
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, *cotangents):  # on spikes, membrane, v, s; None where there is none
+        beta, theta, w_rec, v0, s0, membrane, spikes = ctx.saved_tensors
+        B, T, N = membrane.shape
+        need_beta, need_theta, need_w = ctx.needs_input_grad[1:4]
+        cotangents = (None if x is None else x.contiguous() for x in cotangents)
+
+        def empty(x):  # a per-neuron gradient leaves the kernel as (B, N): no atomics, so that the
+            return membrane.new_empty((B, T, N) if x.dim() == 3 else (B, N))  # sum is reproducible
+
+        d_current = torch.empty_like(membrane, dtype=ctx.dtype)
+        d_beta = empty(beta) if need_beta else None
+        d_theta = empty(theta) if need_theta else None
+        d_v0, d_s0 = empty(v0), empty(s0)
+        gradients = d_current, d_beta, d_theta, d_v0, d_s0
+        _launch(
+            _backward_kernel, (membrane, beta, theta, w_rec, v0, *cotangents, *gradients),
+            (B, T, N, ctx.slope), w_rec, **ctx.switches,
+        )  # fmt: skip
+        if need_beta and beta.dim() == 1:
+            d_beta = d_beta.sum(0)
+        if need_theta and theta.dim() == 1:
+            d_theta = d_theta.sum(0)
+        d_w = None
+        if need_w:  # of all steps in one product per head, in the dtype of current
+            H, d, _ = w_rec.shape
+            s_before = _before(s0.to(ctx.dtype), spikes).view(B * T, H, d)
+            d_w = torch.einsum("xhi,xhj->hij", s_before, d_current.view(B * T, H, d))
+        return d_current, d_beta, d_theta, d_w, d_v0, d_s0, None, None, None
+
+
+def lif_triton(
+    current,
+    beta,
+    theta,
+    w_rec=None,
+    state=None,
+    *,
+    surrogate="fast_sigmoid",
+    slope=None,
+    reset="soft",
+    reset_grad=True,
+    clamp=0.0,
+):
+    """lif.lif_torch on the GPU: the same arguments, shapes, results and errors, but no `soft`.
+
+    current is float32, bfloat16 or float16, the rest may be any of these. The products s W and
+    d_pre W^T are taken in the dtype of w_rec, dW in that of current; all else is float32.
+    RuntimeError if Triton is not installed; ValueError for tensors on the CPU without
+    TRITON_INTERPRET=1, for float64, and for heads of more than MAX_HEAD neurons.
+    """
+    options = check(current, beta, theta, w_rec, state, reset, reset_grad, clamp)
+    chosen = surrogate_named(surrogate)
+    obstacle = _obstacle(current, w_rec)
+    if obstacle:
+        raise obstacle
+    B, T, N = current.shape
+    v, s = state if state is not None else (current.new_zeros(B, N), current.new_zeros(B, N))
+    spikes, membrane, *state = _Scan.apply(
+        current, beta, theta, w_rec, v, s,
+        surrogate, float(chosen.slope if slope is None else slope), options,
+    )  # fmt: skip
+    return spikes, membrane, tuple(state)
+
+
+# ---- the choice -------------------------------------------------------------------------------
+
+_said = set()  # what `lif` has printed in this process
+
+
+def lif(current, beta, theta, w_rec=None, state=None, *, backend="auto", **options):
+    """The scan of lif.py on the backend that suits: see lif.lif_torch for all else.
+
+    backend: 'triton' (lif_triton) or 'torch' (lif_torch), or 'auto': Triton for tensors on a GPU
+    wherever it can, else PyTorch. Says once per process what it took, and for a GPU without Triton
+    why. A backend asked for by name that cannot run raises (see lif_triton); it is never replaced.
+    """
+    if backend not in ("auto", "triton", "torch"):
+        raise ValueError(f"unknown backend {backend!r}; choose auto, triton or torch")
+    device = current.device.type
+    obstacle = _obstacle(current, w_rec) if backend == "auto" and device == "cuda" else None
+    if backend == "triton" or backend == "auto" and device == "cuda" and not obstacle:
+        scan, said = lif_triton, "lif: triton"
+    else:
+        scan, said = lif_torch, f"lif: torch ({device})" + (f", as {obstacle}" if obstacle else "")
+    result = scan(current, beta, theta, w_rec, state, **options)
+    if said not in _said and os.environ.get("RANK", "0") == "0":
+        print(said)
+    _said.add(said)
+    return result
+
+
+def _obstacle(current, w_rec):
+    """The exception that says why Triton cannot run this and what would mend it; None if it can."""
+    if not HAS_TRITON:
+        return RuntimeError("Triton is not installed: pip install triton, or take backend='torch'")
+    if not (current.is_cuda or INTERPRETED):
+        return ValueError(
+            f"Triton cannot run on {current.device.type}: move the tensors to a GPU, take"
+            " backend='torch', or set TRITON_INTERPRET=1 before Python starts (slow, for tests)"
+        )
+    if current.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        return ValueError(f"no kernel takes {current.dtype}: take float32, or backend='torch'")
+    if w_rec is not None and w_rec.shape[-1] > MAX_HEAD:
+        return ValueError(
+            f"a head of {w_rec.shape[-1]} neurons is over the kernel's {MAX_HEAD}: split the"
+            " recurrent synapses into more heads, or take backend='torch'"
+        )

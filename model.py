@@ -1,0 +1,380 @@
+"""A spiking language model: tokens in, logits out, from leaf to root.
+
+    tokens -> embed (binary spikes, or float) -> blocks -> readout -> logits by the tied embedding
+
+A token is one time step. `model(tokens, state)` is the only forward: it serves training,
+evaluation, prefill and generation, and whole = split = one token at a time.
+Shapes: B sequences, T tokens, D width of the residual stream, E width of the embedding.
+"""
+
+import math
+from dataclasses import dataclass, field, fields
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+from kernels import lif
+from lif import SURROGATES
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    # model
+    block: str = "sam"  # sam: recurrent spiking block of Real Sam | gpt: causal attention, the control
+    vocab_size: int = 4096  # tokens the embedding has room for; the tokenizer may use fewer
+    n_embd: int = 256  # width of the tied embedding
+    n_hidden: int = 512  # width of the residual stream = neurons per block
+    n_layer: int = 6  # blocks
+    encoder: str = "spikes"  # spikes: 1[sigmoid(embedding) > 1/2], straight-through | float: as it is
+    residual: str = "gated"  # sam: gated | plain | none (every block replaces its input)
+    norm: bool = True  # layer norm before each block and the readout
+    # neurons
+    rec_heads: int = 1  # recurrent synapses: 1 full matrix | h blocks of n_hidden/h | 0 none
+    beta: float = 0.9  # membrane decay per token at the start; learned per neuron
+    theta: float = 1.0  # firing threshold
+    surrogate: str = "fast_sigmoid"  # derivative put in place of the step's: a name in lif.py
+    slope: float = 25.0  # its slope
+    reset_grad: bool = True  # let the gradient flow through the reset too
+    backend: str = "auto"  # the scan: auto | triton | torch
+    # neuron diversity and environment (Real Sam)
+    diversity: float = 0.4  # sigma of the log-normal factor that each neuron answers stress with
+    stress_gain: float = 0.3  # kappa: gain = 1 + kappa * stress * factor; 0 switches stress off
+    stress_decay: float = 0.99  # stress is this moving average, per step, of loss / ln(vocabulary)
+    # firing rate
+    rate_target: float = 0.1  # spikes per neuron and token that the penalty pulls a layer towards
+    rate_weight: float = 10.0  # weight of the penalty (rate - target)^2, summed over layers
+    homeostasis: float = 0.0  # sam V3: thresholds move by this * (rate - target) per step; 0 is off
+    # gpt
+    n_head: int = 8  # attention heads
+    d_ff: int = 1112  # width of the feed-forward part
+    window: int = 512  # tokens that attention looks back: the most its state holds
+
+    def __post_init__(self):
+        for name, allowed in (
+            ("block", tuple(BLOCKS)),
+            ("encoder", ("spikes", "float")),
+            ("residual", ("gated", "plain", "none")),
+            ("surrogate", tuple(SURROGATES)),
+            ("backend", ("auto", "triton", "torch")),
+        ):
+            if getattr(self, name) not in allowed:
+                raise ValueError(
+                    f"{name} must be one of {', '.join(allowed)}, got {getattr(self, name)!r}"
+                )
+        for name in ("vocab_size", "n_embd", "n_hidden", "n_layer", "n_head", "d_ff", "window"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        for name in ("rec_heads", "n_head"):
+            heads = getattr(self, name)
+            if heads and self.n_hidden % heads:
+                raise ValueError(f"n_hidden {self.n_hidden} must be a multiple of {name} {heads}")
+        if not 0 < self.beta < 1:
+            raise ValueError(f"beta must lie between 0 and 1, got {self.beta}")
+        if self.slope <= 0 or self.theta <= 0:
+            raise ValueError("slope and theta must be positive")
+
+
+@dataclass
+class Report:
+    """What one forward pass counts on its way; train.py prints and logs it, sample.py --eval too."""
+
+    rate: list = field(default_factory=list)  # per spiking layer: (N,) spikes per neuron and token
+    synops: list = field(default_factory=list)  # per spike-fed matrix: operations really triggered
+    synapses: list = field(default_factory=list)  # per spike-fed matrix: multiplications if dense
+    macs: int = 0  # multiplications per token of the float-fed matrices
+
+    def fed_by_spikes(self, rate, fan_out):
+        """Count a matrix fed by spikes of these rates (N,): a spike triggers fan_out additions."""
+        self.synops.append(rate.detach().sum() * fan_out)
+        self.synapses.append(rate.numel() * fan_out)
+
+
+class Linear(nn.Linear):
+    """A matrix fed by floats: every weight costs a multiplication at every token."""
+
+    def forward(self, x, report):
+        report.macs += self.weight.numel()
+        return super().forward(x)
+
+
+class Synapse(nn.Module):
+    """A matrix that may only be fed binary spikes, stored one row per presynaptic neuron."""
+
+    def __init__(self, fan_in, fan_out):
+        super().__init__()
+        bound = 1 / math.sqrt(fan_in)
+        self.weight = nn.Parameter(torch.empty(fan_in, fan_out).uniform_(-bound, bound))
+        self.bias = nn.Parameter(torch.empty(fan_out).uniform_(-bound, bound))
+
+    def forward(self, s, report):  # (..., fan_in) of 0 and 1 -> (..., fan_out)
+        report.fed_by_spikes(s.detach().flatten(0, -2).mean(0), self.weight.shape[1])
+        return F.linear(s, self.weight.t(), self.bias)
+
+
+def spike_encode(x):
+    """Binary spikes 1[sigmoid(x) > 1/2]; the gradient is the sigmoid's (straight-through)."""
+    p = torch.sigmoid(x)
+    return (x > 0).to(x.dtype) + (p - p.detach())  # p - p is exactly 0: the spikes stay binary
+
+
+class SamBlock(nn.Module):
+    """Real Sam: recurrent spiking neurons of diverse temper, added to the stream through a gate.
+
+    current = gain * (W_in x + b) + W_rec s + b_rec;  s = lif(current);  x + sigmoid(W_g x) * s
+    """
+
+    def __init__(self, config):
+        super().__init__()
+        c, D = config, config.n_hidden
+        self.config = config
+        self.norm = nn.LayerNorm(D) if c.norm else nn.Identity()
+        self.fc_in = Linear(D, D)
+        if c.rec_heads:
+            d = D // c.rec_heads
+            bound = 1 / math.sqrt(d)
+            self.w_rec = nn.Parameter(torch.empty(c.rec_heads, d, d).uniform_(-bound, bound))
+            self.b_rec = nn.Parameter(torch.empty(D).uniform_(-bound, bound))
+        if c.residual == "gated":
+            self.gate = Linear(D, D)
+        self.beta_logit = nn.Parameter(torch.full((D,), math.log(c.beta / (1 - c.beta))))
+        self.register_buffer("theta", torch.full((D,), c.theta))
+        normal = torch.randn(D)  # mean of the factor exp(sigma n - sigma^2/2) is 1
+        self.register_buffer("temper", torch.exp(c.diversity * normal - c.diversity**2 / 2))
+
+    def forward(self, x, state, stress, report):  # (B, T, D) -> (B, T, D)
+        c = self.config
+        h = self.norm(x)
+        current = self.fc_in(h, report)
+        if c.stress_gain:
+            current = current * (1 + c.stress_gain * stress * self.temper)
+        if c.rec_heads:
+            current = current + self.b_rec
+        s, _, state = lif(
+            current, torch.sigmoid(self.beta_logit), self.theta,
+            self.w_rec if c.rec_heads else None, state,
+            surrogate=c.surrogate, slope=c.slope, reset_grad=c.reset_grad, backend=c.backend,
+        )  # fmt: skip
+        rate = s.mean((0, 1))
+        report.rate.append(rate)
+        if c.rec_heads:
+            report.fed_by_spikes(rate, c.n_hidden // c.rec_heads)
+        if c.residual == "gated":
+            s = torch.sigmoid(self.gate(h, report)) * s
+        return (s if c.residual == "none" else x + s), state
+
+    @torch.no_grad()
+    def adapt(self, rate):
+        """Homeostasis (Real Sam V3): neurons that fire too much become harder to excite."""
+        self.theta += self.config.homeostasis * (rate - self.config.rate_target)
+        self.theta.clamp_(0.1 * self.config.theta, 10 * self.config.theta)
+
+
+class GPTBlock(nn.Module):
+    """The control: causal attention with rotary positions (Su et al. 2021, arXiv 2104.09864), GELU.
+
+    A token sees itself and the window - 1 tokens before it. State: keys and values of those
+    (B, heads, <= window - 1, d) and the number of tokens so far (B,).
+    """
+
+    def __init__(self, config):
+        super().__init__()
+        D = config.n_hidden
+        self.n_head, self.window = config.n_head, config.window
+        self.norm_a, self.norm_f = nn.LayerNorm(D, bias=False), nn.LayerNorm(D, bias=False)
+        self.qkv, self.out = Linear(D, 3 * D, bias=False), Linear(D, D, bias=False)
+        self.up, self.down = Linear(D, config.d_ff, bias=False), Linear(config.d_ff, D, bias=False)
+        for w in (self.qkv, self.up, self.out, self.down):
+            nn.init.normal_(w.weight, std=0.02)
+        for w in (self.out, self.down):
+            w.weight.data /= math.sqrt(2 * config.n_layer)
+
+    def forward(self, x, state, stress, report):  # (B, T, D) -> (B, T, D)
+        B, T, D = x.shape
+        q, k, v = (
+            y.view(B, T, self.n_head, -1).transpose(1, 2)  # (B, heads, T, d)
+            for y in self.qkv(self.norm_a(x), report).chunk(3, dim=-1)
+        )
+        past = 0 if state is None else state[0].shape[2]
+        first = x.new_zeros(B, dtype=torch.long) if state is None else state[2]
+        position = first[:, None] + torch.arange(T, device=x.device)  # (B, T)
+        q, k = rotate(q, position), rotate(k, position)
+        if state is not None:
+            k, v = torch.cat([state[0], k], 2), torch.cat([state[1], v], 2)
+        if past == 0 and T <= self.window:
+            y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        else:
+            age = torch.arange(past, past + T, device=x.device)[:, None] - torch.arange(
+                past + T, device=x.device
+            )
+            mask = (age >= 0) & (age < self.window)
+            y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+        x = x + self.out(y.transpose(1, 2).reshape(B, T, D), report)
+        x = x + self.down(F.gelu(self.up(self.norm_f(x), report)), report)
+        keep = max(0, k.shape[2] - self.window + 1)
+        return x, (k[:, :, keep:], v[:, :, keep:], first + T)
+
+
+def rotate(x, position):
+    """Turn pairs of channels of x (B, heads, T, d) by angles that grow with position (B, T)."""
+    half = x.shape[-1] // 2
+    speed = 10000.0 ** (-torch.arange(half, device=x.device) / half)
+    angle = position[:, None, :, None] * speed  # (B, 1, T, half)
+    a, b = x[..., :half], x[..., half : 2 * half]
+    cos, sin = angle.cos().to(x.dtype), angle.sin().to(x.dtype)
+    return torch.cat([a * cos - b * sin, a * sin + b * cos, x[..., 2 * half :]], -1)
+
+
+BLOCKS = {"sam": SamBlock, "gpt": GPTBlock}
+
+
+class SpikingLM(nn.Module):
+    """Embedding, blocks and tied readout around whichever block the config names."""
+
+    def __init__(self, config):
+        super().__init__()
+        c = self.config = config
+        self.embedding = nn.Embedding(c.vocab_size, c.n_embd)
+        nn.init.normal_(self.embedding.weight, std=c.n_embd**-0.5)
+        self.proj_in = self.proj_out = None
+        if c.encoder == "spikes":
+            self.proj_in = Synapse(c.n_embd, c.n_hidden)
+        elif c.n_embd != c.n_hidden:
+            self.proj_in = Linear(c.n_embd, c.n_hidden)
+        self.blocks = nn.ModuleList(BLOCKS[c.block](c) for _ in range(c.n_layer))
+        self.norm = nn.LayerNorm(c.n_hidden) if c.norm else nn.Identity()
+        if c.n_hidden != c.n_embd:
+            self.proj_out = Linear(c.n_hidden, c.n_embd)
+        self.register_buffer("stress", torch.ones(()))  # frozen at evaluation, saved with the model
+
+    def forward(self, tokens, state=None):
+        """tokens (B, T) int64; state as returned by an earlier call, or None for silence.
+
+        Returns logits (B, T, vocabulary), the state after the last token (a list, an entry per
+        block) and a Report.
+        """
+        report = Report()
+        x = self.embedding(tokens)  # (B, T, E)
+        if self.config.encoder == "spikes":
+            x = spike_encode(x)
+        if self.proj_in is not None:
+            x = self.proj_in(x, report)  # (B, T, D)
+        after = []
+        for block, before in zip(self.blocks, state or [None] * len(self.blocks)):
+            x, now = block(x, before, self.stress, report)
+            after.append(now)
+        x = self.norm(x)
+        if self.proj_out is not None:
+            x = self.proj_out(x, report)  # (B, T, E)
+        report.macs += self.embedding.weight.numel()
+        return F.linear(x, self.embedding.weight), after, report
+
+    def loss(self, logits, targets, report):
+        """Cross-entropy in nats per token (alone the basis of bits per byte), firing penalty."""
+        nats = F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten())
+        c = self.config
+        off = [(rate.mean() - c.rate_target) ** 2 for rate in report.rate]
+        return nats, c.rate_weight * sum(off, start=nats.new_zeros(()))
+
+    @torch.no_grad()
+    def observe(self, nats, rates):
+        """What training tells the neurons beside gradients: the environment's stress (Real Sam).
+
+        stress = moving average of nats / ln(vocabulary), within 0..1; the published system gives
+        no formula, so this one is ours. With homeostasis on, thresholds follow the rates too.
+        """
+        c = self.config
+        strain = min(max(nats / math.log(c.vocab_size), 0.0), 1.0)
+        self.stress.mul_(c.stress_decay).add_((1 - c.stress_decay) * strain)
+        if c.homeostasis:
+            for block, rate in zip(self.blocks, rates):
+                block.adapt(rate)
+
+    @torch.no_grad()
+    def score(self, tokens, length):
+        """How well the model predicts tokens (n,), a stream that begins with an end token.
+
+        Rows of `length` tokens, each from silence, overlap by one token, so that every token
+        after the first is scored once. Returns a dictionary: nats (total), tokens (scored), rate
+        (spikes per neuron and token, per layer), synops and synapses (per token: synaptic
+        operations triggered, and their number if all neurons fired), macs (float-fed, per token).
+        """
+        device, n = self.stress.device, len(tokens) - 1
+        if n < 1:
+            raise ValueError("nothing to score: the text is empty")
+        rows = -(-n // length)
+        padded = torch.full((rows * length + 1,), -1)
+        padded[: n + 1] = torch.from_numpy(tokens.astype("int64"))
+        x, y = padded[:-1].view(rows, length), padded[1:].view(rows, length)
+        nats, weight, rate, synops = 0.0, 0, 0, 0
+        for x, y in zip(x.split(max(1, 8192 // length)), y.split(max(1, 8192 // length))):
+            logits, _, report = self(x.clamp(min=0).to(device))
+            nats += F.cross_entropy(
+                logits.flatten(0, 1).float(), y.flatten().to(device), ignore_index=-1, reduction="sum"
+            ).item()
+            weight += len(x)
+            rate = rate + len(x) * torch.tensor([r.mean().item() for r in report.rate])
+            synops = synops + len(x) * sum(s.item() for s in report.synops)
+        return {
+            "nats": nats,
+            "tokens": n,
+            "rate": (rate / weight).tolist(),
+            "synops": synops / weight,
+            "synapses": sum(report.synapses),
+            "macs": report.macs,
+        }
+
+    @torch.no_grad()
+    def generate(self, tokens, state=None, temperature=1.0, top_k=0, top_p=1.0, generator=None):
+        """Yield (token (B, 1), state) for ever, in constant time and memory per token.
+
+        tokens (B, T) is the prompt after `state`. The yielded state has seen all but the yielded
+        token, so a chat goes on with generate([token, more ...], state).
+        """
+        for chunk in tokens.split(512, dim=1):  # a long prompt in pieces: memory stays flat
+            logits, state, _ = self(chunk, state)
+        while True:
+            token = pick(logits[:, -1], temperature, top_k, top_p, generator)
+            yield token, state
+            logits, state, _ = self(token, state)
+
+
+def load_checkpoint(path):
+    """The dictionary that train.py saved; ValueError with one line where it can not be read.
+
+    weights_only: a checkpoint is tensors and plain values, and can not run code.
+    """
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise ValueError(f"there is no checkpoint {path}; train.py writes one") from None
+    except Exception as error:  # damaged in any of many ways
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise ValueError(f"cannot read the checkpoint {path}: {reason}") from None
+
+
+def build(checkpoint):
+    """The model of a checkpoint, weights loaded, ready to evaluate and generate."""
+    names = {f.name for f in fields(ModelConfig)}
+    settings = {k: v for k, v in checkpoint["config"].items() if k in names}
+    model = SpikingLM(ModelConfig(**settings))
+    model.load_state_dict(checkpoint["model"])
+    return model.eval()
+
+
+def pick(logits, temperature, top_k, top_p, generator):
+    """Draw a token (B, 1) from logits (B, V): temperature 0 takes the best; top_k 0 keeps all;
+    top_p keeps the fewest tokens that hold that much probability (Holtzman et al. 2019)."""
+    logits = logits.float()
+    if temperature < 1e-4:  # also where division would overflow
+        return logits.argmax(-1, keepdim=True)
+    logits = logits / temperature
+    if 0 < top_k < logits.shape[-1]:
+        least = logits.topk(top_k).values[:, -1:]
+        logits = logits.masked_fill(logits < least, -math.inf)
+    if top_p < 1:
+        value, order = logits.sort(descending=True)
+        p = value.softmax(-1)
+        value = value.masked_fill(p.cumsum(-1) - p >= top_p, -math.inf)
+        logits = torch.empty_like(logits).scatter(-1, order, value)
+    return torch.multinomial(logits.softmax(-1), 1, generator=generator)

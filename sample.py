@@ -1,0 +1,151 @@
+"""Let a trained model speak, chat, or score a text.
+
+    python sample.py --ckpt=out/best.pt --prompt="Once upon a time"
+    python sample.py --ckpt=out/best.pt --chat=True
+    python sample.py --ckpt=out/best.pt --eval=some.txt
+"""
+
+import codecs
+import math
+import sys
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+import config
+import data
+from model import build, load_checkpoint
+
+
+@dataclass(frozen=True)
+class SampleConfig:
+    # what to do
+    ckpt: str = "out/best.pt"  # checkpoint written by train.py
+    prompt: str = ""  # text to continue; empty starts a document of its own
+    chat: bool = False  # talk: the state is carried from turn to turn
+    eval: str = ""  # score this text file instead: nats per token, bits per byte, rates, SynOps
+    # how
+    max_new_tokens: int = 200  # tokens to write; per turn in a chat
+    temperature: float = 0.7  # 0 takes the likeliest token every time
+    top_k: int = 0  # draw from the k likeliest tokens; 0 from all
+    top_p: float = 0.95  # draw from the fewest tokens that hold this much probability
+    stop_at_end: bool = True  # stop when the model ends its document
+    seed: int = 1337  # of the draws
+    eval_length: int = 256  # tokens of a row that is scored; each starts from silence
+    device: str = "cpu"  # cpu | cuda | mps
+    threads: int = 0  # CPU threads; 0 leaves it to torch
+
+    def __post_init__(self):
+        if self.temperature < 0 or self.top_k < 0 or not 0 < self.top_p <= 1:
+            raise ValueError("temperature and top_k must not be negative, top_p must be in (0, 1]")
+        if self.max_new_tokens < 0 or self.eval_length < 1:
+            raise ValueError("max_new_tokens must not be negative, eval_length at least 1")
+
+
+class Speaker:
+    """A model, its tokenizer and the state of what has been said so far."""
+
+    def __init__(self, c):
+        checkpoint = load_checkpoint(c.ckpt)
+        self.tokenizer = data.tokenizer_from_state(checkpoint["tokenizer"])
+        self.model = build(checkpoint).to(c.device)
+        self.generator = torch.Generator(device=c.device).manual_seed(c.seed)
+        self.c, self.state, self.pending = c, None, [self.tokenizer.end]
+
+    def speak(self, text, until=None):
+        """Yield pieces of the continuation of all that was said before and of `text`.
+
+        Ends at the model's end token, after max_new_tokens, or before the string `until`.
+        `pending` holds the tokens that the state has not seen yet.
+        """
+        c = self.c
+        self.pending += self.tokenizer.encode(text)
+        prompt = torch.tensor([self.pending], device=c.device)
+        stream = self.model.generate(
+            prompt, self.state, c.temperature, c.top_k, c.top_p, self.generator
+        )
+        decoder = codecs.getincrementaldecoder("utf-8")("replace")  # a character may need 4 tokens
+        said, shown = "", 0
+        for _ in range(c.max_new_tokens):
+            token, self.state = next(stream)
+            self.pending = [token.item()]
+            if self.pending[0] == self.tokenizer.end and c.stop_at_end:
+                break
+            said += decoder.decode(self.tokenizer.decode_bytes(self.pending))
+            if until and until in said:
+                yield said[shown : said.index(until)]
+                return
+            safe = len(said) - (len(until) - 1 if until else 0)  # it could be the start of `until`
+            if safe > shown:
+                yield said[shown:safe]
+                shown = safe
+        yield said[shown:] + decoder.decode(b"", final=True)
+
+
+def show(pieces):
+    for piece in pieces:
+        print(piece, end="", flush=True)
+    print()
+
+
+def chat(c):
+    """Read a line, answer it, and go on; an empty line or Ctrl-D ends."""
+    speaker = Speaker(c)
+    print("Say something; an empty line ends.")
+    while True:
+        try:
+            text = input("> ").strip()
+        except EOFError:
+            text = ""
+        if not text:
+            return
+        show(speaker.speak(data.turn(text), until="\n"))
+        # the newline that ended the answer is part of the corpus' format, and so of the state
+        
+
+def evaluate(c):
+    """Score a text file and print what train.py prints of its held-out set."""
+    speaker = Speaker(c)
+    try:
+        text = open(c.eval, encoding="utf-8-sig").read()
+    except (OSError, UnicodeDecodeError) as error:
+        config.stop(f"cannot read {c.eval} as UTF-8 text: {error}")
+    ids, end = [], speaker.tokenizer.end
+    documents = [d.strip("\n") for d in text.split(data.END_TEXT) if d.strip()]
+    for document in documents:
+        ids += [end] + speaker.tokenizer.encode(document)
+    n_bytes = sum(len(d.encode()) for d in documents)
+    score = speaker.model.score(np.array(ids + [end]), c.eval_length)
+    print(f"{score['tokens']} tokens, {n_bytes} bytes, {len(documents)} documents")
+    print(f"nats per token  {score['nats'] / score['tokens']:.4f}")
+    print(f"bits per byte   {score['nats'] / math.log(2) / n_bytes:.4f}")
+    if score["rate"]:
+        print("firing rate     " + " ".join(f"{100 * r:.1f}%" for r in score["rate"]))
+        print(
+            f"SynOps          {score['synops']:.0f} triggered per token, "
+            f"{100 * score['synops'] / score['synapses']:.1f}% of {score['synapses']} spike-fed synapses"
+        )
+    print(f"float-fed       {score['macs']} multiplications per token")
+
+
+def main(argv):
+    c = config.load(SampleConfig, argv)
+    if c.threads:
+        torch.set_num_threads(c.threads)
+    try:
+        if c.eval:
+            evaluate(c)
+        elif c.chat:
+            chat(c)
+        else:
+            print(c.prompt, end="", flush=True)
+            show(Speaker(c).speak(c.prompt))
+    except (data.DataError, ValueError) as error:
+        config.stop(error)
+    except (KeyboardInterrupt, BrokenPipeError):
+        raise SystemExit(130) from None
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

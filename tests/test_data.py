@@ -1,0 +1,793 @@
+"""data.py: tokenizers, nursery, downloads under faults, files, phases, cache, batches."""
+
+import gzip
+import hashlib
+import http.server
+import json
+import math
+import multiprocessing
+import random
+import re
+import threading
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tiktoken
+import torch
+
+import data
+from data import DataError, Tokenizer
+
+SAMPLE = "The cat's hat, the cat sat. That's that: 12345 hats_and cats!\n\n  A caterpillar sat.  "
+
+
+@pytest.fixture(scope="module")
+def corpus():
+    return data.nursery(60_000, "test")[0]
+
+
+@pytest.fixture(autouse=True)
+def small_nursery(monkeypatch):
+    monkeypatch.setattr(data, "NURSERY_BYTES", (60_000, 8_000))
+
+
+def write(path: Path, text) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(text if isinstance(text, bytes) else text.encode())
+    return path
+
+
+def texts_of(stream, tokenizer) -> list[str]:
+    """The texts of a stream, which must be END text END ... END."""
+    stream = np.asarray(stream)
+    assert stream[0] == stream[-1] == tokenizer.end
+    parts = np.split(stream, np.flatnonzero(stream == tokenizer.end))[1:-1]
+    return [tokenizer.decode(part) for part in parts]
+
+
+# ---- Tokenizers ------------------------------------------------------------------------------
+
+
+def make(kind, corpus) -> Tokenizer:
+    return data.train_tokenizer(kind, corpus, 400)
+
+
+def random_text(seed: int, length=200) -> str:
+    rng = random.Random(seed)
+    ranges = [(0, 128), (0, 0x300), (0x300, 0x370), (0x2000, 0x2070), (0x4E00, 0x4F00),
+              (0x1F600, 0x1F650), (9, 33), (0x660, 0x66A)]  # fmt: skip
+    return "".join(chr(rng.randrange(*rng.choice(ranges))) for _ in range(length))
+
+
+@pytest.mark.parametrize("kind", ["byte", "bpe"])
+def test_any_text_survives(kind, corpus):
+    tokenizer = make(kind, corpus)
+    texts = ["", SAMPLE, data.END_TEXT, "<|endofprompt|>", *map(random_text, range(50))]
+    for text, ids in zip(texts, tokenizer.encode_batch(texts)):
+        assert ids == tokenizer.encode(text) and tokenizer.end not in ids
+        assert tokenizer.decode(ids) == text
+        assert tokenizer.decode([tokenizer.end, *ids, tokenizer.end]) == text
+    long = ["word " * 300, SAMPLE * 20]  # long enough for the threaded path
+    assert tokenizer.encode_batch(long) == [tokenizer.encode(text) for text in long]
+
+
+def test_any_bytes_decode(corpus):
+    tokenizer = make("bpe", corpus)
+    raw = random.Random(0).randbytes(300)
+    ids = list(raw)  # the first 256 ids are the bytes
+    assert tokenizer.decode_bytes(ids) == raw
+    assert tokenizer.decode(ids) == raw.decode(errors="replace")
+    with pytest.raises(DataError, match="token ids"):
+        tokenizer.decode([tokenizer.vocab_size])
+
+
+def test_byte_tokens_are_bytes():
+    tokenizer = Tokenizer("byte")
+    assert tokenizer.vocab_size == 257 and tokenizer.end == 256
+    assert tokenizer.encode("né") == list("né".encode())
+
+
+def test_char_vocabulary():
+    tokenizer = data.train_tokenizer("char", ["banana", "né"], 0)
+    assert tokenizer.vocab == ["a", "b", "n", "é"] and tokenizer.vocab_size == 5
+    assert tokenizer.decode(tokenizer.encode("nab")) == "nab"
+    with pytest.raises(DataError, match="'o'.*byte or bpe"):
+        tokenizer.encode("box")
+
+
+def brute_encode(word: str, ranks: dict[bytes, int]) -> list[bytes]:
+    parts = [bytes([b]) for b in word.encode()]
+    while True:
+        options = [(ranks[a + b], i) for i, (a, b) in enumerate(zip(parts, parts[1:]))
+                   if a + b in ranks]  # fmt: skip
+        if not options:
+            return parts
+        _, i = min(options)
+        parts[i : i + 2] = [parts[i] + parts[i + 1]]
+
+
+def brute_train(text: str, n_merges: int) -> list[bytes]:
+    ranks = {}
+    for _ in range(n_merges):
+        total = Counter()
+        for word in re.findall(data.PATTERN, text):
+            parts = brute_encode(word, ranks)
+            total.update(a + b for a, b in zip(parts, parts[1:]))
+        best = min(total, key=lambda pair: (-total[pair], pair), default=None)
+        if best is None or total[best] < 2:
+            break
+        ranks[best] = len(ranks)
+    return list(ranks)
+
+
+def test_bpe_agrees_with_brute_force(corpus):
+    rng = random.Random(3)
+    syllables = ["".join(rng.choices("ab", k=200)), " ".join(corpus[:12]), SAMPLE * 3]
+    syllables.append(" ".join("".join(rng.choices("abc", k=rng.randint(1, 9))) for _ in range(300)))
+    for text in syllables:
+        merges = brute_train(text, 120)
+        tokenizer = data.train_tokenizer("bpe", [text], 257 + 120)
+        assert tokenizer.vocab == merges
+        ranks = {piece: rank for rank, piece in enumerate(merges)}
+        for word in re.findall(data.PATTERN, text + " new tacatcats"):
+            pieces = [tokenizer.decode_bytes([i]) for i in tokenizer.encode(word)]
+            assert pieces == brute_encode(word, ranks)
+
+
+def test_bpe_is_deterministic_and_may_run_out_of_pairs(corpus):
+    first = data.train_tokenizer("bpe", corpus, 500)
+    assert first.vocab_size == 500
+    assert first.state() == data.train_tokenizer("bpe", corpus[::-1], 500).state()
+    tiny = data.train_tokenizer("bpe", ["one two"], 4096)
+    assert tiny.vocab_size == 257 and tiny.decode(tiny.encode(SAMPLE)) == SAMPLE
+    with pytest.raises(DataError, match="vocab_size 256"):
+        data.train_tokenizer("bpe", corpus, 256)
+
+
+@pytest.mark.parametrize("kind", ["byte", "char", "bpe"])
+def test_state_rebuilds(kind, corpus):
+    tokenizer = make(kind, corpus)
+    again = data.tokenizer_from_state(tokenizer.state())
+    assert again.hash == tokenizer.hash and again.vocab_size == tokenizer.vocab_size
+    assert again.encode(corpus[0]) == tokenizer.encode(corpus[0])
+
+
+@pytest.mark.parametrize("state", [
+    "", "{", "[]", "null", '{"kind": "bpe"}', '{"kind": "bpe", "vocab": ["a"]}',
+    '{"kind": "bpe", "vocab": ["ab", "ab"]}', '{"kind": "bpe", "vocab": ["\\u4e00b"]}',
+    '{"kind": "char", "vocab": ["ab"]}', '{"kind": "char", "vocab": [1]}',
+    '{"kind": "byte", "vocab": 3}',
+])  # fmt: skip
+def test_damaged_state(state):
+    with pytest.raises(DataError, match="damaged tokenizer state"):
+        data.tokenizer_from_state(state)
+
+
+def test_gpt2_offline_is_one_line(monkeypatch):
+    def fail(name):
+        raise OSError("no network\nat all")
+
+    monkeypatch.setattr(tiktoken, "get_encoding", fail)
+    with pytest.raises(DataError, match="TIKTOKEN_CACHE_DIR") as caught:
+        Tokenizer("gpt2")
+    assert "\n" not in str(caught.value)
+    with pytest.raises(DataError, match="unknown tokenizer 'gpt5'"):
+        Tokenizer("gpt5")
+
+
+# ---- The nursery -----------------------------------------------------------------------------
+
+
+def seeded(seed):
+    rng = random.Random(seed)
+    return lambda weights: rng.choices(range(len(weights)), weights)[0]
+
+
+def all_derivations(rule):
+    """Every (text, bits) of a rule: choices are counted up like the digits of a number."""
+    path = []
+    while True:
+        used, at = [], iter(path)
+
+        def pick(weights):
+            options = [i for i, weight in enumerate(weights) if weight]
+            used.append((next(at, 0), len(options)))
+            return options[used[-1][0]]
+
+        yield data.tell(rule, pick)
+        while used and used[-1][0] + 1 == used[-1][1]:
+            used.pop()
+        if not used:
+            return
+        path = [i for i, _ in used[:-1]] + [used[-1][0] + 1]
+
+
+@pytest.mark.parametrize("rule", ["when", "name", "greet", "react", "sad", "glad", "bye", "ending"])
+def test_probabilities_sum_to_one(rule):
+    probability = Counter()
+    for n, (text, bits) in enumerate(all_derivations(rule), start=1):
+        probability[text] += 2.0**-bits
+    assert len(probability) == n > 4  # no text twice
+    assert sum(probability.values()) == pytest.approx(1)
+
+
+def parse_back(text: str, rule: str):
+    """-log2 probability of every derivation of `text`: an independent reading of the grammar.
+
+    Capitals and a/an are undone first, in the text and in the grammar alike.
+    """
+    plain = lambda s: re.sub(r"\ban (?=[aeiou])", "a ", s.lower())  # noqa: E731
+    rules, goal = data.rules(), plain(text)
+
+    def sequence(nodes, at, facts, then):
+        if not nodes:
+            return then(at, facts)
+        node, rest = nodes[0], nodes[1:]
+        go = lambda end, facts: sequence(rest, end, facts, then)  # noqa: E731
+        if isinstance(node, str):
+            node = plain(node)
+            return go(at + len(node), facts) if goal.startswith(node, at) else []
+        if isinstance(node, tuple) and node[1]:
+            return fact(*node, at, facts, go)
+        options = node if isinstance(node, list) else rules[node[0]]
+        return alternatives(options, at, facts, go)
+
+    def alternatives(options, at, facts, go):
+        total, found = sum(weight for weight, _ in options), []
+        for weight, nodes in options:
+            cost = -math.log2(weight / total)
+            found += [cost + more for more in sequence(nodes, at, facts, go)]
+        return found
+
+    def fact(rule, name, form, at, facts, go):
+        if name in facts:
+            spoken = plain(facts[name][1][form])
+            return go(at + len(spoken), facts) if goal.startswith(spoken, at) else []
+        barred = {i for key, (i, _) in facts.items() if key.rstrip("0123456789") == rule}
+        options = [(i, w, nodes) for i, (w, nodes) in enumerate(rules[rule]) if i not in barred]
+        total, found = sum(w for _, w, _ in options), []
+        for i, w, nodes in options:
+            if all(isinstance(node, str) for node in nodes):  # a lexicon entry, maybe with forms
+                forms = "".join(nodes).split("/")
+                spoken = plain(forms[form])
+                if goal.startswith(spoken, at):
+                    known = {**facts, name: (i, forms)}
+                    found += [-math.log2(w / total) + more for more in go(at + len(spoken), known)]
+            else:  # a template, used once
+                tail = lambda end, facts, i=i: go(end, {**facts, name: (i, [])})  # noqa: E731
+                found += [-math.log2(w / total) + more for more in sequence(nodes, at, facts, tail)]
+        return found
+
+    return alternatives(rules[rule], 0, {}, lambda end, _: [0.0] if end == len(goal) else [])
+
+
+def test_a_text_has_one_derivation():
+    for seed in range(400):
+        text, bits = data.tell("document", seeded(seed))
+        assert parse_back(text, "document") == [pytest.approx(bits)], text
+
+
+def test_same_text_same_probability():
+    rng = random.Random(0)
+    pick = lambda weights: rng.choices(range(len(weights)), weights)[0]  # noqa: E731
+    seen = {}
+    for _ in range(4000):  # quizzes are short enough to come up again
+        text, bits = data.tell("quizzes", pick)
+        assert seen.setdefault(text, bits) == pytest.approx(bits)
+
+
+def test_choices_are_as_frequent_as_claimed():
+    rng = random.Random(1)
+    pick = lambda weights: rng.choices(range(len(weights)), weights)[0]  # noqa: E731
+    told = [data.tell("document", pick)[0] for _ in range(4000)]
+    talks = sum(map(data.is_talk, told))
+    assert abs(talks / 4000 - 4 / 9) < 4 * math.sqrt(4 / 9 * 5 / 9 / 4000)
+    heroes = Counter(re.search(r" named (\w+)\.", text)[1] for text in told if " named " in text
+                     and not data.is_talk(text))  # fmt: skip
+    n = sum(heroes.values())
+    chi2 = sum((count - n / 24) ** 2 / (n / 24) for count in heroes.values())
+    assert len(heroes) == 24 and chi2 < 60  # 23 degrees of freedom: above once in 40,000
+    starts = Counter(text.split("\n")[0] for text in told)
+    assert starts["You: Hello, Sam."] > 0
+
+
+def test_nursery_is_what_it_says(corpus):
+    vocabulary = {word.lower() for text in corpus for word in re.findall(r"[A-Za-z]+", text)}
+    assert len(vocabulary) >= 400
+    for text in corpus:
+        assert "  " not in text and text == text.strip() and not re.search(r"[<>{}()|*/\\\d]", text)
+        assert not re.search(r"\ba [aeiou]|\ban [^aeiou]", text, re.I), text
+        assert not re.search(r"[.] [a-z]", text), text
+        if data.is_talk(text):
+            lines = text.split("\n")
+            assert all(line.startswith((data.YOU, data.SAM)[i % 2]) for i, line in enumerate(lines))
+        else:
+            assert 30 <= len(text.split()) <= 120
+    again, bits = data.nursery(60_000, "test")
+    assert again == corpus != data.nursery(60_000, "other")[0] and bits > 0
+
+
+def test_facts_hold_within_a_document():
+    for seed in range(300):
+        text, _ = data.tell("facts", seeded(seed))
+        told = re.search(r"wants an? (\w+) (\w+)\.", text)
+        for color, thing in re.findall(r"Sam: \w+ wants an? (\w+) (\w+)\.", text):
+            assert thing == "one" or (color, thing) == told.groups()
+        for color in re.findall(r"Sam: The \w+ is (\w+)\.", text):
+            assert color == told[1]
+
+
+def test_grammar_has_no_loose_ends():
+    rules, used = data.rules(), {"document"}
+
+    def visit(options):
+        bodies = [str(nodes) for _, nodes in options]
+        assert len(set(bodies)) == len(bodies), bodies  # an alternative given twice
+        for _, nodes in options:
+            for node in nodes:
+                if isinstance(node, list):
+                    visit(node)
+                elif isinstance(node, tuple):
+                    used.add(node[0])
+
+    for options in rules.values():
+        visit(options)
+    assert used == set(rules)
+
+
+# ---- Downloads -------------------------------------------------------------------------------
+
+
+class Server(http.server.ThreadingHTTPServer):
+    """Serves `content` with Range; each fault of `faults` spoils one request, in turn."""
+
+    daemon_threads = True
+
+    def __init__(self, content: bytes, faults=(), tag=None):
+        super().__init__(("127.0.0.1", 0), Handler)
+        self.content, self.faults, self.tag, self.asked = content, list(faults), tag, []
+        self.release = threading.Event()
+        self.url = f"http://127.0.0.1:{self.server_port}"
+        threading.Thread(target=self.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.release.set()
+        self.shutdown()
+        self.server_close()
+
+
+class Handler(http.server.BaseHTTPRequestHandler):
+    def log_message(self, *_):
+        pass
+
+    def do_HEAD(self):
+        self.send_response(200)
+        self.end_headers()
+
+    def do_GET(self):
+        server, asked = self.server, self.headers.get("Range")
+        server.asked.append(asked)
+        fault = server.faults.pop(0) if server.faults else None
+        if isinstance(fault, int):
+            self.send_response(fault)
+            self.send_header("Retry-After", "0")
+            self.send_header("Content-Length", "0")
+            return self.end_headers()
+        start, stop = 0, len(server.content)
+        if asked and fault != "no range":
+            first, last = re.fullmatch(r"bytes=(\d+)-(\d*)", asked).groups()
+            start, stop = int(first), min(stop, int(last or stop) + 1)
+            if start >= stop:
+                self.send_response(416)
+                return self.end_headers()
+        body = server.content[start:stop]
+        self.send_response(206 if asked and fault != "no range" else 200)
+        if asked and fault != "no range":
+            shift = 1 if fault == "wrong range" else 0
+            total = len(server.content)
+            self.send_header("Content-Range", f"bytes {start + shift}-{stop - 1}/{total}")
+        if fault != "no length":
+            extra = {"long": 100, "short": -100}.get(fault, 0)
+            self.send_header("Content-Length", str(len(body) + extra))
+        if server.tag:
+            self.send_header("X-Linked-ETag", f'"{server.tag}"')
+        self.end_headers()
+        if fault == "other bytes":
+            body = bytes(255 - b for b in body)
+        if fault in ("drop", "stall"):
+            body = body[: len(body) // 2]
+        self.wfile.write(body)
+        if fault == "stall":
+            self.wfile.flush()
+            server.release.wait(5)
+
+
+CONTENT = random.Random(5).randbytes(300_000)
+DIGEST = hashlib.sha256(CONTENT).hexdigest()
+
+
+def fetch(server, path, **options):
+    options = {"timeout": 0.3, "pause": 0.001, "attempts": 4, **options}
+    data.download(server.url + "/file", path, **options)
+
+
+@pytest.mark.parametrize("faults", [
+    [], ["drop"], ["drop", "drop"], [429, 500, 503], ["drop", "no range"], ["drop", "wrong range"],
+    ["no length"], ["stall"], ["other bytes"], ["drop", "other bytes"], ["long"], ["drop", 503],
+])  # fmt: skip
+def test_download_ends_right(faults, tmp_path):
+    path = tmp_path / "deep" / "file.bin"
+    with Server(CONTENT, faults, tag=DIGEST) as server:
+        fetch(server, path)
+    assert path.read_bytes() == CONTENT
+    assert [p.name for p in path.parent.iterdir()] == ["file.bin"]
+
+
+@pytest.mark.parametrize("faults, options", [
+    (["other bytes"] * 9, {}), ([500] * 9, {}), ([404], {}), (["stall"] * 9, {"attempts": 2}),
+    (["drop"] * 9, {"attempts": 2}), (["wrong range"] * 9, {"max_bytes": 100}),
+    ([], {"sha256": "0" * 64}), (["long"] * 9, {"attempts": 2}), (["short"] * 9, {}),
+])  # fmt: skip
+def test_download_fails_in_one_line(faults, options, tmp_path):
+    path = tmp_path / "file.bin"
+    with Server(CONTENT, faults, tag=DIGEST) as server, pytest.raises(DataError) as caught:
+        fetch(server, path, **options)
+    assert not path.exists() and "\n" not in str(caught.value)
+
+
+def test_download_resumes_across_calls(tmp_path):
+    path = tmp_path / "file.bin"
+    with Server(CONTENT, ["drop"]) as server:
+        with pytest.raises(DataError, match="run again"):
+            fetch(server, path, attempts=1)
+        fetch(server, path)
+        assert server.asked[0] is None and re.fullmatch(r"bytes=1\d{5}-", server.asked[1])
+    assert path.read_bytes() == CONTENT
+
+
+def test_a_stale_part_is_dropped(tmp_path):
+    write(tmp_path / "file.bin.part", b"x" * 400_000)  # longer than the file: 416
+    with Server(CONTENT) as server:
+        fetch(server, tmp_path / "file.bin")
+    assert (tmp_path / "file.bin").read_bytes() == CONTENT
+
+
+def test_retry_after_is_honoured(tmp_path, monkeypatch):
+    naps = []
+    monkeypatch.setattr(data.time, "sleep", naps.append)
+    with Server(CONTENT, [503, "drop"]) as server:
+        fetch(server, tmp_path / "file.bin", pause=1.0)
+    assert naps == [0.0, 2.0]
+
+
+@pytest.mark.parametrize("faults", [[], ["no range"], ["drop"]])
+def test_only_the_first_bytes(faults, tmp_path):
+    content = f"one{data.END_TEXT}two{data.END_TEXT}three and more".encode() + CONTENT
+    path = tmp_path / "file.txt"
+    with Server(content, faults) as server:
+        fetch(server, path, max_bytes=40)
+        assert server.asked[0] == "bytes=0-39"
+    assert path.read_text() == f"one{data.END_TEXT}two"
+
+
+STORY = "Once there was a dog named Tom. He ran to the park, saw a red kite, and was happy.\n"
+
+
+def test_auto_without_network(tmp_path, capsys):
+    bases = dict.fromkeys(data.BASES, "http://127.0.0.1:9")
+    assert data.prepare("auto", "byte", 0, tmp_path, bases=bases).name == "nursery"
+    assert "no network" in capsys.readouterr().out
+    with pytest.raises(DataError, match="cannot download"):
+        quick = lambda *a, **k: data.download(*a, **k, attempts=1)  # noqa: E731
+        data.real_sam(tmp_path / "real_sam", bases, quick)
+
+
+def test_auto_gives_up_on_a_silent_server(monkeypatch):
+    monkeypatch.setattr(data.requests, "head", lambda *a, **k: threading.Event().wait(3))
+    assert not data.online(seconds=0.05)
+
+
+def test_auto_with_network(tmp_path):
+    record = {"instruction": "Say ho", "input": "", "output": "Ho"}
+    tree = {"prompt": {"text": "Hi", "replies": [{"text": "Ho"}]}}
+    folder = tmp_path / "real_sam"
+    write(folder / "train.txt", data.END_TEXT.join(f"{STORY}{i}" for i in range(50)))
+    write(folder / "alpaca.jsonl", json.dumps([record]))
+    write(folder / "dolly.jsonl", json.dumps({"instruction": "a", "response": "b"}))
+    write(folder / "oasst.jsonl.gz", gzip.compress(json.dumps(tree).encode()))
+    with Server(STORY.encode()) as server:  # which has to give the missing valid.txt
+        bases = dict.fromkeys(data.BASES, server.url)
+        prepared = data.prepare("auto", "byte", 0, tmp_path, bases=bases)
+    assert prepared.name == "real_sam" and set(prepared.train) == set(data.PHASES)
+    assert STORY.strip() in texts_of(prepared.valid["stories"], prepared.tokenizer)
+    again = data.prepare("real_sam", "byte", 0, tmp_path)  # all is here: nobody is asked
+    assert np.array_equal(again.heldout, prepared.heldout)
+
+
+# ---- Files -----------------------------------------------------------------------------------
+
+
+def test_text_with_separators(tmp_path):
+    raw = b"\xef\xbb\xbfone\r\ntwo\r\n<|endoftext|>\r\nthree\n<|endoftext|>\n"
+    assert data.read_file(write(tmp_path / "a.txt", raw)) == ["one\ntwo", "three"]
+
+
+@pytest.mark.parametrize("gap", ["\n\n", "\n", ""])
+def test_text_without_separators_is_grouped(gap):
+    units = [f"This is line number {i}, of many." for i in range(1000)]
+    documents = data.read_text(gap.join(units))
+    assert 5 < len(documents) < 40
+    assert all(len(document) < 9000 for document in documents)
+    assert re.sub(r"\s", "", "".join(documents)) == re.sub(r"\s", "", "".join(units))
+
+
+def test_records(tmp_path):
+    tree = {"text": "Hi", "replies": [{"text": "worse", "rank": 1}, {"text": "best", "rank": 0,
+            "replies": [{"text": "And?", "replies": []}]}, {"text": "unranked"}]}  # fmt: skip
+    records = [
+        {"text": "A story."},
+        {"instruction": "Add", "input": "1 + 1", "output": "2"},
+        {"instruction": "Add", "context": "", "response": "2"},
+        {"messages": [{"role": "system", "content": "x"}, {"role": "user", "content": "Hi "},
+                      {"role": "assistant", "content": "Ho"}]},
+        {"prompt": tree},
+        {"text": "half \ud83d emoji"},
+    ]  # fmt: skip
+    bad = ["{", "3", "[]", "{}", '{"text": 5}', '{"instruction": "a"}', '{"messages": []}',
+           '{"prompt": "x"}', '{"instruction": "a", "output": " "}', '"text"']  # fmt: skip
+    lines, log = [*map(json.dumps, records), *bad, ""], []
+    random.Random(0).shuffle(bad)
+    path = write(tmp_path / "a.jsonl", "\r\n".join(lines))
+    assert data.read_file(path, log.append) == [
+        "A story.", "You: Add\n1 + 1\nSam: 2", "You: Add\nSam: 2", "You: Hi\nSam: Ho",
+        "You: Hi\nSam: best\nYou: And?", "half ? emoji",
+    ]  # fmt: skip
+    assert log == ["a.jsonl: skipped 10 malformed of 16 records"]
+    as_list = write(tmp_path / "b.jsonl", json.dumps(records))
+    assert data.read_file(as_list) == data.read_file(path, log.append)
+
+
+@pytest.mark.parametrize("content, says", [
+    (b"caf\xe9", "not UTF-8.*iconv"), (b"a\0b", "binary"), (b"", "no text"), (b" \n ", "no text"),
+    (b"\xff\xfea\0", "not UTF-8"),
+])  # fmt: skip
+def test_bad_files_are_one_line(content, says, tmp_path):
+    write(tmp_path / "a.txt", content)
+    with pytest.raises(DataError, match=says) as caught:
+        data.prepare(tmp_path / "a.txt", "byte", 0, tmp_path / "cache")
+    assert "\n" not in str(caught.value) and "a.txt" in str(caught.value)
+
+
+def test_missing_files(tmp_path):
+    with pytest.raises(DataError, match="no file or folder"):
+        data.prepare("nowhere.txt", "byte", 0, tmp_path)
+    with pytest.raises(DataError, match="has no text"):
+        data.prepare(tmp_path, "byte", 0, tmp_path)
+    with pytest.raises(DataError, match="cannot read a.txt.gz"):
+        data.prepare(write(tmp_path / "a.txt.gz", b"plain"), "byte", 0, tmp_path)
+    with pytest.raises(DataError, match="too little"):
+        data.prepare(write(tmp_path / "b.txt", "a"), "byte", 0, tmp_path)
+    with pytest.raises(DataError, match="cannot write"):
+        data.prepare("nursery", "byte", 0, write(tmp_path / "file", "x"))
+
+
+# ---- Splits and phases -----------------------------------------------------------------------
+
+
+def test_no_document_leaks(tmp_path):
+    documents = [f"{STORY}Number {i % 300}." for i in range(900)]  # every document three times
+    documents += [f"You: {i}?\nSam: {i}!" for i in range(100)]
+    path = write(tmp_path / "a.txt", f"\n{data.END_TEXT}\n".join(documents))
+    train, held = data.read_source([path])
+    assert not set(train) & set(held) and set(train) | set(held) == set(documents)
+    assert {True, False} == set(map(data.is_talk, held))
+    assert 1 <= len(held) < 50
+    more = data.hold_out(documents[:300] + ["another one"])
+    assert set(more) - {"another one"} == set(data.hold_out(documents[:300]))  # stable
+    large = data.hold_out([f"{i} " * 20_000 for i in range(1000)], share=0.5)
+    assert 0 < sum(map(len, large)) < 2_000_000
+
+
+def test_a_folder_names_its_held_out_files(tmp_path):
+    write(tmp_path / "a" / "train.txt", data.END_TEXT.join(["one", "two", "three"]))
+    write(tmp_path / "b" / "Valid.txt", data.END_TEXT.join(["three", "four"]))
+    files = data.list_files(tmp_path)
+    assert data.read_source(files) == (["one", "two"], ["three", "four"])
+
+
+def test_cuts():
+    text = 'Once, in May, there lived a very small brown dog. "Hi!" said Tom.\n\nHe didn\'t go'
+    assert data.words(text)[:4] == ["Once", " in", " May", " there"]
+    assert " didn't" in data.words(text)
+    assert data.sentences(text) == [
+        "Once, in May, there lived a very small brown dog.", ' "Hi!"', " said Tom.", "\n\nHe didn't go",
+    ]  # fmt: skip
+    assert data.phrases(text)[:4] == ["Once,", " in May,", " there lived a", " very small brown dog."]
+    for document in (text, SAMPLE, random_text(7)):
+        assert "".join(data.sentences(document)).strip() == document.strip()
+        assert re.sub(r"\s+$", "", "".join(data.phrases(document))) == document.rstrip()
+        assert all(len(p.split()) <= 6 for p in data.phrases(document))
+
+
+def test_words_keep_their_tokens(corpus):
+    tokenizer = make("bpe", corpus)
+    for text in corpus[:50]:
+        running = tokenizer.encode(text)
+        for word in data.words(text):
+            ids = tokenizer.encode(word)
+            assert any(running[i : i + len(ids)] == ids for i in range(len(running)))
+
+
+def test_large_sources_are_thinned(monkeypatch, corpus):
+    tokenizer = Tokenizer("byte")
+    monkeypatch.setattr(data, "PHASE_TOKENS", 20_000)
+    pieces = data.cut(corpus, "words", tokenizer)
+    assert 10_000 < sum(len(piece) + 1 for piece in pieces) < 22_000
+
+
+@pytest.fixture(scope="module")
+def prepared(tmp_path_factory):
+    saved, data.NURSERY_BYTES = data.NURSERY_BYTES, (60_000, 8_000)
+    yield data.prepare("nursery", "bpe", 600, tmp_path_factory.mktemp("nursery"))
+    data.NURSERY_BYTES = saved
+
+
+def test_streams(prepared):
+    tokenizer = prepared.tokenizer
+    assert tokenizer.vocab_size == 600 and set(prepared.train) == set(data.PHASES)
+    assert set(prepared.valid) == set(data.PHASES)
+    whole = texts_of(prepared.heldout, tokenizer)
+    held, bits = data.nursery(8_000, "held-out 0")
+    assert sorted(whole) == sorted(held)
+    assert prepared.heldout_bytes == sum(len(text.encode()) for text in whole)
+    assert prepared.entropy_bits == pytest.approx(bits) and 500 < bits < 8 * 8_000
+    for phase, stream in {**prepared.train, "held": prepared.heldout}.items():
+        assert isinstance(stream, np.memmap) and stream.dtype == np.uint16 and stream.ndim == 1
+    stories, talks = (texts_of(prepared.train[p], tokenizer) for p in data.PHASES[3:])
+    assert not any(map(data.is_talk, stories)) and all(map(data.is_talk, talks))
+    assert not set(stories + talks) & set(whole)
+    known = " ".join(whole)
+    for phase in data.PHASES[:3]:
+        assert all(text in known for text in texts_of(prepared.valid[phase], tokenizer))
+
+
+# ---- The cache -------------------------------------------------------------------------------
+
+
+def test_a_good_cache_is_used(tmp_path, monkeypatch):
+    first = data.prepare("nursery", "byte", 0, tmp_path)
+    (folder,) = tmp_path.iterdir()  # nothing temporary is left
+    monkeypatch.setattr(data, "_build", None)  # would raise
+    again = data.prepare("nursery", "byte", 0, tmp_path)
+    assert np.array_equal(first.heldout, again.heldout) and first.sha256 == again.sha256
+    assert first.entropy_bits == again.entropy_bits and again.tokenizer.hash == first.tokenizer.hash
+    with pytest.raises(TypeError):  # another seed is another cache
+        data.prepare("nursery", "byte", 0, tmp_path, seed=1)
+
+
+def shorten(path):
+    path.write_bytes(path.read_bytes()[:-1])
+
+
+def flip(path):
+    raw = bytearray(path.read_bytes())
+    raw[len(raw) // 2] ^= 1
+    path.write_bytes(raw)
+
+
+@pytest.mark.parametrize("name", ["heldout.bin", "train_words.bin", "meta.json"])
+@pytest.mark.parametrize("damage", [shorten, flip, Path.unlink])
+def test_a_damaged_cache_is_rebuilt(name, damage, tmp_path):
+    log = []
+    path = write(tmp_path / "a.txt", data.END_TEXT.join(f"{STORY}{i}" for i in range(20)))
+    first = data.prepare(path, "byte", 0, tmp_path / "cache", log=log.append)
+    expected = np.array(first.heldout)
+    (folder,) = (tmp_path / "cache").iterdir()
+    assert log == [] and folder.name.startswith("a.txt-")
+    del first
+    damage(folder / name)
+    again = data.prepare(path, "byte", 0, tmp_path / "cache", log=log.append)
+    assert np.array_equal(again.heldout, expected)
+    assert len(log) == 1 and "damaged" in log[0] and "\n" not in log[0]
+    data.prepare(path, "byte", 0, tmp_path / "cache", log=log.append)
+    assert len(log) == 1 and len(list((tmp_path / "cache").iterdir())) == 1
+
+
+def test_a_tokenizer_can_be_brought_along(tmp_path, corpus):
+    tokenizer = make("bpe", corpus)
+    path = write(tmp_path / "a.txt", data.END_TEXT.join(f"{STORY}{i}" for i in range(20)))
+    assert data.prepare(path, tokenizer, 0, tmp_path / "c").tokenizer.hash == tokenizer.hash
+    assert data.prepare(path, "char", 0, tmp_path / "c").tokenizer.kind == "char"
+
+
+def _prepare_in_process(path, folder, results):
+    results.put(int(np.sum(data.prepare(path, "byte", 0, folder).heldout, dtype=np.int64)))
+
+
+def test_two_processes_at_once(tmp_path):
+    path = write(tmp_path / "a.txt", data.END_TEXT.join(f"{STORY}{i}" for i in range(2000)))
+    fork = multiprocessing.get_context("fork")
+    results = fork.Queue()
+    arguments = (path, tmp_path / "cache", results)
+    both = [fork.Process(target=_prepare_in_process, args=arguments) for _ in range(3)]
+    for process in both:
+        process.start()
+    sums = {results.get(timeout=30) for _ in both}
+    for process in both:
+        process.join()
+    assert len(sums) == 1 and [p.exitcode for p in both] == [0, 0, 0]
+    assert len(list((tmp_path / "cache").iterdir())) == 1
+
+
+def test_a_second_finisher_uses_the_first_cache(tmp_path, monkeypatch):
+    """Both build; the slower one finds a good folder in its place and leaves it alone."""
+    build = data._build
+
+    def slow_build(*arguments):
+        monkeypatch.setattr(data, "_build", build)
+        data.prepare("nursery", "byte", 0, tmp_path)
+        inodes.append([path.stat().st_ino for path in tmp_path.glob("nursery-*")])
+        build(*arguments)
+
+    inodes = []
+    monkeypatch.setattr(data, "_build", slow_build)
+    data.prepare("nursery", "byte", 0, tmp_path)
+    assert inodes == [[path.stat().st_ino for path in tmp_path.iterdir()]]
+
+
+# ---- Batches ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("size, length", [(1000, 7), (103, 10), (20, 10), (11, 10), (23, 10)])
+def test_windows_come_once_per_epoch(size, length):
+    tokens = np.arange(size, dtype=np.uint16)
+    n = max(1, (size - length) // length)
+    epochs = []
+    for epoch in range(5):
+        rows = [data.batch(tokens, step, 1, length, seed=3) for step in range(epoch * n, epoch * n + n)]
+        x = torch.cat([x for x, _ in rows]).flatten().tolist()
+        assert len(set(x)) == n * length  # nothing twice: the windows do not overlap
+        assert all(torch.equal(x + 1, y) for x, y in rows)
+        epochs.append(x)
+    if n > 3:
+        assert len({tuple(x) for x in epochs}) == 5  # every epoch in another order
+        assert len({min(x) for x in epochs}) > 1  # and from another offset
+        assert n * length > size - 2 * length  # little of the stream is left out
+
+
+def test_ranks_share_one_batch():
+    tokens = np.random.default_rng(0).integers(0, 60_000, 5000).astype(np.uint16)
+    for step in (0, 7, 1000):
+        x, y = data.batch(tokens, step, 8, 16, seed=1)
+        assert x.shape == y.shape == (8, 16) and x.dtype == y.dtype == torch.int64
+        assert torch.equal(x[:, 1:], y[:, :-1])
+        parts = [data.batch(tokens, step, 8, 16, 1, rank, 4) for rank in range(4)]
+        assert torch.equal(torch.cat([part[0] for part in parts]), x)
+        assert torch.equal(torch.cat([part[1] for part in parts]), y)
+        data._epoch.cache_clear()
+        assert torch.equal(data.batch(tokens, step, 8, 16, seed=1)[0], x)
+        assert not torch.equal(data.batch(tokens, step, 8, 16, seed=2)[0], x)
+
+
+def test_impossible_batches():
+    with pytest.raises(DataError, match="too few"):
+        data.batch(np.zeros(16, np.uint16), 0, 1, 16, 0)
+    with pytest.raises(DataError, match="multiple"):
+        data.batch(np.zeros(99, np.uint16), 0, 3, 16, 0, 0, 2)
+
+
+def test_turn():
+    assert data.turn("Who is Mia?") == "You: Who is Mia?\nSam:"
+    text, _ = data.tell("quizzes", seeded(0))
+    assert text.startswith(data.turn(text[len(data.YOU) : text.index("\n")]) + " ")
+
+
+def test_main(capsys):
+    data.main()
+    out = capsys.readouterr().out
+    assert "bits per byte" in out and all(f"{phase}: " in out for phase in data.PHASES)

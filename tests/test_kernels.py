@@ -1,0 +1,430 @@
+"""The kernels against lif_torch: the same spikes, the same gradients; and the choice of a backend.
+
+Where there is no GPU this runs in Triton's interpreter (conftest.py switches it on), so what is
+tested is the arithmetic; that the kernels compile for real GPUs, without spilling and with 64-bit
+offsets, is tested too, in a second process. TRITON_INTERPRET=0 tests on the GPU itself.
+"""
+
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from types import SimpleNamespace
+
+os.environ.setdefault("TRITON_INTERPRET", "1")  # for this file run alone; read on import
+
+import pytest
+import torch
+
+import kernels
+from lif import SURROGATES, lif_torch
+
+DEVICE = "cpu" if kernels.INTERPRETED or not kernels.HAS_TRITON else "cuda"
+needs_triton = pytest.mark.skipif(not kernels.HAS_TRITON, reason="Triton is not installed")
+NAMES = "spikes membrane v s d_current d_beta d_theta d_w d_v0 d_s0".split()
+
+
+# ---- the same as lif_torch --------------------------------------------------------------------
+
+
+def neurons(T, heads=None, per_step=False, state=True, seed=0, dtype=torch.float32):
+    """Random arguments that fire now and then, and cotangents for all results.
+
+    heads (H, d), or None for 45 neurons without recurrent synapses, which fill no block. The 18
+    sequences with recurrent synapses fill no block either.
+    """
+    torch.manual_seed(seed)
+    B, N = (18, heads[0] * heads[1]) if heads else (2, 45)
+    shape = (B, T, N) if per_step else (N,)
+    arguments = [
+        (torch.randn(B, T, N) * 0.7 + 0.2).to(dtype),
+        torch.rand(shape) * 0.5 + 0.5,
+        torch.rand(shape) * 0.5 + 0.7,
+        torch.randn(heads[0], heads[1], heads[1]) * 0.5 / heads[1] ** 0.5 if heads else None,
+        torch.randn(B, N) if state else None,
+        (torch.rand(B, N) < 0.5).float() if state else None,
+    ]
+    cotangents = [torch.randn(B, T, N).to(dtype), torch.randn(B, T, N)]
+    return arguments, cotangents + [torch.randn(B, N), torch.randn(B, N)]
+
+
+def run(scan, arguments, cotangents, device="cpu", fixed=(), **options):
+    """Results and gradients as a dict of NAMES; a cotangent may be None; `fixed` want no gradient."""
+    leaves = [
+        None if x is None else x.detach().to(device).requires_grad_(name not in fixed)
+        for name, x in zip("current beta theta w v0 s0".split(), arguments)
+    ]
+    current, beta, theta, w, v0, s0 = leaves
+    state = None if v0 is None else (v0, s0)
+    spikes, membrane, (v, s) = scan(current, beta, theta, w, state, **options)
+    results = spikes, membrane, v, s
+    used = [(x, c.to(device)) for x, c in zip(results, cotangents) if c is not None]
+    torch.autograd.backward([x for x, _ in used], [c for _, c in used])
+    gradients = [None if x is None else x.grad for x in leaves]
+    return dict(zip(NAMES, [*results, *gradients]))
+
+
+def compare(arguments, cotangents, loose=(), **options):
+    """Assert that both scans agree; names in `loose` to bfloat16 precision only."""
+    want = run(lif_torch, arguments, cotangents, **options)
+    got = run(kernels.lif_triton, arguments, cotangents, DEVICE, **options)
+    rate = want["spikes"].float().mean()
+    assert 0.05 < rate < 0.95, f"spike rate {rate:.3f}: this compares nothing"
+    for name in NAMES:
+        a, b = want[name], got[name]
+        if a is None or b is None:
+            assert a is b, name
+            continue
+        assert a.dtype == b.dtype and a.shape == b.shape, name
+        a, b = a.detach().float(), b.detach().float().cpu()
+        if name in ("spikes", "s"):
+            assert torch.equal(a, b), name
+        else:  # sums grow with their length, and rounding errors with the sums
+            off = (a - b).abs().max() / a.abs().max().clamp(min=1)
+            assert off < (1e-2 if name in loose else 1e-5), f"{name} is off by {off:.1e}"
+
+
+@pytest.fixture(autouse=True)
+def small_blocks(monkeypatch):
+    monkeypatch.setattr(kernels, "NEURONS", 32)  # 45 neurons: a full block and part of one
+
+
+HEADS = (None, (3, 16), (2, 20), (1, 32))
+
+
+@needs_triton
+@pytest.mark.parametrize("T", (1, 7, 63))
+@pytest.mark.parametrize("heads", HEADS, ids=str)
+@pytest.mark.parametrize("per_step", (False, True), ids=("per_neuron", "per_step"))
+def test_spikes_and_gradients(T, heads, per_step):
+    for seed in (0, 1) if T < 63 else (2,):
+        compare(*neurons(T, heads, per_step, state=seed != 1, seed=seed))
+
+
+@needs_triton
+@pytest.mark.parametrize("heads", HEADS[::2], ids=str)
+@pytest.mark.parametrize("reset", ("soft", "none"))
+@pytest.mark.parametrize("reset_grad", (True, False))
+@pytest.mark.parametrize("clamp", (0.0, 1.3))
+def test_options(heads, reset, reset_grad, clamp):
+    per_step = reset_grad is False  # both layouts, without twice the cases
+    options = dict(reset=reset, reset_grad=reset_grad, clamp=clamp)
+    compare(*neurons(15, heads, per_step, seed=3), **options)
+
+
+@needs_triton
+@pytest.mark.parametrize("slope", (None, 3.0))
+@pytest.mark.parametrize("surrogate", SURROGATES)
+def test_surrogates(surrogate, slope):
+    compare(*neurons(9, seed=4), surrogate=surrogate, slope=slope)
+
+
+@needs_triton
+@pytest.mark.parametrize("heads", HEADS[::2], ids=str)
+def test_bfloat16(heads):
+    """bfloat16 in, the membrane still float32: its rounding must reach no spike."""
+    arguments, cotangents = neurons(31, heads, per_step=True, seed=5, dtype=torch.bfloat16)
+    arguments[1] = arguments[1].bfloat16()
+    compare(arguments, cotangents, loose=("d_current", "d_beta", "d_w"))
+
+
+@needs_triton
+@pytest.mark.parametrize("heads", HEADS[::2], ids=str)
+@pytest.mark.parametrize("used", range(4), ids=NAMES[:4])
+def test_a_loss_of_one_result(used, heads):
+    arguments, cotangents = neurons(7, heads, seed=6)
+    cotangents = [c if i == used else None for i, c in enumerate(cotangents)]
+    compare(arguments, cotangents)
+
+
+@needs_triton
+@pytest.mark.parametrize("fixed", ("current", "beta", "theta", "w", "v0 s0"))
+def test_gradients_nobody_asks_for(fixed):
+    compare(*neurons(7, (2, 16), per_step=fixed == "beta", seed=7), fixed=fixed.split())
+
+
+@needs_triton
+def test_strided_tensors():
+    """Transposed inputs and the expanded cotangents of a plain sum."""
+    arguments, cotangents = neurons(7, (2, 20), per_step=True, seed=8)
+    cotangents = [torch.ones(()).expand(x.shape) for x in cotangents]
+    want = run(kernels.lif_triton, arguments, [x.contiguous() for x in cotangents], DEVICE)
+    arguments = [x.transpose(0, 1).contiguous().transpose(0, 1) for x in arguments]
+    assert not any(x.is_contiguous() for x in arguments + cotangents)
+    got = run(kernels.lif_triton, arguments, cotangents, DEVICE)
+    for name in NAMES:
+        assert torch.equal(want[name], got[name]), name
+
+
+@needs_triton
+@pytest.mark.parametrize("heads", HEADS[::2], ids=str)
+def test_a_sequence_in_two_parts(heads):
+    """State and its gradient carry a sequence over a cut: outputs exactly, gradients nearly."""
+    arguments, cotangents = neurons(20, heads, per_step=True, seed=9)
+
+    def in_parts(current, beta, theta, w, state, **options):
+        parts = []
+        for cut in (slice(0, 7), slice(7, 8), slice(8, 20)):
+            now = (x[:, cut] for x in (current, beta, theta))
+            *outputs, state = kernels.lif_triton(*now, w, state, **options)
+            parts.append(outputs)
+        return *(torch.cat(x, dim=1) for x in zip(*parts)), state
+
+    whole = run(kernels.lif_triton, arguments, cotangents, DEVICE)
+    parts = run(in_parts, arguments, cotangents, DEVICE)
+    for name in NAMES:
+        if whole[name] is not None:
+            exactly = name in NAMES[:4]
+            torch.testing.assert_close(
+                parts[name], whole[name], rtol=0 if exactly else 1e-5, atol=0 if exactly else 1e-4
+            )
+
+
+@needs_triton
+def test_no_second_derivative():
+    """A kernel's gradient has no graph; to say so beats a second derivative of zero."""
+    arguments, _ = neurons(3)
+    beta = arguments[1].to(DEVICE).requires_grad_()
+    membrane = kernels.lif_triton(arguments[0].to(DEVICE), beta, arguments[2].to(DEVICE))[1]
+    (first,) = torch.autograd.grad(membrane.square().sum(), beta, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        first.sum().backward()
+
+
+# ---- errors and the choice of a backend -------------------------------------------------------
+
+
+@needs_triton
+@pytest.mark.parametrize(
+    "change",
+    (
+        dict(current=torch.zeros(2, 3)),
+        dict(current=torch.zeros(2, 0, 4)),
+        dict(beta=torch.zeros(5)),
+        dict(theta=torch.zeros(2, 3)),
+        dict(w_rec=torch.zeros(3, 4, 4)),
+        dict(state=(torch.zeros(4), torch.zeros(4))),
+        dict(surrogate="step"),
+        dict(reset="hard"),
+        dict(clamp=-1.0),
+    ),
+    ids=lambda change: "-".join(change),
+)
+def test_errors_of_lif_torch(change):
+    arguments = dict(current=torch.zeros(2, 3, 4), beta=torch.zeros(4), theta=torch.ones(4))
+    with pytest.raises(ValueError) as want:
+        lif_torch(**{**arguments, **change})
+    with pytest.raises(ValueError, match=re.escape(str(want.value))):
+        kernels.lif_triton(**{**arguments, **change})
+
+
+@pytest.fixture
+def fresh(monkeypatch):
+    """Nothing said so far, rank 0."""
+    monkeypatch.setattr(kernels, "_said", set())
+    monkeypatch.delenv("RANK", raising=False)
+    return monkeypatch
+
+
+def small(dtype=torch.float32):
+    return torch.ones(1, 2, 4, dtype=dtype), torch.full((4,), 0.5), torch.ones(4)
+
+
+def test_auto_on_cpu_is_torch_and_said_once(fresh, capsys):
+    for _ in range(2):
+        spikes, membrane, (v, s) = kernels.lif(*small(), surrogate="atan", soft=True)
+    assert torch.equal(spikes, lif_torch(*small(), surrogate="atan", soft=True)[0])
+    kernels.lif(*small(), backend="torch")  # the same choice, by name
+    assert capsys.readouterr().out == "lif: torch (cpu)\n"
+
+
+def test_other_ranks_are_silent(fresh, capsys):
+    fresh.setenv("RANK", "1")
+    kernels.lif(*small())
+    assert capsys.readouterr().out == ""
+
+
+@needs_triton
+def test_triton_by_name(fresh, capsys):
+    for _ in range(2):
+        spikes, *_ = kernels.lif(*(x.to(DEVICE) for x in small()), backend="triton", slope=2)
+    assert torch.equal(spikes.cpu(), lif_torch(*small())[0])
+    assert capsys.readouterr().out == "lif: triton\n"
+    with pytest.raises(TypeError, match="soft"):
+        kernels.lif(*small(), backend="triton", soft=True)
+
+
+def test_triton_by_name_is_never_replaced(fresh, capsys):
+    def refuses(error, match, *arguments):
+        with pytest.raises(error, match=match):
+            kernels.lif(*arguments, backend="triton")
+
+    fresh.setattr(kernels, "HAS_TRITON", True)
+    fresh.setattr(kernels, "INTERPRETED", False)
+    refuses(ValueError, "cannot run on cpu.*TRITON_INTERPRET=1", *small())
+    fresh.setattr(kernels, "INTERPRETED", True)
+    refuses(ValueError, "torch.float64", *small(torch.float64))
+    wide = torch.ones(1, 2, 129), torch.ones(129), torch.ones(129), torch.zeros(1, 129, 129)
+    refuses(ValueError, "129 neurons.*more heads", *wide)
+    fresh.setattr(kernels, "HAS_TRITON", False)
+    refuses(RuntimeError, "pip install triton", *small())
+    assert capsys.readouterr().out == ""
+
+
+def test_unknown_backend(fresh):
+    with pytest.raises(ValueError, match="'cuda'.*auto, triton or torch"):
+        kernels.lif(*small(), backend="cuda")
+
+
+def test_auto_on_gpu(fresh, capsys):
+    """Triton; PyTorch with the reason where Triton cannot. Stand-ins play the GPU's part."""
+    fresh.setattr(kernels, "HAS_TRITON", True)
+    fresh.setattr(kernels, "lif_triton", lambda *args, **options: "triton")
+    fresh.setattr(kernels, "lif_torch", lambda *args, **options: "torch")
+    cuda = SimpleNamespace(is_cuda=True, device=torch.device("cuda"), dtype=torch.bfloat16)
+    said = []
+
+    def chosen(w_rec=None, **options):
+        scan = [kernels.lif(cuda, None, None, w_rec, **options) for _ in range(2)][0]
+        said.append(capsys.readouterr().out)
+        return scan
+
+    assert chosen() == "triton" and said[-1] == "lif: triton\n"
+    assert chosen(torch.zeros(2, 128, 128)) == "triton" and said[-1] == ""
+    assert chosen(torch.zeros(1, 256, 256)) == "torch"
+    assert re.fullmatch(r"lif: torch \(cuda\), as a head of 256 neurons.*\n", said[-1])
+    assert chosen(backend="torch") == "torch" and said[-1] == "lif: torch (cuda)\n"
+    fresh.setattr(kernels, "HAS_TRITON", False)
+    assert chosen() == "torch" and "Triton is not installed" in said[-1]
+
+
+def test_import_without_triton():
+    """A PyTorch for CPU brings no Triton: kernels.py is imported, and lif works."""
+    program = (
+        "import sys; sys.modules['triton'] = None\n"
+        "import torch, kernels\n"
+        "assert not kernels.HAS_TRITON\n"
+        "kernels.lif(torch.ones(1, 2, 4), torch.ones(4), torch.ones(4))\n"
+    )
+    done = second_process("-c", program)
+    assert done.stdout == "lif: torch (cpu)\n", done.stderr
+
+
+# ---- real GPUs --------------------------------------------------------------------------------
+
+
+def second_process(*arguments):
+    here = os.path.dirname(kernels.__file__)
+    env = dict(os.environ, TRITON_INTERPRET="0", PYTHONPATH=here)
+    env.pop("RANK", None)
+    command = [sys.executable, *arguments]
+    return subprocess.run(command, env=env, cwd=here, capture_output=True, text=True, timeout=300)
+
+
+@needs_triton
+def test_compiles_for_gpus():
+    """All kernels for sm_90 and sm_80: no register spills, no 32-bit offsets into (B, T, N)."""
+    done = second_process(os.path.abspath(__file__))
+    assert done.returncode == 0, done.stderr[-3000:]
+    reports = [json.loads(line) for line in done.stdout.splitlines()]
+    assert len(reports) == 2 * (6 * 2 + len(SURROGATES))
+    for report in reports:
+        print(report)  # seen with pytest -s
+        assert report["local"] == 0 and report["stack"] == 0, f"spills: {report}"
+        assert report["shared"] <= 163 * 1024, f"more shared memory than an A100 has: {report}"
+        assert not report["offsets32"], f"32-bit offsets: {report}"
+
+
+def compile_all():
+    """Compile for GPUs that are not here, as _launch would; a JSON report per kernel."""
+    kinds = [("fp32", None, 0), ("bf16", None, 0)]  # dtype of current, of w_rec, neurons of a head
+    kinds += [("fp32", "fp32", 20), ("fp32", "fp32", 128), ("bf16", "bf16", 128)]
+    kinds += [("bf16", "fp32", 64)]
+    for capability in (90, 80):
+        for dtype, w_dtype, d in kinds:
+            for kernel in (kernels._forward_kernel, kernels._backward_kernel):
+                compile_one(kernel, capability, dtype, w_dtype, d, "atan", per_step=d in (0, 64))
+        for surrogate in SURROGATES:
+            compile_one(kernels._backward_kernel, capability, "bf16", None, 0, surrogate)
+
+
+def compile_one(kernel, capability, dtype, w_dtype, d, surrogate, per_step=False):
+    from triton import compile, knobs
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    w_rec = None if w_dtype is None else torch.empty(1, d, d)
+    _, rows, cols, warps = kernels._tiling(w_rec)
+    constants = dict(BETA_STEPS=per_step, THETA_STEPS=per_step, RESET=True, RESET_GRAD=True)
+    constants.update(CLAMP=1.5 * per_step, SURROGATE=surrogate, ROWS=rows, COLS=cols)
+    if w_rec is None:
+        constants["p_w"] = None
+    signature = {}
+    for name in kernel.arg_names:
+        if name in constants:
+            signature[name] = "constexpr"
+        elif name in ("p_current", "p_spikes", "p_d_spikes", "p_d_current"):
+            signature[name] = "*" + dtype
+        elif name.startswith("p_"):
+            signature[name] = "*" + (w_dtype if name == "p_w" else "fp32")
+        else:
+            signature[name] = "fp32" if name == "slope" else "i32"
+    constants = {name: x for name, x in constants.items() if name in signature}
+    aligned = {  # what Triton sees on a launch with ordinary sizes
+        (i,): [["tt.divisibility", 16]]
+        for i, (name, kind) in enumerate(signature.items())
+        if kind[0] == "*" or name == "N"
+    }
+    built = compile(
+        ASTSource(kernel, signature, constants, aligned),
+        target=GPUTarget("cuda", capability, 32),
+        options=dict(num_warps=warps, enable_fp_fusion=False),
+    )
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(built.asm["cubin"])
+        file.flush()
+        command = [knobs.nvidia.cuobjdump.path, "-res-usage", file.name]
+        usage = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    usage = dict(re.findall(r"(REG|STACK|LOCAL):(\d+)", usage))
+    report = dict(kernel=kernel.__name__, sm=capability, current=dtype, w=w_dtype, head=d)
+    report.update(surrogate=surrogate, per_step=per_step, warps=warps, shared=built.metadata.shared)
+    report.update({key: int(usage[key[:5].upper()]) for key in ("stack", "local")})
+    report.update(registers=int(usage["REG"]), offsets32=offsets32(built.asm["ttir"], per_step))
+    print(json.dumps(report))
+
+
+def offsets32(ttir, per_step):
+    """Lines of TTIR that could overflow at 2^31 elements: 32-bit offsets, or 32-bit products by T.
+
+    Free to be 32-bit are offsets into W, and into beta and theta per neuron.
+    """
+    free = ("p_w",) if per_step else ("p_w", "p_beta", "p_theta")
+    origin, found = {}, []  # the argument that a pointer, or a scalar as a whole tile, stems from
+    for line in ttir.splitlines():
+        if made := re.search(r"%(\w+) = tt\.(?:splat|broadcast|addptr) %(\w+)\b", line):
+            origin[made[1]] = origin.get(made[2], made[2])
+        if offset := re.search(r"tt\.addptr %(\w+),.* (tensor<\w+>|i32) loc", line):
+            if "i32" in offset[2] and origin.get(offset[1], offset[1]) not in free:
+                found.append(line)
+        if product := re.search(r"arith\.muli %(\w+), %(\w+) .*i32", line):
+            if "T" in [origin.get(x, x) for x in product.groups()]:
+                found.append(line)
+    return found
+
+
+@needs_triton
+@pytest.mark.skipif(DEVICE == "cpu", reason="needs a GPU with 20 GB")
+def test_more_than_2_31_elements():
+    B, T, N = 3, 2**18, 2**12
+    current = torch.randn(B, T, N, dtype=torch.bfloat16, device=DEVICE)
+    beta, theta = torch.full((N,), 0.9, device=DEVICE), torch.ones(N, device=DEVICE)
+    spikes, _, (v, _) = kernels.lif_triton(current, beta, theta)
+    last, _, (v_last, _) = kernels.lif_triton(current[-1:], beta, theta)
+    assert 0.05 < last.float().mean() < 0.95
+    assert torch.equal(spikes[-1:], last) and torch.equal(v[-1:], v_last)
+
+
+if __name__ == "__main__":
+    compile_all()
