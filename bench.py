@@ -1,83 +1,63 @@
 """Measure this repository beside its peers: one sub-command per question, one JSON file each.
 
-    python bench.py scan        one layer of neurons, forward + backward: ours and the peers'
+    python bench.py scan                          one layer of neurons: ours and the peers'
+    python bench.py train configs/sam_6m.py       training: ours, snnTorch, a transformer
+    python bench.py generate configs/sam_6m.py    generation: ours and a transformer
+    python bench.py params configs/sam_6m.py      parameters and operations per token
 
 All contestants of a comparison run in one process, taking turns round by round, so that a slow
 moment of the machine hits all of them; the tables show medians and their ratio to ours. Peers that
 are not installed are left out by name. A CUDA device is used where there is one.
-Results go to results/<sub-command>_<device>.json together with machine, versions and git commit.
+Results go to results/<sub-command>_<config>_<device>.json with machine, versions and git commit.
+
+Importing train.py is on purpose: what is timed is the training step itself, not a copy of it.
 """
 
-import argparse
-import datetime
-import importlib.metadata
-import json
 import math
-import os
-import platform
 import statistics
-import subprocess
 import sys
 import time
+from dataclasses import asdict, dataclass, replace
 from functools import partial
-from pathlib import Path
+from itertools import islice
 from typing import Callable, NamedTuple
 
 import torch
+import torch.nn as nn
 
+import config
 from kernels import lif
 from lif import lif_torch
-
-ROOT = Path(__file__).parent
-
-# ---- what every result records ----------------------------------------------------------------
+from model import SpikingLM
+from train import Run, TrainConfig, environment, make_optimizer, train_step, write_result
 
 
-def environment(device, seed):
-    """Where and with what a number was measured, as a dict for JSON."""
-    gpu = torch.cuda.get_device_properties(device) if device.type == "cuda" else None
-    peers = {name: version(name) for name in ("snntorch", "spikingjelly", "norse", "triton")}
-    return {
-        "command": " ".join(["python", Path(sys.argv[0]).name, *sys.argv[1:]]),
-        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-        "cpu": cpu_model(),
-        "cores": os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "gpu": gpu and f"{gpu.name}, {gpu.total_memory / 2**30:.0f} GiB, CUDA {torch.version.cuda}",
-        "system": f"{platform.system()} {platform.machine()}",
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "peers": {name: v for name, v in peers.items() if v},
-        "commit": git("rev-parse", "HEAD"),
-        "uncommitted_changes": bool(git("status", "--porcelain", "--", ".", ":!results")),
-        "seed": seed,
-    }
+@dataclass(frozen=True)
+class BenchConfig(TrainConfig):
+    # measuring
+    rounds: int = 9  # timed rounds per contestant
+    warmup: int = 2  # rounds before them
+    shapes: str = ""  # scan: BxTxN,BxTxN,... instead of the usual
+    length: int = 64  # train: tokens of a sequence
+    against: str = "configs/gpt_6m.py"  # train, generate: the transformer to compare with
+    tokens: int = 2000  # generate: tokens from the first to the last measurement
+    threads: int = 2  # CPU threads of PyTorch
+    save: bool = True  # write the result to results/
 
+    def scan_shapes(self):
+        """[(B, T, N)] from the shapes setting, [] if it is empty."""
+        try:
+            shapes = [tuple(map(int, shape.split("x"))) for shape in self.shapes.split(",") if shape]
+            assert all(len(shape) == 3 and min(shape) > 0 for shape in shapes)
+        except (ValueError, AssertionError):
+            raise ValueError(f"shapes must be BxTxN,BxTxN,..., got {self.shapes!r}") from None
+        return shapes
 
-def cpu_model():
-    """The processor's name, from /proc/cpuinfo where there is one."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        return next(line.split(":")[1].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor() or "unknown"
-
-
-def version(package):
-    """The installed version of a package, or None."""
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return None
-
-
-def git(*arguments):
-    """What git prints in this repository, or None without git or repository."""
-    try:
-        done = subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True)
-    except OSError:
-        return None
-    return done.stdout.strip() if done.returncode == 0 else None
+    def __post_init__(self):
+        super().__post_init__()
+        self.scan_shapes()
+        if self.rounds < 1 or self.warmup < 0:
+            raise ValueError("rounds must be at least 1, warmup not negative")
 
 
 # ---- taking turns -----------------------------------------------------------------------------
@@ -121,14 +101,6 @@ def summary(times, ours):
         }
         for name, t in times.items()
     }
-
-
-def write(path, result):
-    """Write a result as JSON; an empty path writes nothing."""
-    if path:
-        Path(path).parent.mkdir(parents=True, exist_ok=True)
-        Path(path).write_text(json.dumps(result, indent=1) + "\n")
-        print(f"\nwrote {path}")
 
 
 # ---- scan: one layer without recurrent synapses, forward + backward ---------------------------
@@ -319,20 +291,14 @@ def forward_backward(forward, x, decay, cotangent):
     torch.autograd.grad(forward(x), (x, decay), cotangent)
 
 
-def scan(args):
-    """Time every contestant at every shape; print a table and write JSON."""
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    shapes = args.shapes or (SHAPES_GPU if device.type == "cuda" else SHAPES)
-    torch.set_num_threads(args.threads)
-    result = environment(device, args.seed) | {
-        "what": "one layer, forward + backward, float32; ratio = median / median of ours",
-        "rounds": args.rounds,
-        "results": [],
-    }
+def scan(c, run):
+    """Time every contestant at every shape; print a table."""
+    shapes = c.scan_shapes() or (SHAPES_GPU if run.device.type == "cuda" else SHAPES)
+    results = []
     for shape in shapes:
-        one = scan_one(shape, device, args.seed, args.rounds, args.warmup)
-        result["results"].append(one)
-        print(f"\n(B, T, N) = {shape}, {device}   median ms   min   max   ratio   wrong spikes")
+        one = scan_one(shape, run.device, c.seed, c.rounds, c.warmup)
+        results.append(one)
+        print(f"\n(B, T, N) = {shape}, {run.device}   median ms   min   max   ratio   wrong spikes")
         for name, row in one["contestants"].items():
             print(
                 f"  {name:26s} {row['median_ms']:18.2f} {row['min_ms']:9.2f} {row['max_ms']:9.2f}"
@@ -342,39 +308,153 @@ def scan(args):
             print(f"  {name:26s} skipped: {why}")
         if one["copy_bytes_per_s"]:
             print(f"  copy of the same size: {one['copy_bytes_per_s'] / 1e12:.2f} TB/s")
-    write(f"results/scan_{device.type}.json" if args.out is None else args.out, result)
+    return {"what": "one layer, forward + backward, float32; ratio to ours", "scans": results}
+
+
+# ---- train: whole optimiser steps -------------------------------------------------------------
+
+
+class SnnTorchSam(SpikingLM):
+    """The Real Sam model as its author runs it: one token at a time through snnTorch's Leaky.
+
+    Same parameters, same equations but for snnTorch's reset, which comes a step late; every map
+    is applied at every step, as in a loop over time written by hand.
+    """
+
+    def __init__(self, c):
+        import snntorch
+        from snntorch import surrogate
+
+        super().__init__(c)
+        for block in self.blocks:
+            grad = surrogate.fast_sigmoid(c.slope)
+            block.leaky = snntorch.Leaky(
+                torch.full((c.n_hidden,), c.beta), spike_grad=grad, learn_beta=True
+            )
+            del block.beta_logit
+
+    def forward(self, tokens, state=None):
+        c, logits, spikes = self.config, [], []
+        state = [(tokens.new_zeros(len(tokens), c.n_hidden, dtype=torch.float),) * 2] * c.n_layer
+        embedded, report = self.embed(tokens)
+        for x in embedded.unbind(1):
+            for i, block in enumerate(self.blocks):
+                mem, s = state[i]
+                h = block.norm(x)
+                gain = 1 + c.stress_gain * self.stress * block.temper
+                feed = nn.functional.linear(h, block.fc_in.weight, block.fc_in.bias)
+                current = feed * gain + block.b_rec + s @ block.w_rec[0]
+                s, mem = block.leaky(current, mem)
+                state[i] = mem, s
+                spikes.append(s)
+                gate = nn.functional.linear(h, block.gate.weight, block.gate.bias)
+                x = x + torch.sigmoid(gate) * s
+            logits.append(self.readout(x, report))
+        report.rate = [
+            torch.stack(spikes[i :: c.n_layer]).mean((0, 1)) for i in range(c.n_layer)
+        ]
+        return torch.stack(logits, 1), state, report
+
+
+def train(c, run):
+    """Tokens per second of whole training steps of one micro-batch, random tokens."""
+    gpt = config.load(TrainConfig, [c.against])
+    shape = {"micro_tokens": c.micro_tokens, "dtype": c.dtype}
+    models = {OURS: (SpikingLM, c), "transformer": (SpikingLM, replace(gpt, **shape))}
+    if c.block == "sam" and c.residual == "gated" and c.rec_heads == 1:
+        models["snnTorch, step by step"] = (SnnTorchSam, c)
+    rows, runs, parameters, skipped = c.micro_tokens // c.length, {}, {}, {}
+    x, y = torch.randint(c.vocab_size, (2, rows, c.length))
+    for name, (cls, settings) in models.items():
+        torch.manual_seed(c.seed)
+        try:
+            model = cls(settings).to(run.device)
+        except ImportError as error:
+            skipped[name] = str(error)
+            continue
+        optimizer = make_optimizer(settings, model, run.device)
+        runs[name] = partial(train_step, model, model, optimizer, x, y, settings, run)
+        parameters[name] = sum(p.numel() for p in model.parameters())
+    table = summary(take_turns(runs, c.rounds, c.warmup, run.device), OURS)
+    print(f"\n{rows} sequences of {c.length} tokens    tokens/s     ratio   parameters")
+    for name, row in table.items():
+        row["tokens_per_s"] = x.numel() / row["median_ms"] * 1e3
+        row["parameters"] = parameters[name]
+        speed = 1 / row["ratio"]
+        print(f"  {name:26s} {row['tokens_per_s']:16.0f} {speed:9.2f} {parameters[name]:12d}")
+    for name, why in skipped.items():
+        print(f"  {name:26s} skipped: {why}")
+    what = "forward, backward and AdamW step of one micro-batch; ratio of times to ours"
+    return {"what": what, "contestants": table, "skipped": skipped, "batch": [rows, c.length]}
+
+
+# ---- generate: one token after the other ------------------------------------------------------
+
+
+def generate(c, run):
+    """Milliseconds per token, early and late in one long text, batch 1, random weights."""
+    gpt = config.load(TrainConfig, [c.against])
+    windows = {OURS: c, "transformer": gpt, "transformer, unlimited": replace(gpt, window=10**9)}
+    late, streams, rows = c.tokens, {}, {}
+    for name, settings in windows.items():
+        torch.manual_seed(c.seed)
+        model = SpikingLM(settings).to(run.device).eval()
+        stream = model.generate(torch.zeros(1, 1, dtype=torch.long, device=run.device))
+        streams[name] = lambda stream=stream: list(islice(stream, 20))
+    with torch.no_grad():
+        early = take_turns(streams, c.rounds, c.warmup, run.device)
+        for once in streams.values():
+            for _ in range(late // 20 - c.rounds - c.warmup):
+                once()
+        later = take_turns(streams, c.rounds, 0, run.device)
+    print(f"\nms per token          first {20 * (c.rounds + c.warmup)}     after {late}")
+    for name in streams:
+        rows[name] = {
+            "early_ms_per_token": statistics.median(early[name]) / 20 * 1e3,
+            "late_ms_per_token": statistics.median(later[name]) / 20 * 1e3,
+        }
+        print(f"  {name:24s} {rows[name]['early_ms_per_token']:10.2f}", end="")
+        print(f" {rows[name]['late_ms_per_token']:10.2f}")
+    return {"what": "ms per token, batch 1, random weights", "late": late, "contestants": rows}
+
+
+# ---- params: what a config costs --------------------------------------------------------------
+
+
+def params(c, run):
+    """Parameters and, per token, operations; on the meta device, so that any size will do."""
+    with torch.device("meta"):
+        model = SpikingLM(c)
+        _, _, report = model(torch.zeros(1, 1, dtype=torch.long))
+    groups = {}
+    for name, p in model.named_parameters():
+        group = name.split(".")[0]
+        groups[group] = groups.get(group, 0) + p.numel()
+    total = sum(groups.values())
+    for group, count in groups.items():
+        print(f"{group:12s} {count:14,d}")
+    print(f"{'total':12s} {total:14,d} = {total / 1e6:.2f}M")
+    spike_fed = sum(report.synapses)
+    print(f"per token: {spike_fed:,d} spike-fed synapses, {report.macs:,d} float multiplications")
+    return {"parameters": total, "groups": groups, "synapses": spike_fed, "macs": report.macs}
 
 
 # ---- command line -----------------------------------------------------------------------------
 
-
-def shape_list(text):
-    """'32x64x512,4x8x16' -> [(32, 64, 512), (4, 8, 16)]"""
-    shapes = [tuple(int(n) for n in shape.split("x")) for shape in text.split(",")]
-    if any(len(shape) != 3 for shape in shapes):
-        raise ValueError(text)
-    return shapes
+COMMANDS = {"scan": scan, "train": train, "generate": generate, "params": params}
 
 
-def main():
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    commands = parser.add_subparsers(required=True, metavar="sub-command")
-
-    command = commands.add_parser("scan", help="one layer, forward + backward, beside the peers")
-    command.set_defaults(run=scan)
-    command.add_argument("--rounds", type=int, default=9, help="timed rounds per contestant")
-    command.add_argument("--warmup", type=int, default=2, help="rounds before them")
-    command.add_argument("--shapes", type=shape_list, help="BxTxN,BxTxN,... instead of the usual")
-
-    for command in commands.choices.values():
-        command.add_argument("--threads", type=int, default=2, help="CPU threads of PyTorch")
-        command.add_argument("--seed", type=int, default=1)
-        command.add_argument("--out", help="JSON file; default results/..., empty for none")
-    args = parser.parse_args()
-    args.run(args)
+def main(argv):
+    if not argv or argv[0] not in COMMANDS:
+        config.stop(f"python bench.py {'|'.join(COMMANDS)} [CONFIG.py] [--key=value ...]")
+    c = config.load(BenchConfig, argv[1:])
+    run = Run(c)
+    result = environment(run.device, c.seed) | COMMANDS[argv[0]](c, run)
+    if c.save:
+        files = [a.split("/")[-1].removesuffix(".py") for a in argv[1:] if not a.startswith("--")]
+        name = "_".join([argv[0], *files, run.device.type])
+        write_result(f"results/{name}.json", result | {"config": asdict(c)})
 
 
 if __name__ == "__main__":
-    main()
+    main(sys.argv[1:])

@@ -16,7 +16,6 @@ import math
 import os
 import random
 import re
-import shutil
 import tempfile
 import threading
 import time
@@ -58,6 +57,7 @@ def sha256(text: str) -> str:
 # Merges stay inside: a word with the space or apostrophe before it, up to three digits, a run of
 # signs, a run of blanks (but its last goes to the next word). Python and tiktoken both read this.
 PATTERN = r"[ ']?[^\W\d_]+| ?\d{1,3}| ?(?:[^\w\s]|_)+|\s+(?!\S)|\s"
+BPE_WORDS = 1_000_000  # bytes of different words that teach merges: the most frequent ones
 BYTES = [bytes([value]) for value in range(256)]
 
 
@@ -173,9 +173,12 @@ def _learn_merges(counts: Counter, n_merges: int) -> list[bytes]:
     hold its token (inverted index). The heap may hold outdated counts; they are put right when
     they surface. Ties go to the smaller byte string.
     """
-    ordered = sorted(counts.items())  # the result must not depend on the order of the texts
-    words = [[bytes([b]) for b in word.encode(errors="replace")] for word, _ in ordered]
-    times = [n for _, n in ordered]
+    words, times, size = [], [], 0
+    for word, n in sorted(counts.items(), key=lambda item: (-item[1], item[0])):
+        words.append([bytes([b]) for b in word.encode(errors="replace")])
+        times.append(n)
+        if (size := size + len(words[-1])) > BPE_WORDS:
+            break
     pairs = [list(map(bytes.__add__, word, word[1:])) for word in words]
     total, where = Counter(), defaultdict(set)  # of each pair: its count, the words with it
     for i, word_pairs in enumerate(pairs):
@@ -194,29 +197,34 @@ def _learn_merges(counts: Counter, n_merges: int) -> list[bytes]:
         if total[token] < 2:  # only unique pairs are left: this text has no more to teach
             break
         ranks[token] = len(ranks)
-        touched = set()
+        come = set()
         for i in where.pop(token):
-            for pair in pairs[i]:
+            gone, new = _merge(words[i], pairs[i], ranks)
+            for pair in gone:
                 total[pair] -= times[i]
-            pairs[i] = _merge(words[i], pairs[i], ranks)
-            for pair in pairs[i]:
+            for pair in new:
                 total[pair] += times[i]
                 where[pair].add(i)
-            touched.update(pairs[i])
-        for pair in touched:
+            come.update(new)
+        for pair in come:
             heapq.heappush(heap, (-total[pair], pair))
     return list(ranks)
 
 
-def _merge(word: list[bytes], pairs: list[bytes], ranks: dict[bytes, int]) -> list[bytes]:
-    """Join the pair of lowest rank, leftmost first, until no pair has a rank: changes `word`,
-    returns its pairs. This is what tiktoken does to encode a word."""
+def _merge(word: list[bytes], pairs: list[bytes], ranks: dict[bytes, int]):
+    """Join the pair of lowest rank, leftmost first, until no pair has a rank, as tiktoken does to
+    encode a word. Changes `word` and its `pairs`; returns the pairs that went and that came."""
+    gone, come = [], []
     while known := ranks.keys() & pairs:
         token = min(known, key=ranks.get)
         at = pairs.index(token)
+        low = max(at - 1, 0)
         word[at : at + 2] = [token]
-        pairs = list(map(bytes.__add__, word, word[1:]))
-    return pairs
+        new = list(map(bytes.__add__, word[low : at + 1], word[low + 1 : at + 2]))
+        gone += pairs[low : at + 2]
+        come += new
+        pairs[low : at + 2] = new
+    return gone, come
 
 
 # ---- The nursery -----------------------------------------------------------------------------
@@ -683,7 +691,10 @@ def read_file(path: Path, log=print) -> list[str]:
     text = text.replace("\r\n", "\n").replace("\r", "\n")
     documents = read_text(text) if ".txt" in name[-7:] else read_records(text, name, log)
     if not documents:
-        raise DataError(f"{name} holds no text: remove it or fill it")
+        raise DataError(
+            f"{name} holds no text: remove it, or give a .txt with words or a .jsonl with keys "
+            "text, instruction and output, messages, or prompt and replies"
+        )
     return documents
 
 

@@ -126,8 +126,8 @@ def _softclamp_slope(x, BOUND: tl.constexpr):
 #   d_pre = d_membrane + d_r + d_f
 #   d_v   = beta * d_pre                          of the step before
 #   d_I = d_pre,  d_beta = d_pre * v',  d_theta = -d_f - s * d_r,  d_W = s'^T d_pre
-# Only the membrane need be kept, and it is returned anyway: s and v are recomputed from it (dW alone
-# takes the spikes).
+# Only the membrane need be kept, and it is returned anyway: s and v are recomputed from it. (dW, made
+# afterwards, takes the spikes.)
 
 
 @triton.jit
@@ -239,7 +239,7 @@ def _tiling(w_rec):
         return NEURONS, 1, NEURONS, 4
     d = w_rec.shape[-1]
     cols = max(16, triton.next_power_of_2(d))  # tl.dot takes no less
-    return d, SEQUENCES, cols, 4 if cols <= 64 else 8  # 4 would keep all 255 registers busy at 128
+    return d, SEQUENCES, cols, max(4, cols // 8)  # 4 neurons per thread; with 8 registers run out
 
 
 def _launch(kernel, tensors, numbers, w_rec, **constants):
@@ -357,8 +357,9 @@ def lif(current, beta, theta, w_rec=None, state=None, *, backend="auto", **optio
     if backend not in ("auto", "triton", "torch"):
         raise ValueError(f"unknown backend {backend!r}; choose auto, triton or torch")
     device = current.device.type
-    obstacle = _obstacle(current, w_rec) if backend == "auto" and device == "cuda" else None
-    if backend == "triton" or backend == "auto" and device == "cuda" and not obstacle:
+    auto_gpu = backend == "auto" and device == "cuda"
+    obstacle = _obstacle(current, w_rec) if auto_gpu else None
+    if backend == "triton" or auto_gpu and not obstacle:
         scan, said = lif_triton, "lif: triton"
     else:
         scan, said = lif_torch, f"lif: torch ({device})" + (f", as {obstacle}" if obstacle else "")

@@ -62,12 +62,12 @@ def _multi_gaussian(normal, u, k):  # a bump of width 1/k between two negative l
 
 SURROGATES = {
     "fast_sigmoid": Surrogate(  # Zenke & Ganguli 2018, arXiv 1705.11146
-        lambda u, k: u.abs().mul_(k).add_(1).square_().reciprocal_(),
+        lambda u, k: u.abs().mul_(k).add_(1).pow_(-2),
         lambda u, k: 0.5 + u / (1 + k * u.abs()),
         25.0,
     ),
     "atan": Surrogate(  # Fang et al. 2021, arXiv 2007.05785
-        lambda u, k: (u * (math.pi * k / 2)).square_().add_(1).reciprocal_().mul_(k / 2),
+        lambda u, k: torch.addcmul(u.new_full((), 2 / k), u, u, value=k / 2 * math.pi**2).reciprocal_(),
         lambda u, k: 0.5 + torch.atan(u * (math.pi * k / 2)) / math.pi,
         2.0,
     ),
@@ -149,7 +149,7 @@ def _accumulate(total, x, steps):
 
 
 def _after_reset(pre, theta, s, reset, clamp):
-    v = pre - theta * s if reset else pre.clone()
+    v = torch.addcmul(pre, theta, s, value=-1) if reset else pre.clone()
     return softclamp(v, clamp) if clamp else v
 
 
@@ -206,61 +206,68 @@ class _Scan(torch.autograd.Function):
         w_back = None if w_rec is None else w_rec.transpose(1, 2)
         d_s = torch.zeros_like(s0)  # what reaches a step's spikes through W
 
-        # In blocks of about 64k elements: all that does not hang on later steps is computed for a
-        # whole block at once, in cache, and the loop is left with two small operations per step.
-        C = min(T, max(1, 65536 // (B * N)))
-        d_v_block = membrane.new_empty(B, C + 1, N)  # d_v of the step before the block, then its own
+        one = membrane.new_ones(())
+
+        # In blocks of about 128k elements: all that does not hang on later steps is computed for a
+        # whole block at once, in cache, and the loop is left with one small operation per step:
+        # d_pre = direct + through * d_after, d_after the d_pre of the step after. The beta between
+        # the two is in `through`, save in the last step of all, where d_after is the given d_v.
+        C = min(T, max(1, 131072 // (B * N)))
         d_v = torch.zeros_like(v0) if d_v is None else d_v
+        d_after = d_v
         for start in range((T - 1) // C * C, -1, -C):
             now = slice(start, min(start + C, T))
-            n = now.stop - start
+            after = slice(start + 1, min(start + C + 1, T))  # one shorter in the block of step T-1
+            n, m = now.stop - now.start, after.stop - after.start
             pre, s, th, d_pre_now = membrane[:, now], spikes[:, now], _at(theta, now), d_pre[:, now]
             g = ctx.surrogate.grad(pre - th, ctx.slope)
             direct = torch.zeros_like(g) if d_spikes is None else g * d_spikes[:, now]
             if d_membrane is not None:
                 direct += d_membrane[:, now]
-            through = 1 - th * g if reset and reset_grad else torch.ones_like(g)
+            if reset and reset_grad:
+                through = torch.addcmul(one, th, g, value=-1)
+            else:
+                through = torch.ones_like(g)
             if clamp:
-                clamp_slope = pre - th * s if reset else pre.clone()
+                clamp_slope = _after_reset(pre, th, s, reset, clamp=0.0)
                 clamp_slope.mul_(math.sqrt(math.pi) / 2 / clamp).square_().neg_().exp_()
                 through *= clamp_slope
+            through[:, :m] *= _at(beta, after)
 
-            d_v_now = d_v_block[:, : n + 1]
-            d_v_now[:, n] = d_v
-            columns = (x.unbind(1) for x in (g, direct, through, d_v_now[:, 1:], d_v_now, d_pre_now))
-            beta_now = _steps(_at(beta, now), n)
-            for g_t, direct_t, through_t, d_v_t, d_v_before, d_pre_t, beta_t in reversed(
-                list(zip(*columns, beta_now))
-            ):
-                torch.addcmul(direct_t, through_t, d_v_t, out=d_pre_t)
+            g_t, direct_t, through_t, d_pre_t = (
+                x.unbind(1) for x in (g, direct, through, d_pre_now)
+            )
+            for t in reversed(range(n)):
+                torch.addcmul(direct_t[t], through_t[t], d_after, out=d_pre_t[t])
                 if w_rec is not None:
-                    d_pre_t.addcmul_(g_t, d_s)
-                    _add_recurrent(d_s.zero_(), d_pre_t, w_back)
-                torch.mul(beta_t, d_pre_t, out=d_v_before)
-            d_v = d_v_now[:, 0]
+                    d_pre_t[t].addcmul_(g_t[t], d_s)
+                    _add_recurrent(d_s.zero_(), d_pre_t[t], w_back)
+                d_after = d_pre_t[t]
 
             if need_theta:
-                d_th = d_v_now[:, 1:] * clamp_slope if clamp else d_v_now[:, 1:].clone()
-                d_th = d_th.addcmul_(d_th, s, value=-1) if reset else d_th
+                d_th = torch.empty_like(g)  # first d_v, then d_r, then d_theta
+                torch.mul(d_pre[:, after], _at(beta, after), out=d_th[:, :m])
+                d_th[:, m:] = d_v.unsqueeze(1)
+                if clamp:
+                    d_th *= clamp_slope
+                if reset:
+                    d_th.addcmul_(d_th, s, value=-1)
                 d_th -= d_pre_now
                 if d_membrane is not None:
                     d_th += d_membrane[:, now]
                 _accumulate(d_theta, d_th, now)
             if need_beta:
-                v = _after_reset(pre, th, s, reset, clamp)
-                if start == 0:
-                    v_first = v0
-                else:
-                    last = start - 1
-                    th_last = theta if theta.dim() == 1 else theta[:, last]
-                    v_first = _after_reset(membrane[:, last], th_last, spikes[:, last], reset, clamp)
-                _accumulate(d_beta, _before(v_first, v).mul_(d_pre_now), now)
+                v = _after_reset(pre, th, s, reset, clamp)[:, :m]
+                _accumulate(d_beta, v.mul_(d_pre[:, after]), after)
+        if need_beta:
+            _accumulate(d_beta, (v0 * d_pre[:, 0]).unsqueeze(1), slice(0, 1))
+        d_v0 = d_pre[:, 0] * (beta if beta.dim() == 1 else beta[:, 0])
 
         if ctx.needs_input_grad[3]:
             H, d, _ = w_rec.shape
             s_before = _before(s0, spikes).view(B * T, H, d)
             d_w = torch.einsum("xhi,xhj->hij", s_before, d_pre.view(B * T, H, d))
-        return d_pre, d_beta, d_theta, d_w, d_v, d_s, None, None, None
+        return d_pre, d_beta, d_theta, d_w, d_v0, d_s, None, None, None
 
 
 def lif_torch(
@@ -335,7 +342,7 @@ def main():
     torch.manual_seed(1)
     N, T = 8, 72
     beta, theta = torch.linspace(0.0, 0.98, N), torch.ones(N)
-    current = (torch.rand(1, T, 1) < 0.35).float() * 0.45  # the same input to all of them
+    current = (torch.rand(1, T, 1) < 0.4).float() * 0.7  # the same input to all of them
     spikes, membrane, _ = lif_torch(current.expand(1, T, N).contiguous(), beta, theta)
     print("The same random input, eight neurons from forgetful to patient. | is a spike.\n")
     print(" input      " + "".join(".*"[int(x > 0)] for x in current[0, :, 0]))

@@ -245,7 +245,9 @@ class SpikingLM(nn.Module):
         self.norm = nn.LayerNorm(c.n_hidden) if c.norm else nn.Identity()
         if c.n_hidden != c.n_embd:
             self.proj_out = Linear(c.n_hidden, c.n_embd)
-        self.register_buffer("stress", torch.ones(()))  # frozen at evaluation, saved with the model
+        # what `observe` keeps; saved with the model, frozen at evaluation
+        self.register_buffer("stress", torch.ones(()))
+        self.register_buffer("rate", torch.full((c.n_layer,), c.rate_target))
 
     def forward(self, tokens, state=None):
         """tokens (B, T) int64; state as returned by an earlier call, or None for silence.
@@ -253,37 +255,51 @@ class SpikingLM(nn.Module):
         Returns logits (B, T, vocabulary), the state after the last token (a list, an entry per
         block) and a Report.
         """
-        report = Report()
-        x = self.embedding(tokens)  # (B, T, E)
-        if self.config.encoder == "spikes":
-            x = spike_encode(x)
-        if self.proj_in is not None:
-            x = self.proj_in(x, report)  # (B, T, D)
+        x, report = self.embed(tokens)
         after = []
         for block, before in zip(self.blocks, state or [None] * len(self.blocks)):
             x, now = block(x, before, self.stress, report)
             after.append(now)
+        return self.readout(x, report), after, report
+
+    def embed(self, tokens):
+        """tokens (B, T) -> what enters the first block (B, T, D), and a fresh Report."""
+        report = Report()
+        x = self.embedding(tokens)  # (B, T, E)
+        if self.config.encoder == "spikes":
+            x = spike_encode(x)
+        return x if self.proj_in is None else self.proj_in(x, report), report
+
+    def readout(self, x, report):
+        """What leaves the last block (..., D) -> logits (..., vocabulary), by the embedding."""
         x = self.norm(x)
         if self.proj_out is not None:
-            x = self.proj_out(x, report)  # (B, T, E)
+            x = self.proj_out(x, report)  # (..., E)
         report.macs += self.embedding.weight.numel()
-        return F.linear(x, self.embedding.weight), after, report
+        return F.linear(x, self.embedding.weight)
 
     def loss(self, logits, targets, report):
-        """Cross-entropy in nats per token (alone the basis of bits per byte), firing penalty."""
+        """Cross-entropy in nats per token (alone the basis of bits per byte), firing penalty.
+
+        The penalty has the gradient of rate_weight * sum over layers of (rate - target)^2, with
+        the mean rate of the step before in the outer derivative: that makes it linear in the
+        rate, hence the same however a step is cut into micro-batches and processes.
+        """
         nats = F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten())
-        c = self.config
-        off = [(rate.mean() - c.rate_target) ** 2 for rate in report.rate]
-        return nats, c.rate_weight * sum(off, start=nats.new_zeros(()))
+        pressure = 2 * self.config.rate_weight * (self.rate - self.config.rate_target)
+        return nats, sum((p * r.mean() for p, r in zip(pressure, report.rate)), nats.new_zeros(()))
 
     @torch.no_grad()
     def observe(self, nats, rates):
         """What training tells the neurons beside gradients: the environment's stress (Real Sam).
 
         stress = moving average of nats / ln(vocabulary), within 0..1; the published system gives
-        no formula, so this one is ours. With homeostasis on, thresholds follow the rates too.
+        no formula, so this one is ours. rates (layers, N): spikes per neuron and token of the step;
+        the penalty looks at them, and with homeostasis on the thresholds do.
         """
         c = self.config
+        if len(rates):
+            self.rate.copy_(rates.mean(1))
         strain = min(max(nats / math.log(c.vocab_size), 0.0), 1.0)
         self.stress.mul_(c.stress_decay).add_((1 - c.stress_decay) * strain)
         if c.homeostasis:
@@ -325,16 +341,19 @@ class SpikingLM(nn.Module):
         }
 
     @torch.no_grad()
-    def generate(self, tokens, state=None, temperature=1.0, top_k=0, top_p=1.0, generator=None):
+    def generate(
+        self, tokens, state=None, temperature=1.0, top_k=0, top_p=1.0, generator=None, vocab=None
+    ):
         """Yield (token (B, 1), state) for ever, in constant time and memory per token.
 
         tokens (B, T) is the prompt after `state`. The yielded state has seen all but the yielded
-        token, so a chat goes on with generate([token, more ...], state).
+        token, so a chat goes on with generate([token, more ...], state). vocab: draw only from
+        so many tokens, for a tokenizer that uses fewer than the embedding has.
         """
         for chunk in tokens.split(512, dim=1):  # a long prompt in pieces: memory stays flat
             logits, state, _ = self(chunk, state)
         while True:
-            token = pick(logits[:, -1], temperature, top_k, top_p, generator)
+            token = pick(logits[:, -1, :vocab], temperature, top_k, top_p, generator)
             yield token, state
             logits, state, _ = self(token, state)
 

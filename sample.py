@@ -63,8 +63,9 @@ class Speaker:
         self.pending += self.tokenizer.encode(text)
         prompt = torch.tensor([self.pending], device=c.device)
         stream = self.model.generate(
-            prompt, self.state, c.temperature, c.top_k, c.top_p, self.generator
-        )
+            prompt, self.state, c.temperature, c.top_k, c.top_p, self.generator,
+            self.tokenizer.vocab_size,
+        )  # fmt: skip
         decoder = codecs.getincrementaldecoder("utf-8")("replace")  # a character may need 4 tokens
         said, shown = "", 0
         for _ in range(c.max_new_tokens):

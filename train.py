@@ -1,19 +1,28 @@
 """Train a spiking language model.
 
-    python train.py configs/sam_6m.py                      download or build data, train, sample
+    python train.py configs/sam_6m.py                      set up the data, train, sample
     python train.py configs/sam_6m.py --dataset=my.txt     on your own text
     python train.py configs/sam_6m.py --init_from=resume   go on where the last run stopped
     torchrun --nproc_per_node=8 train.py configs/sam_6m.py
+
+Read main() last: it is the loop, and what stands before it are its words.
 """
 
+import datetime
 import json
 import math
 import os
+import platform
+import re
+import shutil
 import signal
+import subprocess
 import sys
 import time
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
+from importlib import metadata
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -23,6 +32,9 @@ from tqdm import tqdm
 import config
 import data
 from model import ModelConfig, SpikingLM, load_checkpoint
+
+
+# ---- settings, processes, optimiser --------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -75,7 +87,9 @@ class TrainConfig(ModelConfig):
                 raise ValueError(
                     f"{name} must be one of {', '.join(allowed)}, got {getattr(self, name)!r}"
                 )
-        self.curriculum()
+        longest = max(length for _, length in self.curriculum())
+        if self.tokens_per_step < longest:
+            raise ValueError(f"tokens_per_step must hold a sequence of {longest} tokens at least")
 
     def curriculum(self):
         """[(phase, length)] from the phases setting."""
@@ -123,6 +137,7 @@ class Run:
         if self.stopping:
             raise SystemExit(130)
         self.stopping = True
+        self.say("stopping after this step; once more to stop at once")
 
     def any_stopping(self):
         return bool(self.mean(torch.tensor(float(self.stopping))) > 0)
@@ -160,29 +175,273 @@ def make_optimizer(c, model, device):
     return torch.optim.AdamW(groups, lr=c.lr, betas=(c.beta1, c.beta2), fused=fused)
 
 
-def save(path, model, optimizer, c, tokenizer, position):
-    """Write the checkpoint beside its final name, flush it to disk, then rename: never half a file."""
+def train_step(model, raw, optimizer, x, y, c, run):
+    """One optimiser step on this process's tokens x and targets y (rows, length).
+
+    They go through in pieces of micro_tokens; gradients add up, and processes average them at the
+    last piece. Returns the nats per token and the rates (layers, N), of all processes.
+    """
+    rows = max(1, c.micro_tokens // x.shape[1])
+    nats_mean, rates = torch.zeros((), device=run.device), []
+    for start in range(0, len(x), rows):
+        x_now, y_now = (z[start : start + rows].to(run.device) for z in (x, y))
+        share = len(x_now) / len(x)
+        last = start + rows >= len(x)
+        with nullcontext() if last or run.world == 1 else model.no_sync():
+            with run.autocast:
+                logits, _, report = model(x_now)
+                nats, penalty = raw.loss(logits, y_now, report)
+            ((nats + penalty) * share).backward()
+        nats_mean += nats.detach() * share
+        rates.append([r.detach() * share for r in report.rate])
+    if c.grad_clip:
+        torch.nn.utils.clip_grad_norm_(raw.parameters(), c.grad_clip)
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    rates = [sum(layer) for layer in zip(*rates)]
+    return run.mean(nats_mean).item(), run.mean(torch.stack(rates)) if rates else []
+
+
+def evaluate(raw, corpus, phase, length, c, run):
+    """What the log says of the model: the phase's validation loss, and the held-out score."""
+    heldout = corpus.heldout[: c.eval_tokens + 1]
+    raw.eval()
+    with run.autocast:
+        valid = raw.score(corpus.valid[phase][:8193], length)
+        score = raw.score(heldout, c.eval_length)
+    raw.train()
+    whole = len(heldout) == len(corpus.heldout)
+    n_bytes = corpus.heldout_bytes if whole else len(corpus.tokenizer.decode_bytes(heldout.tolist()))
+    line = {
+        "valid": valid["nats"] / valid["tokens"],
+        "heldout": score["nats"] / score["tokens"],
+        "bpb": score["nats"] / math.log(2) / n_bytes,
+        "rate": score["rate"],
+        "synops": score["synops"],
+        "synapses": score["synapses"],
+        "stress": raw.stress.item(),
+    }
+    if whole and corpus.entropy_bits is not None:
+        line["entropy_bpb"] = corpus.entropy_bits / corpus.heldout_bytes
+    return line
+
+
+def converged(history, c):
+    """Whether the validation loss gained less than phase_gain in each of the last evaluations."""
+    recent = history[-c.phase_patience - 1 :]
+    gains = [1 - b / a for a, b in zip(recent, recent[1:])]
+    return len(gains) == c.phase_patience and max(gains) < c.phase_gain
+
+
+def next_batch(corpus, curriculum, position, c, run):
+    """This process's rows x, y of the next step: the phase's text, and some of the one before."""
+    phase, length = curriculum[position["phase"]]
+    rows = c.tokens_per_step // length // run.world * run.world
+    before = curriculum[position["phase"] - 1][0] if position["phase"] else None
+    old = int(rows * c.rehearse) // run.world * run.world if before else 0
+    parts = [(phase, rows - old, c.seed)] + [(before, old, c.seed + 1)] * (old > 0)
+    batches = [
+        data.batch(
+            corpus.train[name], position["phase_step"], n, length, seed, run.rank, run.world
+        )
+        for name, n, seed in parts
+    ]
+    return (torch.cat(side) for side in zip(*batches))
+
+
+def save(path, raw, optimizer, c, tokenizer, position):
+    """Write beside the final name, flush to disk, then rename: never half a checkpoint."""
     checkpoint = {
-        "model": model.state_dict(),
+        "model": raw.state_dict(),
         "optimizer": optimizer.state_dict(),
         "config": asdict(c),
         "tokenizer": tokenizer.state(),
         "position": position,
     }
-    with open(path + ".tmp", "wb") as f:
+    with open(f"{path}.tmp", "wb") as f:
         torch.save(checkpoint, f)
         f.flush()
         os.fsync(f.fileno())
-    os.replace(path + ".tmp", path)
+    os.replace(f"{path}.tmp", path)
 
 
-def sample(model, tokenizer, c, run):
-    """A short continuation of nothing at all: what the model says by itself."""
+def sample(raw, tokenizer, c, run):
+    """A short text out of nothing: what the model says by itself."""
     generator = torch.Generator(device=run.device).manual_seed(c.seed)
     start = torch.tensor([[tokenizer.end]], device=run.device)
-    stream = model.generate(start, temperature=0.7, top_p=0.95, generator=generator)
+    stream = raw.generate(
+        start, temperature=0.7, top_p=0.95, generator=generator, vocab=tokenizer.vocab_size
+    )
     ids = [next(stream)[0].item() for _ in range(c.sample_tokens)]
-    return tokenizer.decode(ids).strip()
+    return tokenizer.decode_bytes(ids).decode(errors="replace").strip()
+
+
+# ---- what a result records --------------------------------------------------------------------
+
+
+def environment(device, seed):
+    """Where, when and with what a number was measured, as a dictionary for JSON.
+
+    Paths in the command are cut to file names: a result says nothing of somebody's folders.
+    """
+    gpu = torch.cuda.get_device_properties(device).name if device.type == "cuda" else None
+    here = Path(__file__).parent
+    command = [Path(sys.argv[0]).name, *(re.sub(r"=.*/", "=", x) for x in sys.argv[1:])]
+
+    def line_of(path, start):
+        lines = Path(path).read_text().splitlines() if Path(path).exists() else []
+        return next((x.split(":")[1].strip() for x in lines if x.startswith(start)), None)
+
+    def version(package):
+        try:
+            return metadata.version(package)
+        except metadata.PackageNotFoundError:
+            return None
+
+    def git(*arguments):
+        done = subprocess.run(["git", *arguments], cwd=here, capture_output=True, text=True)
+        return done.stdout.strip()
+
+    packages = "torch numpy tiktoken triton snntorch spikingjelly norse".split()
+    return {
+        "command": " ".join(["python", *command]),
+        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        "cpu": line_of("/proc/cpuinfo", "model name") or platform.processor(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "gpu": gpu,
+        "system": f"{platform.system()} {platform.machine()}, Python {platform.python_version()}",
+        "versions": {p: version(p) for p in packages if version(p)},
+        "commit": git("rev-parse", "HEAD") if shutil.which("git") else None,
+        "uncommitted": shutil.which("git") and git("status", "--porcelain", "--", "*.py"),
+        "seed": seed,
+    }
+
+
+def write_result(path, result):
+    """Write a result, a dictionary, as JSON."""
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    Path(path).write_text(json.dumps(result, indent=1) + "\n")
+    print(f"wrote {path}")
+
+
+# ---- the run ----------------------------------------------------------------------------------
+
+
+def train(c, run):
+    corpus = data.prepare(c.dataset, c.tokenizer, c.vocab_size, c.data_dir, c.seed, log=run.say)
+    tokenizer = corpus.tokenizer
+    if tokenizer.vocab_size > c.vocab_size:
+        config.stop(
+            f"the {tokenizer.kind} tokenizer has {tokenizer.vocab_size} tokens, the model room for "
+            f"{c.vocab_size}; set --vocab_size={tokenizer.vocab_size}"
+        )
+    curriculum = [(phase, length) for phase, length in c.curriculum() if phase in corpus.train]
+    if not curriculum:
+        config.stop(f"{corpus.name} has {', '.join(corpus.train)}, but --phases={c.phases!r}")
+
+    torch.manual_seed(c.seed)
+    raw = SpikingLM(c).to(run.device)
+    optimizer = make_optimizer(c, raw, run.device)
+    position = {"step": 0, "phase": 0, "phase_step": 0, "history": [], "best": math.inf}
+    out = Path(c.out_dir)
+    if c.init_from == "resume":
+        checkpoint = load_checkpoint(out / "last.pt")
+        raw.load_state_dict(checkpoint["model"])
+        optimizer.load_state_dict(checkpoint["optimizer"])
+        position = checkpoint["position"]
+    model = torch.compile(raw) if c.compile else raw
+    if run.world > 1:
+        model = DistributedDataParallel(model, broadcast_buffers=False)
+    sizes = [f"{phase} {len(corpus.train[phase]) / 1e6:.2f}M" for phase, _ in curriculum]
+    run.say(
+        f"{sum(p.numel() for p in raw.parameters()) / 1e6:.2f}M parameters on {run.device}"
+        f"{f' x {run.world}' * (run.world > 1)} | {corpus.name}: {', '.join(sizes)} tokens, "
+        f"{corpus.heldout_bytes / 1e3:.0f} kB held out"
+    )
+    out.mkdir(parents=True, exist_ok=True)
+
+    bar = tqdm(total=c.max_steps, initial=position["step"], disable=not run.main, unit="step")
+    start = mark = time.time()
+    losses, tokens = [], 0  # since the last evaluation
+    while True:
+        step, (phase, length) = position["step"], curriculum[position["phase"]]
+        done = step >= c.max_steps or run.any_stopping()
+
+        if step % c.eval_interval == 0 or done:
+            line = {"step": step, "phase": phase, "tokens": step * c.tokens_per_step}
+            line["tokens_per_s"] = tokens / (time.time() - mark)
+            line["train"] = sum(losses) / len(losses) if losses else None
+            line |= evaluate(raw, corpus, phase, length, c, run)
+            line["minutes"] = (time.time() - start) / 60
+            run.say(describe(line, c))
+            if run.main and c.sample_tokens:
+                run.say(f"       {sample(raw, tokenizer, c, run)!r}")
+            position["history"].append(line["valid"])
+            final = position["phase"] + 1 == len(curriculum)
+            is_converged = converged(position["history"], c)
+            is_late = position["phase_step"] >= c.phase_share * c.max_steps
+            if (is_converged or is_late) and not final and not done:
+                position |= {"phase": position["phase"] + 1, "phase_step": 0, "history": []}
+                why = "converged" if is_converged else "its share of the steps is over"
+                run.say(f"       {phase} -> {curriculum[position['phase']][0]}: {why}")
+            is_best = line["bpb"] < position["best"]
+            position["best"] = min(position["best"], line["bpb"])
+            if run.main:
+                for name in ["last.pt"] + ["best.pt"] * is_best:
+                    save(out / name, raw, optimizer, c, tokenizer, position)
+                with open(out / "log.jsonl", "a") as log:
+                    log.write(json.dumps(line) + "\n")
+            losses, tokens, mark = [], 0, time.time()
+            phase, length = curriculum[position["phase"]]
+        if done:
+            break
+
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(c, step)
+        x, y = next_batch(corpus, curriculum, position, c, run)
+        nats, rates = train_step(model, raw, optimizer, x, y, c, run)
+        if not math.isfinite(nats):
+            config.stop(
+                f"the loss became {nats} at step {step} in {phase}; {out / 'last.pt'} is the last "
+                "good checkpoint: resume it with a lower --lr"
+            )
+        raw.observe(nats, rates)
+        losses.append(nats)
+        tokens += x.numel() * run.world
+        position["step"] += 1
+        position["phase_step"] += 1
+        bar.set_postfix_str(f"{phase} {nats:.3f}", refresh=False)
+        bar.update()
+
+    bar.close()
+    if position["step"] < c.max_steps:
+        run.say(f"stopped at step {position['step']}; go on with --init_from=resume")
+        raise SystemExit(130)
+    if run.main and c.result:
+        data_used = {"name": corpus.name, "sha256": corpus.sha256}
+        history = [json.loads(text) for text in (out / "log.jsonl").read_text().splitlines()]
+        result = environment(run.device, c.seed) | {"data": data_used, "config": asdict(c)}
+        result["config"]["dataset"] = corpus.name  # never a path of somebody's machine
+        result["parameters"] = sum(p.numel() for p in raw.parameters())
+        write_result(c.result, result | {"log": history})
+
+
+def describe(line, c):
+    """One line of words for one evaluation."""
+    entropy = line.get("entropy_bpb")
+    left = (c.max_steps - line["step"]) * c.tokens_per_step / max(1e-9, line["tokens_per_s"]) / 60
+    parts = [
+        f"{line['step']:6d} {line['phase']}",
+        f"train {line['train']:.3f}" if line["train"] else "",
+        f"valid {line['valid']:.3f}",
+        f"held-out {line['heldout']:.3f} nats/token, {line['bpb']:.3f} bits/byte"
+        + (f" (entropy {entropy:.3f} + {line['bpb'] - entropy:.3f})" if entropy else ""),
+        "rate " + " ".join(f"{100 * r:.0f}" for r in line["rate"]) + "%" if line["rate"] else "",
+        f"stress {line['stress']:.2f}",
+        f"{line['tokens_per_s']:.0f} tokens/s, {left:.0f} min left" if line["train"] else "",
+    ]
+    return " | ".join(part for part in parts if part)
 
 
 def main(argv):
@@ -195,176 +454,6 @@ def main(argv):
     finally:
         if run.world > 1:
             dist.destroy_process_group()
-
-
-def train(c, run):
-    # data: every process prepares it, the first one to finish writes the cache
-    corpus = data.prepare(
-        c.dataset, c.tokenizer, c.vocab_size, c.data_dir, c.seed, log=run.say
-    )
-    tokenizer = corpus.tokenizer
-    if tokenizer.vocab_size > c.vocab_size:
-        config.stop(
-            f"the {tokenizer.kind} tokenizer has {tokenizer.vocab_size} tokens, the model room for "
-            f"{c.vocab_size}; set --vocab_size={tokenizer.vocab_size}"
-        )
-    curriculum = [(p, length) for p, length in c.curriculum() if p in corpus.train]
-    if not curriculum:
-        config.stop(f"{corpus.name} has text for {', '.join(corpus.train)}, none of --phases")
-
-    # model
-    torch.manual_seed(c.seed)
-    raw = SpikingLM(c).to(run.device)
-    optimizer = make_optimizer(c, raw, run.device)
-    position = {"step": 0, "phase": 0, "phase_step": 0, "best": [], "best_bpb": math.inf}
-    last = os.path.join(c.out_dir, "last.pt")
-    if c.init_from == "resume":
-        checkpoint = load_checkpoint(last)
-        raw.load_state_dict(checkpoint["model"])
-        optimizer.load_state_dict(checkpoint["optimizer"])
-        position = checkpoint["position"]
-    model = torch.compile(raw) if c.compile else raw
-    if run.world > 1:
-        model = DistributedDataParallel(model, broadcast_buffers=False)
-    n_params = sum(p.numel() for p in raw.parameters())
-    run.say(
-        f"{n_params / 1e6:.2f}M parameters | {run.device} x {run.world} | {corpus.name}: "
-        + ", ".join(f"{p} {len(corpus.train[p]) / 1e6:.2f}M" for p, _ in curriculum)
-        + f" tokens, {corpus.heldout_bytes / 1e3:.0f} kB held out"
-    )
-    os.makedirs(c.out_dir, exist_ok=True)
-    log_file = open(os.path.join(c.out_dir, "log.jsonl"), "a") if run.main else None
-
-    bar = tqdm(total=c.max_steps, initial=position["step"], disable=not run.main, unit="step")
-    started, seen, tick, ticked = time.time(), 0, time.time(), 0
-    losses, rates = [], []
-    while True:
-        phase, length = curriculum[position["phase"]]
-        step = position["step"]
-
-        # evaluate, log, sample, save, and see whether the phase has converged
-        done = step >= c.max_steps or run.any_stopping()
-        if step % c.eval_interval == 0 or done:
-            raw.eval()
-            seconds, tokens = time.time() - tick, seen - ticked
-            heldout = corpus.heldout[: c.eval_tokens + 1]
-            heldout_bytes = len(tokenizer.decode_bytes(heldout.tolist()))
-            with run.autocast:
-                valid = raw.score(corpus.valid[phase][:8193], length)
-                score = raw.score(heldout, c.eval_length)
-            line = {
-                "step": step,
-                "phase": phase,
-                "train": sum(losses) / len(losses) if losses else None,
-                "valid": valid["nats"] / valid["tokens"],
-                "heldout": score["nats"] / score["tokens"],
-                "bpb": score["nats"] / math.log(2) / heldout_bytes,
-                "rate": score["rate"],
-                "synops": score["synops"],
-                "synapses": score["synapses"],
-                "stress": raw.stress.item(),
-                "lr": learning_rate(c, step),
-                "tokens": step * c.tokens_per_step,
-                "tokens_per_s": tokens / seconds if tokens else 0.0,
-                "seconds": time.time() - started,
-            }
-            if corpus.entropy_bits is not None and len(heldout) == len(corpus.heldout):
-                line["entropy_bpb"] = corpus.entropy_bits / corpus.heldout_bytes
-            eta = (c.max_steps - step) * c.tokens_per_step / max(1e-9, line["tokens_per_s"])
-            run.say(describe(line, eta))
-            if run.main:
-                if c.sample_tokens:
-                    run.say("    " + repr(sample(raw, tokenizer, c, run)))
-                log_file.write(json.dumps(line) + "\n")
-                log_file.flush()
-            raw.train()
-            losses = []
-            history = position["best"]
-            history.append(line["valid"])
-            recent = history[-c.phase_patience - 1 :]
-            converged = len(recent) > c.phase_patience and all(
-                b > a * (1 - c.phase_gain) for a, b in zip(recent, recent[1:])
-            )
-            overdue = position["phase_step"] >= c.phase_share * c.max_steps
-            if (converged or overdue) and position["phase"] + 1 < len(curriculum) and not done:
-                position |= {"phase": position["phase"] + 1, "phase_step": 0, "best": []}
-                why = "converged" if converged else "its share of the steps is used"
-                run.say(f"    {phase} -> {curriculum[position['phase']][0]} ({why})")
-                phase, length = curriculum[position["phase"]]
-            if run.main:
-                save(last, raw, optimizer, c, tokenizer, position)
-                if line["bpb"] < position["best_bpb"]:
-                    position["best_bpb"] = line["bpb"]
-                    save(os.path.join(c.out_dir, "best.pt"), raw, optimizer, c, tokenizer, position)
-            tick, ticked = time.time(), seen
-        if done:
-            break
-
-        # one optimiser step of tokens_per_step tokens, in pieces of micro_tokens per process
-        rows = c.tokens_per_step // length
-        old = corpus.train[curriculum[position["phase"] - 1][0]] if position["phase"] else None
-        n_old = int(rows * c.rehearse) // run.world * run.world if old is not None else 0
-        x, y = data.batch(
-            corpus.train[phase], position["phase_step"], rows - n_old, length, c.seed,
-            run.rank, run.world,
-        )  # fmt: skip
-        if n_old:
-            x_old, y_old = data.batch(
-                old, position["phase_step"], n_old, length, c.seed + 1, run.rank, run.world
-            )
-            x, y = torch.cat([x, x_old]), torch.cat([y, y_old])
-        pieces = max(1, -(-x.numel() // c.micro_tokens))
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate(c, step)
-        loss_step, rate_step = 0.0, None
-        xs, ys = x.chunk(pieces), y.chunk(pieces)
-        for i, (x_now, y_now) in enumerate(zip(xs, ys)):
-            x_now, y_now = x_now.to(run.device), y_now.to(run.device)
-            last_piece = i + 1 == len(xs)
-            wait = nullcontext() if run.world == 1 or last_piece else model.no_sync()
-            with wait:
-                with run.autocast:
-                    logits, _, report = model(x_now)
-                    nats, penalty = raw.loss(logits, y_now, report)
-                share = x_now.shape[0] / x.shape[0]
-                ((nats + penalty) * share).backward()
-            loss_step = loss_step + nats.detach() * share
-            if report.rate:
-                now = torch.stack([r.detach() for r in report.rate]) * share
-                rate_step = now if rate_step is None else rate_step + now
-        if c.grad_clip:
-            torch.nn.utils.clip_grad_norm_(raw.parameters(), c.grad_clip)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        nats = run.mean(loss_step).item()
-        if not math.isfinite(nats):
-            config.stop(f"the loss became {nats} at step {step}; try a lower --lr; {last} is good")
-        raw.observe(nats, run.mean(rate_step) if rate_step is not None else [])
-        losses.append(nats)
-        position["step"] += 1
-        position["phase_step"] += 1
-        seen += rows * length
-        bar.update()
-        bar.set_postfix(phase=phase, loss=f"{nats:.3f}", refresh=False)
-    bar.close()
-    if run.main and run.stopping:
-        run.say(f"stopped at step {position['step']}; go on with --init_from=resume")
-
-
-def describe(line, eta):
-    """One line of words for one evaluation."""
-    entropy = line.get("entropy_bpb")
-    parts = [
-        f"{line['step']:6d} {line['phase']}",
-        f"train {line['train']:.3f}" if line["train"] is not None else "train -",
-        f"valid {line['valid']:.3f}",
-        f"held-out {line['heldout']:.3f} nats/token {line['bpb']:.3f} bits/byte"
-        + (f" (true entropy {entropy:.3f}, +{line['bpb'] - entropy:.3f})" if entropy else ""),
-        "rate " + " ".join(f"{100 * r:.0f}" for r in line["rate"]) + "%" if line["rate"] else "",
-        f"stress {line['stress']:.2f}",
-        f"{line['tokens_per_s']:.0f} tokens/s, {eta / 60:.0f} min left" if line["train"] else "",
-    ]
-    return " | ".join(p for p in parts if p)
 
 
 if __name__ == "__main__":

@@ -124,9 +124,10 @@ def brute_train(text: str, n_merges: int) -> list[bytes]:
 
 def test_bpe_agrees_with_brute_force(corpus):
     rng = random.Random(3)
-    syllables = ["".join(rng.choices("ab", k=200)), " ".join(corpus[:12]), SAMPLE * 3]
-    syllables.append(" ".join("".join(rng.choices("abc", k=rng.randint(1, 9))) for _ in range(300)))
-    for text in syllables:
+    texts = ["".join(rng.choices("ab", k=200)), " ".join(corpus[:12]), SAMPLE * 3]
+    texts.append(" ".join("".join(rng.choices("ab", k=rng.randint(1, 30))) for _ in range(60)))
+    texts.append(" ".join("".join(rng.choices("abc", k=rng.randint(1, 9))) for _ in range(300)))
+    for text in texts:
         merges = brute_train(text, 120)
         tokenizer = data.train_tokenizer("bpe", [text], 257 + 120)
         assert tokenizer.vocab == merges
@@ -136,10 +137,12 @@ def test_bpe_agrees_with_brute_force(corpus):
             assert pieces == brute_encode(word, ranks)
 
 
-def test_bpe_is_deterministic_and_may_run_out_of_pairs(corpus):
+def test_bpe_is_deterministic_and_may_run_out_of_pairs(corpus, monkeypatch):
     first = data.train_tokenizer("bpe", corpus, 500)
     assert first.vocab_size == 500
-    assert first.state() == data.train_tokenizer("bpe", corpus[::-1], 500).state()
+    monkeypatch.setattr(data, "BPE_WORDS", 2000)  # not all words are looked at
+    limited = data.train_tokenizer("bpe", corpus, 500).state()
+    assert limited == data.train_tokenizer("bpe", corpus[::-1], 500).state() != first.state()
     tiny = data.train_tokenizer("bpe", ["one two"], 4096)
     assert tiny.vocab_size == 257 and tiny.decode(tiny.encode(SAMPLE)) == SAMPLE
     with pytest.raises(DataError, match="vocab_size 256"):
@@ -350,7 +353,7 @@ class Server(http.server.ThreadingHTTPServer):
         self.content, self.faults, self.tag, self.asked = content, list(faults), tag, []
         self.release = threading.Event()
         self.url = f"http://127.0.0.1:{self.server_port}"
-        threading.Thread(target=self.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
+        threading.Thread(target=self.serve_forever, kwargs={"poll_interval": 0.01}).start()
 
     def __enter__(self):
         return self
@@ -391,7 +394,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
             shift = 1 if fault == "wrong range" else 0
             total = len(server.content)
             self.send_header("Content-Range", f"bytes {start + shift}-{stop - 1}/{total}")
-        if fault != "no length":
+        if fault not in ("no length", "silent drop"):
             extra = {"long": 100, "short": -100}.get(fault, 0)
             self.send_header("Content-Length", str(len(body) + extra))
         if server.tag:
@@ -399,7 +402,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.end_headers()
         if fault == "other bytes":
             body = bytes(255 - b for b in body)
-        if fault in ("drop", "stall"):
+        if fault in ("drop", "silent drop", "stall"):
             body = body[: len(body) // 2]
         self.wfile.write(body)
         if fault == "stall":
@@ -419,11 +422,13 @@ def fetch(server, path, **options):
 @pytest.mark.parametrize("faults", [
     [], ["drop"], ["drop", "drop"], [429, 500, 503], ["drop", "no range"], ["drop", "wrong range"],
     ["no length"], ["stall"], ["other bytes"], ["drop", "other bytes"], ["long"], ["drop", 503],
+    ["drop", "silent drop"],
 ])  # fmt: skip
 def test_download_ends_right(faults, tmp_path):
     path = tmp_path / "deep" / "file.bin"
+    goods = sum(fault in ("no range", "no length") for fault in faults)  # no faults after all
     with Server(CONTENT, faults, tag=DIGEST) as server:
-        fetch(server, path)
+        fetch(server, path, attempts=len(faults) + 1 - goods)
     assert path.read_bytes() == CONTENT
     assert [p.name for p in path.parent.iterdir()] == ["file.bin"]
 
@@ -467,10 +472,10 @@ def test_retry_after_is_honoured(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("faults", [[], ["no range"], ["drop"]])
 def test_only_the_first_bytes(faults, tmp_path):
-    content = f"one{data.END_TEXT}two{data.END_TEXT}three and more".encode() + CONTENT
+    content = f"one{data.END_TEXT}two{data.END_TEXT}three and more{data.END_TEXT}".encode()
     path = tmp_path / "file.txt"
     with Server(content, faults) as server:
-        fetch(server, path, max_bytes=40)
+        fetch(server, path, max_bytes=40, attempts=1 + (faults == ["drop"]))
         assert server.asked[0] == "bytes=0-39"
     assert path.read_text() == f"one{data.END_TEXT}two"
 
@@ -513,8 +518,8 @@ def test_auto_with_network(tmp_path):
 
 
 def test_text_with_separators(tmp_path):
-    raw = b"\xef\xbb\xbfone\r\ntwo\r\n<|endoftext|>\r\nthree\n<|endoftext|>\n"
-    assert data.read_file(write(tmp_path / "a.txt", raw)) == ["one\ntwo", "three"]
+    raw = b"\xef\xbb\xbfone\r\ntwo\rend\r\n<|endoftext|>\r\nthree\n<|endoftext|>\n"
+    assert data.read_file(write(tmp_path / "a.txt", raw)) == ["one\ntwo\nend", "three"]
 
 
 @pytest.mark.parametrize("gap", ["\n\n", "\n", ""])
@@ -605,9 +610,11 @@ def test_cuts():
     assert data.words(text)[:4] == ["Once", " in", " May", " there"]
     assert " didn't" in data.words(text)
     assert data.sentences(text) == [
-        "Once, in May, there lived a very small brown dog.", ' "Hi!"', " said Tom.", "\n\nHe didn't go",
+        "Once, in May, there lived a very small brown dog.", ' "Hi!"', " said Tom.",
+        "\n\nHe didn't go",
     ]  # fmt: skip
-    assert data.phrases(text)[:4] == ["Once,", " in May,", " there lived a", " very small brown dog."]
+    pieces = ["Once,", " in May,", " there lived a", " very small brown dog."]
+    assert data.phrases(text)[:4] == pieces
     for document in (text, SAMPLE, random_text(7)):
         assert "".join(data.sentences(document)).strip() == document.strip()
         assert re.sub(r"\s+$", "", "".join(data.phrases(document))) == document.rstrip()
@@ -674,6 +681,12 @@ def shorten(path):
     path.write_bytes(path.read_bytes()[:-1])
 
 
+def alter(path):
+    raw = path.read_bytes()  # still well formed, but another number or another order
+    numbers = raw.replace(rb'heldout_bytes\": ', rb'heldout_bytes\": 1')
+    path.write_bytes(numbers if path.suffix == ".json" else raw[::-1])
+
+
 def flip(path):
     raw = bytearray(path.read_bytes())
     raw[len(raw) // 2] ^= 1
@@ -681,7 +694,7 @@ def flip(path):
 
 
 @pytest.mark.parametrize("name", ["heldout.bin", "train_words.bin", "meta.json"])
-@pytest.mark.parametrize("damage", [shorten, flip, Path.unlink])
+@pytest.mark.parametrize("damage", [shorten, flip, alter, Path.unlink])
 def test_a_damaged_cache_is_rebuilt(name, damage, tmp_path):
     log = []
     path = write(tmp_path / "a.txt", data.END_TEXT.join(f"{STORY}{i}" for i in range(20)))
@@ -703,6 +716,8 @@ def test_a_tokenizer_can_be_brought_along(tmp_path, corpus):
     path = write(tmp_path / "a.txt", data.END_TEXT.join(f"{STORY}{i}" for i in range(20)))
     assert data.prepare(path, tokenizer, 0, tmp_path / "c").tokenizer.hash == tokenizer.hash
     assert data.prepare(path, "char", 0, tmp_path / "c").tokenizer.kind == "char"
+    assert data.prepare(path, "char", 0, tmp_path / "c", seed=1).tokenizer.kind == "char"
+    assert len(list((tmp_path / "c").iterdir())) == 3
 
 
 def _prepare_in_process(path, folder, results):
@@ -749,7 +764,8 @@ def test_windows_come_once_per_epoch(size, length):
     n = max(1, (size - length) // length)
     epochs = []
     for epoch in range(5):
-        rows = [data.batch(tokens, step, 1, length, seed=3) for step in range(epoch * n, epoch * n + n)]
+        steps = range(epoch * n, epoch * n + n)
+        rows = [data.batch(tokens, step, 1, length, seed=3) for step in steps]
         x = torch.cat([x for x, _ in rows]).flatten().tolist()
         assert len(set(x)) == n * length  # nothing twice: the windows do not overlap
         assert all(torch.equal(x + 1, y) for x, y in rows)

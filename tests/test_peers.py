@@ -146,7 +146,7 @@ def snntorch_leaky(current, beta, theta, spike_grad, **settings):
     return unroll(step, current)
 
 
-@pytest.mark.parametrize("N", [17, 700])  # 700: backward takes the 40 steps in two blocks
+@pytest.mark.parametrize("N", [17, 1200])  # 1200: backward takes several blocks of steps
 @pytest.mark.parametrize("surrogate, slope, spike_grad", SNNTORCH, ids=name)
 def test_snntorch_immediate_reset(surrogate, slope, spike_grad, N):
     current, beta, theta = leaves = draw(torch.float32, high=0.85, N=N)

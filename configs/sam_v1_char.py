@@ -1,0 +1,12 @@
+# python train.py configs/sam_v1_char.py --dataset=shakespeare.txt
+# Real Sam V1: characters, plain recurrent LIF layers, no residual, no norm. About 1M parameters.
+tokenizer = "char"
+vocab_size = 256
+n_embd = 64
+n_hidden = 512
+n_layer = 2
+residual = "none"
+norm = False
+stress_gain = 0.0
+diversity = 0.0
+phases = "stories:64"

@@ -1,0 +1,92 @@
+"""Settings: who wins, and how every mistake ends."""
+
+import ast
+from dataclasses import dataclass, fields
+
+import pytest
+
+import config
+from bench import BenchConfig
+from sample import SampleConfig
+from train import TrainConfig
+
+
+@dataclass(frozen=True)
+class Small:
+    # numbers
+    width: int = 4  # neurons
+    rate: float = 0.5  # a share
+    name: str = "sam"  # a word
+    fast: bool = False  # a switch
+
+
+def write(tmp_path, text):
+    path = tmp_path / "config.py"
+    path.write_text(text)
+    return str(path)
+
+
+def test_the_last_wins(tmp_path):
+    path = write(tmp_path, "width = 2 * 4\nrate = 1\n")
+    assert config.load(Small, []) == Small()
+    assert config.load(Small, [path]) == Small(width=8, rate=1.0)
+    # also when the file comes after: the command line is the strongest
+    assert config.load(Small, ["--width=16", path]) == Small(width=16, rate=1.0)
+    assert config.load(Small, [path, "--fast=True", "--name=3"]) == Small(8, 1.0, "3", True)
+
+
+@pytest.mark.parametrize(
+    "argv, file, expected",
+    [
+        (["--widht=3"], None, "did you mean 'width'"),
+        ([], "widht = 3", "did you mean 'width'"),
+        (["--width=3.5"], None, "width must be of type int, got 3.5"),
+        (["--width=many"], None, "width must be of type int"),
+        (["--fast=1"], None, "fast must be of type bool"),
+        ([], "name = 3", "name must be of type str"),
+        ([], "width = True", "width must be of type int"),
+        (["--width"], None, "has no value"),
+        (["missing.py"], None, "cannot read the config file missing.py"),
+        ([], "width = (", "SyntaxError"),
+        ([], "width = 1 / 0", "ZeroDivisionError"),
+    ],
+)
+def test_a_mistake_is_one_line_and_exit_2(argv, file, expected, tmp_path, capsys):
+    if file is not None:
+        argv = [write(tmp_path, file), *argv]
+    with pytest.raises(SystemExit) as stopped:
+        config.load(Small, argv)
+    err = capsys.readouterr().err
+    assert stopped.value.code == 2
+    assert expected in err and err.startswith("error: ") and err.count("\n") == 1
+
+
+@pytest.mark.parametrize("cls", [Small, TrainConfig, SampleConfig, BenchConfig])
+def test_help_lists_every_setting_with_its_comment(cls, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        config.load(cls, ["--help"])
+    assert stopped.value.code == 0
+    lines = capsys.readouterr().out.splitlines()
+    for f in fields(cls):
+        (line,) = [x for x in lines if x.startswith(f"  --{f.name}=")]
+        default, comment = line.split("=", 1)[1].split("  # ")
+        assert ast.literal_eval(default) == f.default and len(comment) > 5
+
+
+@pytest.mark.parametrize(
+    "setting, expected",
+    [
+        ("--surrogate=step", "surrogate must be one of"),
+        ("--block=lstm", "block must be one of"),
+        ("--rec_heads=7", "n_hidden 512 must be a multiple of rec_heads 7"),
+        ("--beta=1.5", "beta must lie between 0 and 1"),
+        ("--phases=novels:64", "phases must be name:length"),
+        ("--phases=words", "phases must be name:length"),
+        ("--n_layer=0", "n_layer must be at least 1"),
+        ("--tokens_per_step=4", "tokens_per_step must hold"),
+    ],
+)
+def test_values_that_make_no_sense(setting, expected, capsys):
+    with pytest.raises(SystemExit):
+        config.load(TrainConfig, [setting])
+    assert expected in capsys.readouterr().err

@@ -1,0 +1,214 @@
+"""The reference scan: by hand, by finite differences, whole against split, and its surrogates."""
+
+import pytest
+import torch
+
+from lif import SURROGATES, lif_torch, softclamp
+
+torch.manual_seed(0)
+
+
+def neurons(B, T, N, heads=None, per_step=False, dtype=torch.float32, seed=0):
+    """Random arguments of a scan that fires in 5-95% of the steps."""
+    g = torch.Generator().manual_seed(seed)
+    shape = (B, T, N) if per_step else (N,)
+    current = torch.randn(B, T, N, generator=g, dtype=dtype) * 0.8 + 0.2
+    beta = torch.rand(shape, generator=g, dtype=dtype)
+    theta = torch.rand(shape, generator=g, dtype=dtype) + 0.5
+    d = N // heads if heads else 0
+    w = torch.randn(heads, d, d, generator=g, dtype=dtype) / d**0.5 if heads else None
+    return current, beta, theta, w
+
+
+# ---- charge, fire, reset by hand ---------------------------------------------------------------
+
+BY_HAND = [  # current, spikes, membrane before the reset; beta 1/2, theta 1
+    ("below", [0.5, 0.5, 0.5], [0, 0, 0], [0.5, 0.75, 0.875]),
+    ("equal fires", [1.0, 0.0, 1.0], [1, 0, 1], [1.0, 0.0, 1.0]),
+    ("reset subtracts", [1.5, 0.0, 1.0], [1, 0, 1], [1.5, 0.25, 1.125]),
+    ("fires twice", [3.0, 0.25, 0.0], [1, 1, 0], [3.0, 1.25, 0.125]),
+]
+
+
+@pytest.mark.parametrize("name, current, spikes, membrane", BY_HAND)
+def test_by_hand(name, current, spikes, membrane):
+    x = torch.tensor(current).view(1, 3, 1)
+    s, pre, (v, last) = lif_torch(x, torch.tensor([0.5]), torch.tensor([1.0]))
+    assert s.flatten().tolist() == spikes
+    assert pre.flatten().tolist() == membrane
+    assert v.item() == membrane[-1] - spikes[-1] and last.item() == spikes[-1]
+
+
+def test_without_reset_the_membrane_is_a_linear_filter():
+    x = torch.tensor([2.0, 0.0, 0.0]).view(1, 3, 1)
+    s, pre, _ = lif_torch(x, torch.tensor([0.5]), torch.tensor([1.0]), reset="none")
+    assert pre.flatten().tolist() == [2.0, 1.0, 0.5] and s.flatten().tolist() == [1, 1, 0]
+
+
+def test_recurrent_spikes_arrive_one_step_later():
+    x = torch.tensor([[1.0, 0.0], [0.0, 0.0], [0.0, 0.0]]).view(1, 3, 2)
+    w = torch.tensor([[[0.0, 1.0], [0.0, 0.0]]])  # row 0: what neuron 0 sends, to neuron 1
+    s, _, _ = lif_torch(x, torch.zeros(2), torch.ones(2), w)
+    assert s[0].tolist() == [[1, 0], [0, 1], [0, 0]]
+
+
+def test_softclamp_has_slope_one_and_its_bound():
+    x = torch.tensor([0.0, 1e6], dtype=torch.double, requires_grad=True)
+    y = softclamp(x, 30.0)
+    (slope,) = torch.autograd.grad(y.sum(), x)
+    assert y[1].item() == pytest.approx(30) and slope[0].item() == pytest.approx(1)
+    current, beta, theta, _ = neurons(2, 20, 3)
+    big = lif_torch(current + 50, beta + 1, theta, reset="none", clamp=30.0)
+    assert big[2][0].abs().max() <= 30
+
+
+# ---- gradients --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("per_step", [False, True])
+@pytest.mark.parametrize("heads", [None, 1, 2])
+@pytest.mark.parametrize("reset, clamp", [("soft", 0.0), ("soft", 2.0), ("none", 0.0), ("none", 2.0)])
+@pytest.mark.parametrize("surrogate", ["fast_sigmoid", "gaussian"])
+def test_gradcheck(surrogate, reset, clamp, heads, per_step):
+    """Fired with its own smooth step, the surrogate gradient is the true one: all of them."""
+    current, beta, theta, w = neurons(2, 5, 4, heads, per_step, torch.double)
+    v, s = torch.rand(2, 2, 4, dtype=torch.double).unbind(0)
+    inputs = [x.requires_grad_() for x in (current, beta, theta, w, v, s) if x is not None]
+
+    def scan(current, beta, theta, *rest):
+        w, v, s = rest if heads else (None, *rest)
+        spikes, membrane, state = lif_torch(
+            current, beta, theta, w, (v, s),
+            surrogate=surrogate, slope=1.5, reset=reset, clamp=clamp, soft=True,
+        )  # fmt: skip
+        return spikes, membrane, *state
+
+    assert torch.autograd.gradcheck(scan, inputs)
+
+
+@pytest.mark.parametrize("reset_grad", [True, False])
+@pytest.mark.parametrize("T", [1, 7, 500])  # 500 steps of (3, 100): several blocks of backward
+def test_backward_equals_autograd_step_by_step(T, reset_grad):
+    # in double, so that the order of sums does not decide about a spike
+    current, beta, theta, w = neurons(3, T, 100, 4, dtype=torch.double)
+    out = [x.clone().requires_grad_() for x in (current, beta, theta, w)]
+    ref = [x.clone().requires_grad_() for x in (current, beta, theta, w)]
+    cotangents = torch.randn(2, 3, T, 100, dtype=torch.double)
+
+    spikes, membrane, _ = lif_torch(*out, surrogate="atan", reset_grad=reset_grad)
+    rate = spikes.mean().item()
+    assert 0.05 < rate < 0.95
+    got = torch.autograd.grad((spikes * cotangents[0] + membrane * cotangents[1]).sum(), out)
+
+    class Fire(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, u):
+            ctx.save_for_backward(u)
+            return (u >= 0).to(u.dtype)
+
+        @staticmethod
+        def backward(ctx, d):
+            return d / (1 + (torch.pi * ctx.saved_tensors[0]) ** 2)
+
+    v = s = torch.zeros(3, 100, dtype=torch.double)
+    total = 0
+    for t, x in enumerate(ref[0].unbind(1)):
+        recurrent = torch.einsum("bhi,hij->bhj", s.view(3, 4, 25), ref[3]).reshape(3, 100)
+        pre = ref[1] * v + x + recurrent
+        s = Fire.apply(pre - ref[2])
+        assert torch.equal(s, spikes[:, t])
+        v = pre - ref[2] * (s if reset_grad else s.detach())
+        total = total + (s * cotangents[0][:, t] + pre * cotangents[1][:, t]).sum()
+    for a, b in zip(got, torch.autograd.grad(total, ref)):
+        torch.testing.assert_close(a, b, rtol=1e-8, atol=1e-8)
+
+
+def test_final_state_is_differentiable():
+    current, beta, theta, w = neurons(2, 6, 4, 1, dtype=torch.double)
+    current.requires_grad_()
+    _, _, (v, s) = lif_torch(current, beta, theta, w, soft=True, slope=1.0)
+    (d,) = torch.autograd.grad((v * 2 + s).sum(), current)
+    assert d.abs().min() > 0
+
+
+@pytest.mark.parametrize("name", SURROGATES)
+def test_surrogate_is_the_derivative_of_its_smooth_step(name):
+    surrogate = SURROGATES[name]
+    for k in (surrogate.slope, 0.7):
+        u = torch.linspace(-3.003, 3, 401, dtype=torch.double)  # misses the kinks
+        h = 1e-6
+        slope = (surrogate.soft(u + h, k) - surrogate.soft(u - h, k)) / (2 * h)
+        torch.testing.assert_close(surrogate.grad(u, k), slope, rtol=1e-4, atol=1e-6)
+    if name != "ste":  # a bump around the threshold
+        at = surrogate.grad(torch.tensor([0.0, 0.2, 5.0]), surrogate.slope)
+        assert at[0] >= at[1] > at[2] and at[0] > 0
+
+
+# ---- state ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("heads", [None, 1, 4])
+@pytest.mark.parametrize("per_step", [False, True])
+def test_whole_equals_split_equals_one_at_a_time(heads, per_step):
+    current, beta, theta, w = neurons(3, 23, 32, heads, per_step)
+
+    def run(cuts):
+        state, spikes, membranes = None, [], []
+        for a, b in zip(cuts, cuts[1:]):
+            at = [x[:, a:b] if x.dim() == 3 else x for x in (beta, theta)]
+            s, m, state = lif_torch(current[:, a:b], *at, w, state)
+            spikes.append(s), membranes.append(m)
+        return torch.cat(spikes, 1), torch.cat(membranes, 1), *state
+
+    whole = run([0, 23])
+    assert 0.05 < whole[0].mean() < 0.95
+    for cuts in ([0, 9, 23], list(range(24))):
+        parts = run(cuts)
+        assert torch.equal(parts[0], whole[0])
+        for a, b in zip(parts, whole):
+            torch.testing.assert_close(a, b, rtol=0, atol=1e-5)
+
+
+def test_causal():
+    current, beta, theta, w = neurons(2, 12, 8, 1)
+    current.requires_grad_()
+    spikes, membrane, _ = lif_torch(current, beta, theta, w)
+    (d,) = torch.autograd.grad((spikes + membrane)[:, 5].sum(), current)
+    assert d[:, :6].abs().sum() > 0 and d[:, 6:].abs().sum() == 0
+
+
+def test_half_input_keeps_a_float_membrane():
+    current, beta, theta, w = neurons(2, 50, 16, 2)
+    half = current.bfloat16()
+    s, membrane, (v, _) = lif_torch(half, beta, theta, w)
+    full, _, _ = lif_torch(half.float(), beta, theta, w)
+    assert s.dtype == torch.bfloat16 and membrane.dtype == v.dtype == torch.float32
+    assert torch.equal(s.float(), full)
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (dict(surrogate="step"), "unknown surrogate 'step'"),
+        (dict(reset="hard"), "unknown reset 'hard'"),
+        (dict(clamp=-1.0), "clamp must be"),
+        (dict(beta=torch.ones(3)), "beta must be"),
+        (dict(theta=torch.ones(2, 5)), "theta must be"),
+        (dict(w_rec=torch.ones(4, 4)), "w_rec must be"),
+        (dict(w_rec=torch.ones(3, 1, 1)), "w_rec must be"),
+        (dict(state=(torch.ones(2, 3), torch.ones(2, 4))), "state must be"),
+        (dict(current=torch.ones(2, 0, 4)), "current must be"),
+    ],
+)
+def test_arguments_that_do_not_fit(change, message):
+    good = dict(current=torch.ones(2, 5, 4), beta=torch.ones(4), theta=torch.ones(4))
+    with pytest.raises(ValueError, match=message):
+        lif_torch(**(good | change))
+
+
+def test_python_lif_draws_neurons(capsys):
+    import lif
+
+    lif.main()
+    out = capsys.readouterr().out
+    assert out.count("beta") == 8 and out.count("|") > 20

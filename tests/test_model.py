@@ -1,0 +1,246 @@
+"""The model: every config, shrunk; whole = split = token by token; causal; counted."""
+
+import math
+from dataclasses import replace
+from itertools import islice
+from pathlib import Path
+
+import pytest
+import torch
+
+import config
+from model import ModelConfig, SpikingLM, Synapse, Report, pick, spike_encode
+from train import TrainConfig
+
+CONFIGS = sorted(p.name for p in Path(__file__).parent.parent.glob("configs/*.py"))
+SMALL = dict(vocab_size=50, n_embd=16, n_layer=2, n_head=2, d_ff=24)
+
+
+def shrunk(name, **more):
+    c = config.load(TrainConfig, [f"configs/{name}"])
+    width = 32 if c.n_hidden > c.n_embd else 16
+    return replace(c, **SMALL | {"n_hidden": width, "window": 8} | more)
+
+
+def model_of(c):
+    torch.manual_seed(0)
+    return SpikingLM(c).eval()
+
+
+@pytest.fixture(autouse=True)
+def in_the_repository(monkeypatch):
+    monkeypatch.chdir(Path(__file__).parent.parent)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_whole_equals_split_equals_token_by_token(name):
+    model = model_of(shrunk(name))
+    tokens = torch.randint(50, (3, 30))
+    with torch.no_grad():
+        whole, state, report = model(tokens)
+        for rate in report.rate:
+            assert 0.01 < rate.mean() < 0.99
+        for cuts in ([13, 17], [1] * 30, [5, 20, 5]):
+            parts, now = [], None
+            for chunk in tokens.split(cuts, 1):
+                logits, now, _ = model(chunk, now)
+                parts.append(logits)
+            torch.testing.assert_close(torch.cat(parts, 1), whole, rtol=0, atol=1e-5)
+    for a, b in zip(state, now):
+        for x, y in zip(a, b):
+            torch.testing.assert_close(x, y, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_causal_by_gradient(name):
+    model = model_of(shrunk(name))
+    inputs = []
+    model.embedding.register_forward_hook(lambda m, i, out: inputs.append(out) or out.retain_grad())
+    logits, _, _ = model(torch.randint(50, (2, 9)))
+    logits[:, 4].square().sum().backward()
+    grad = inputs[0].grad.abs().sum((0, 2))  # (T,)
+    assert (grad[:5] > 0).all() and (grad[5:] == 0).all()
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_every_parameter_learns(name):
+    model = model_of(shrunk(name)).train()
+    tokens = torch.randint(50, (4, 12))
+    logits, _, report = model(tokens)
+    nats, penalty = model.loss(logits, tokens, report)
+    (nats + penalty).backward()
+    for key, p in model.named_parameters():
+        assert p.grad is not None and p.grad.abs().sum() > 0, key
+
+
+@pytest.mark.parametrize(
+    "name, millions, tolerance",
+    [("sam_6m.py", 6.04, 0.01), ("gpt_6m.py", 6.04, 0.01), ("sam_v1_char.py", 1, 0.2)]
+    + [("sam_v2.py", 3, 0.1), ("sam_v3.py", 6, 0.05)],
+)
+def test_parameters(name, millions, tolerance):
+    with torch.device("meta"):
+        model = SpikingLM(config.load(TrainConfig, [f"configs/{name}"]))
+    count = sum(p.numel() for p in model.parameters())
+    assert count == pytest.approx(millions * 1e6, rel=tolerance)
+
+
+def test_gpt_attends_to_its_window_and_no_further():
+    model = model_of(shrunk("gpt_6m.py", n_layer=1, window=4))
+    tokens = torch.randint(50, (1, 12))
+    other = tokens.clone()
+    other[0, 5] = (tokens[0, 5] + 1) % 50
+    with torch.no_grad():
+        differs = (model(tokens)[0] - model(other)[0]).abs().amax(-1)[0] > 1e-6
+    assert differs.tolist() == [5 <= t <= 8 for t in range(12)]
+
+
+@pytest.mark.parametrize("name", ["sam_6m.py", "gpt_6m.py"])
+def test_generation_keeps_its_state_small_and_equals_the_forward(name):
+    model = model_of(shrunk(name))
+    prompt = torch.randint(50, (1, 5))
+    stream = list(islice(model.generate(prompt, temperature=0), 40))
+    tokens = torch.cat([prompt] + [token for token, _ in stream], 1)
+    with torch.no_grad():
+        logits, _, _ = model(tokens)
+    assert torch.equal(logits[0, 4:-1].argmax(-1), tokens[0, 5:])
+
+    def size(state):
+        return sum(x.numel() for block in state for x in block)
+
+    assert size(stream[20][1]) == size(stream[39][1])
+    # the yielded state has seen all but the yielded token: going on from it changes nothing
+    token, state = stream[9]
+    again = [t.item() for t, _ in islice(model.generate(token, state, temperature=0), 30)]
+    assert again == [t.item() for t, _ in stream[10:]]
+
+
+def test_encoder_is_binary_forward_and_a_sigmoid_backward():
+    x = torch.tensor([-2.0, -1e-8, 0.0, 0.3, 9.0], requires_grad=True)
+    s = spike_encode(x)
+    assert s.tolist() == [0, 0, 0, 1, 1]
+    s.sum().backward()
+    p = torch.sigmoid(x.detach())
+    torch.testing.assert_close(x.grad, p * (1 - p))
+
+
+def test_synapse_counts_what_its_spikes_trigger():
+    synapse, report = Synapse(4, 3), Report()
+    s = torch.tensor([[[1.0, 0, 0, 1], [0, 0, 0, 1]]])  # 3 spikes in 2 tokens
+    y = synapse(s, report)
+    assert report.synops[0].item() == pytest.approx(1.5 * 3) and report.synapses == [12]
+    torch.testing.assert_close(y[0, 1], synapse.weight[3] + synapse.bias)  # a row per presynaptic
+
+
+def test_synops_of_the_model_are_counted_from_real_spikes():
+    model = model_of(shrunk("sam_6m.py"))
+    tokens = torch.randint(50, (2, 20))
+    with torch.no_grad():
+        _, _, report = model(tokens)
+        encoded = (model.embedding(tokens) > 0).float().sum(-1).mean() * 32
+    expected = [encoded] + [rate.sum() * 32 for rate in report.rate]
+    torch.testing.assert_close(torch.stack(report.synops), torch.stack(expected))
+    assert report.synapses == [16 * 32] + [32 * 32] * 2
+    assert report.macs == 2 * 2 * 32 * 32 + 32 * 16 + 50 * 16  # per block in and gate; out; head
+
+
+# ---- environment, diversity, homeostasis ---------------------------------------------------------
+
+
+def test_stress_follows_the_loss_and_is_saved():
+    model = model_of(shrunk("sam_6m.py", stress_decay=0.9))
+    for _ in range(200):
+        model.observe(0.5 * math.log(50), torch.full((2, 32), 0.1))
+    assert model.stress.item() == pytest.approx(0.5, abs=1e-4)
+    model.observe(1e9, torch.full((2, 32), 0.1))
+    assert model.stress.item() == pytest.approx(0.55, abs=1e-3)  # within 0..1
+    assert model.state_dict()["stress"].item() == model.stress.item()
+
+
+def test_stress_scales_the_gain_by_each_neurons_temper():
+    model = model_of(shrunk("sam_6m.py", diversity=0.5, n_hidden=512))
+    temper = model.blocks[0].temper
+    assert temper.mean().item() == pytest.approx(1, abs=0.1) and temper.std() > 0.3
+    tokens = torch.randint(50, (2, 20))
+    with torch.no_grad():
+        before = model(tokens)[0]
+        model.stress.fill_(0.0)
+        assert not torch.equal(model(tokens)[0], before)
+    flat = model_of(shrunk("sam_6m.py", stress_gain=0.0))
+    with torch.no_grad():
+        before = flat(tokens)[0]
+        flat.stress.fill_(0.0)
+        assert torch.equal(flat(tokens)[0], before)
+
+
+def test_homeostasis_moves_thresholds_towards_the_target_rate():
+    c = shrunk("sam_v3.py", homeostasis=0.1, theta=0.3, n_layer=1)
+    model = model_of(c)
+    tokens = torch.randint(50, (8, 40))
+    off = []
+    with torch.no_grad():
+        for _ in range(300):
+            _, _, report = model(tokens)
+            off.append((report.rate[0] - c.rate_target).abs().mean().item())
+            model.observe(1.0, torch.stack(report.rate))
+    assert off[0] > 0.15 and off[-1] < 0.5 * off[0]
+    theta = model.blocks[0].theta
+    assert theta.std() > 0 and theta.min() > 0.029 and theta.max() < 3.1
+
+
+def test_penalty_pulls_the_rate_down():
+    c = shrunk("sam_6m.py", rate_target=0.1, rate_weight=100.0)
+    model = model_of(c).train()
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
+    tokens, rates = torch.randint(50, (8, 20)), []
+    for _ in range(60):
+        logits, _, report = model(tokens)
+        _, penalty = model.loss(logits, tokens, report)
+        penalty.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        model.observe(1.0, torch.stack(report.rate).detach())
+        rates.append(report.rate[0].mean().item())
+    assert abs(rates[-1] - 0.1) < 0.03 < abs(rates[0] - 0.1)
+
+
+def test_score_counts_every_token_once():
+    model = model_of(shrunk("sam_6m.py"))
+    tokens = torch.randint(50, (71,)).numpy()
+    score = model.score(tokens, 10)
+    with torch.no_grad():  # rows of 10 from silence
+        nats = 0
+        for i in range(0, 70, 10):
+            logits, _, _ = model(torch.from_numpy(tokens[None, i : i + 10]))
+            at = torch.from_numpy(tokens[i + 1 : i + 11])
+            nats += torch.nn.functional.cross_entropy(logits[0], at, reduction="sum").item()
+    assert score["tokens"] == 70 and score["nats"] == pytest.approx(nats, rel=1e-5)
+    short = model.score(tokens[:66], 10)  # the last row is half empty
+    assert short["tokens"] == 65 and short["nats"] < score["nats"]
+
+
+# ---- drawing a token -----------------------------------------------------------------------------
+
+
+def test_pick():
+    logits = torch.log(torch.tensor([[0.5, 0.3, 0.15, 0.05]]))
+
+    def drawn(**how):
+        g = torch.Generator().manual_seed(0)
+        how = dict(temperature=1.0, top_k=0, top_p=1.0, generator=g) | how
+        counts = torch.zeros(4)
+        for _ in range(2000):
+            counts[pick(logits, **how).item()] += 1
+        return (counts / 2000).tolist()
+
+    assert drawn() == pytest.approx([0.5, 0.3, 0.15, 0.05], abs=0.04)
+    assert drawn(temperature=0.0) == drawn(temperature=1e-9) == [1, 0, 0, 0]
+    assert drawn(top_k=2) == pytest.approx([0.625, 0.375, 0, 0], abs=0.04)
+    assert drawn(top_k=100) == drawn()
+    assert drawn(top_p=0.6) == pytest.approx([0.625, 0.375, 0, 0], abs=0.04)
+    assert drawn(top_p=1e-9) == [1, 0, 0, 0]
+
+
+def test_unknown_settings_are_refused():
+    with pytest.raises(ValueError, match="block must be one of"):
+        ModelConfig(block="lstm")

@@ -1,0 +1,237 @@
+"""Training: golden losses, one process = two, resume, Ctrl-C, curriculum, sampling, mistakes."""
+
+import json
+import os
+import random
+import re
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import data
+import sample
+import train
+
+ROOT = Path(__file__).parent.parent
+TINY = (
+    "--tokenizer=byte --vocab_size=300 --n_embd=16 --n_hidden=32 --n_layer=2 --n_head=2 --d_ff=32"
+    " --tokens_per_step=256 --micro_tokens=256 --max_steps=8 --eval_interval=4 --warmup_steps=2"
+    " --sample_tokens=5 --eval_length=32 --eval_tokens=200 --threads=1 --device=cpu --seed=1"
+).split()
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory):
+    """A folder with a small text of stories and conversations."""
+    folder = tmp_path_factory.mktemp("text")
+    rng = random.Random(0)
+    words = "the cat dog sat ran on a mat and saw big red bird".split()
+    stories = [
+        " ".join(rng.choices(words, k=rng.randint(8, 30))).capitalize() + "." for _ in range(60)
+    ]
+    talks = [f"{data.turn(rng.choice(words))} {rng.choice(words)}." for _ in range(40)]
+    (folder / "text.txt").write_text(f"\n{data.END_TEXT}\n".join(stories + talks))
+    return folder
+
+
+def settings(text, out, *more):
+    return ["configs/sam_6m.py", *TINY, f"--dataset={text / 'text.txt'}"] + [
+        f"--data_dir={text / 'cache'}", f"--out_dir={out}", *more
+    ]  # fmt: skip
+
+
+def run(text, out, *more, start=("train.py",), code=0):
+    """A run in processes of its own; returns its log, a dictionary per evaluation."""
+    done = subprocess.run(
+        [sys.executable, *start, *settings(text, out, *more)],
+        cwd=ROOT, capture_output=True, text=True, timeout=200,
+    )  # fmt: skip
+    assert done.returncode == code, done.stdout + done.stderr
+    return read_log(out) if code == 0 else done.stderr
+
+
+def read_log(out):
+    return [json.loads(line) for line in (Path(out) / "log.jsonl").read_text().splitlines()]
+
+
+def losses(log):
+    return [(x["step"], x["train"], x["valid"], x["heldout"]) for x in log]
+
+
+TORCHRUN = ("-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=29577", "train.py")
+STORIES = "--phases=stories:16"
+
+
+@pytest.fixture(scope="module")
+def one(text, tmp_path_factory):
+    """The log of one plain run."""
+    os.chdir(ROOT)
+    out = tmp_path_factory.mktemp("one")
+    return out, run(text, out, STORIES)
+
+
+def test_log_and_checkpoint(one):
+    out, log = one
+    assert [x["step"] for x in log] == [0, 4, 8]
+    assert log[-1]["train"] < log[1]["train"] and log[-1]["bpb"] < log[0]["bpb"]
+    assert log[0]["heldout"] == pytest.approx(5.7, abs=0.3)  # ln(300): knows nothing yet
+    for x in log:
+        assert len(x["rate"]) == 2 and 0 < x["stress"] <= 1
+        # bytes are tokens here, but for the end token, which has nats and no bytes
+        assert x["bpb"] >= x["heldout"] / 0.6932
+    checkpoint = torch.load(out / "last.pt", weights_only=True)
+    assert checkpoint["position"]["step"] == 8
+    assert not list(out.glob("*.tmp"))
+
+
+def test_golden_losses(one):
+    """These change only if the numbers that training computes change: then say why, and renew."""
+    assert [round(x["heldout"], 3) for x in one[1]] == GOLDEN
+
+
+GOLDEN = [5.906, 5.521, 5.372]
+
+
+def test_two_processes_equal_one(text, one, tmp_path):
+    two = run(text, tmp_path, STORIES, start=TORCHRUN)
+    print(losses(one[1]), losses(two))
+    for a, b in zip(losses(one[1]), losses(two)):
+        assert a[0] == b[0]
+        for x, y in zip(a[1:], b[1:]):
+            assert x == y or x == pytest.approx(y, abs=1e-4)
+
+
+def test_accumulation_changes_nothing(text, one, tmp_path):
+    log = run(text, tmp_path, STORIES, "--micro_tokens=64")
+    print(losses(one[1]), losses(log))
+    for a, b in zip(losses(one[1]), losses(log)):
+        assert all(x == y or x == pytest.approx(y, abs=1e-4) for x, y in zip(a, b))
+
+
+def test_resume_goes_on_bit_for_bit(text, one, tmp_path):
+    process = subprocess.Popen(
+        [sys.executable, "train.py", *settings(text, tmp_path, STORIES, "--eval_interval=1")],
+        cwd=ROOT, stdout=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    for line in process.stdout:  # Ctrl-C in the middle
+        if re.match(r" +3 ", line):
+            process.send_signal(signal.SIGINT)
+    assert process.wait(60) == 130
+    step = torch.load(tmp_path / "last.pt", weights_only=True)["position"]["step"]
+    assert 3 <= step < 8
+    log = run(text, tmp_path, STORIES, "--init_from=resume")
+    assert losses(log)[-1][3] == losses(one[1])[-1][3]
+
+
+def test_curriculum_goes_through_its_phases(text, tmp_path):
+    log = run(
+        text, tmp_path, "--phases=words:4 sentences:8 conversations:16", "--eval_interval=1",
+        "--max_steps=30", "--phase_share=0.2", "--rehearse=0.25",
+    )  # fmt: skip
+    phases = [x["phase"] for x in log]
+    assert sorted(set(phases), key=phases.index) == ["words", "sentences", "conversations"]
+    assert phases.count("words") <= 7 and phases.count("sentences") <= 7
+    for phase in set(phases):
+        valid = [x["valid"] for x in log if x["phase"] == phase]
+        assert valid[-1] < valid[0]
+    assert len({x["tokens"] // max(1, x["step"]) for x in log[1:]}) == 1  # constant per step
+
+
+def test_converged_phase_ends_early(text, tmp_path):
+    log = run(
+        text, tmp_path, "--phases=words:4 stories:16", "--eval_interval=1", "--phase_share=0.9",
+        "--phase_gain=10.0", "--phase_patience=2",
+    )  # fmt: skip
+    assert [x["phase"] for x in log].count("words") == 3  # every gain is too small: two in a row
+
+
+def test_a_model_that_explodes_stops(text, tmp_path):
+    err = run(text, tmp_path, STORIES, "--lr=1e30", "--grad_clip=0.0", code=2)
+    assert "the loss became" in err and "--lr" in err
+
+
+@pytest.mark.parametrize(
+    "more, message",
+    [
+        (["--dataset=nowhere.txt"], "nowhere.txt"),
+        (["--init_from=resume"], "no checkpoint"),
+        (["--vocab_size=100"], "--vocab_size=257"),
+        (["--device=cuda"], "no CUDA"),
+        (["--steps=3"], "unknown setting 'steps'"),
+        (["--phases=stories:100000"], "tokens_per_step"),
+    ],
+)
+def test_mistakes_are_one_line(text, tmp_path, more, message, capsys):
+    if message == "no CUDA" and torch.cuda.is_available():
+        pytest.skip("there is a CUDA device")
+    err = run(text, tmp_path, *more, code=2)
+    last = [line for line in err.splitlines() if line.startswith("error: ")]
+    assert len(last) == 1 and message in last[0] and "Traceback" not in err
+
+
+# ---- sample.py on that run -----------------------------------------------------------------------
+
+
+def say(capsys, *argv):
+    sample.main(list(argv))
+    return capsys.readouterr().out
+
+
+def test_sample_continues_a_prompt(one, capsys):
+    ckpt = f"--ckpt={one[0] / 'best.pt'}"
+    out = say(capsys, ckpt, "--prompt=The cat", "--max_new_tokens=30", "--stop_at_end=False")
+    assert out.startswith("The cat") and len(out) > 20
+    again = say(capsys, ckpt, "--prompt=The cat", "--max_new_tokens=30", "--stop_at_end=False")
+    other = say(capsys, ckpt, "--prompt=The cat", "--max_new_tokens=30", "--seed=1")
+    assert out == again != other
+    assert say(capsys, ckpt, "--prompt=The cat", "--max_new_tokens=0").strip() == "The cat"
+    for how in ("--temperature=0.0", "--top_k=100000", "--top_p=0.01", "--temperature=0.00001"):
+        assert say(capsys, ckpt, "--prompt=", how, "--max_new_tokens=5")
+
+
+def test_sample_scores_a_text_as_training_does(one, capsys, tmp_path):
+    out, _ = one
+    tokenizer = data.tokenizer_from_state(torch.load(out / "last.pt")["tokenizer"])
+    path = tmp_path / "some.txt"
+    path.write_text("The cat sat.\n<|endoftext|>\nA big dog ran.\n")
+    printed = say(capsys, f"--ckpt={out / 'last.pt'}", f"--eval={path}")
+    n = len(tokenizer.encode("The cat sat.")) + len(tokenizer.encode("A big dog ran.")) + 2
+    assert printed.startswith(f"{n} tokens, 26 bytes, 2 documents")
+    nats = float(re.search(r"nats per token +([\d.]+)", printed)[1])
+    bits = float(re.search(r"bits per byte +([\d.]+)", printed)[1])
+    assert bits == pytest.approx(nats * n / 26 / 0.693147, rel=1e-3)
+    assert re.search(r"SynOps +\d+ triggered per token, [\d.]+% of \d+", printed)
+
+
+def test_chat_carries_its_state(one, capsys, monkeypatch):
+    lines = iter(["Hello", "Who are you?", ""])
+    monkeypatch.setattr("builtins.input", lambda prompt: next(lines))
+    seen = []
+    real = sample.Speaker.speak
+
+    def speak(self, text, until=None):
+        seen.append(self.state)
+        yield from real(self, text, until)
+
+    monkeypatch.setattr(sample.Speaker, "speak", speak)
+    say(capsys, f"--ckpt={one[0] / 'best.pt'}", "--chat=True", "--max_new_tokens=8")
+    assert seen[0] is None and seen[1] is not None
+
+
+def test_a_damaged_or_hostile_checkpoint_is_refused(tmp_path, capsys):
+    class Evil:
+        def __reduce__(self):
+            return (os.system, (f"touch {tmp_path / 'ran'}",))
+
+    torch.save({"model": Evil()}, tmp_path / "evil.pt")
+    (tmp_path / "half.pt").write_bytes((tmp_path / "evil.pt").read_bytes()[:100])
+    for name in ("evil.pt", "half.pt", "missing.pt"):
+        with pytest.raises(SystemExit) as stopped:
+            sample.main([f"--ckpt={tmp_path / name}"])
+        err = capsys.readouterr().err
+        assert stopped.value.code == 2 and name in err and err.count("\n") == 1
+    assert not (tmp_path / "ran").exists()
