@@ -228,232 +228,11 @@ def _merge(word: list[bytes], pairs: list[bytes], ranks: dict[bytes, int]):
 
 
 # ---- The nursery -----------------------------------------------------------------------------
-# A corpus told by the grammar below, so that its entropy is known exactly.
-#
-#   rule: one|two|three     alternatives, equally likely; 3*one is three times as likely
-#   <rule>                  expands a rule afresh
-#   (one|two|)              alternatives in place
-#   {rule}                  a fact: chosen where it first occurs, then kept for the document
-#   {rule2} {rule3}         further facts of the same rule, each another choice
-#   {name.his}              another form of a fact: forms are separated by /
-#
-# "a" becomes "an" and sentences get their capitals afterwards. Two derivations never give the
-# same text (a test parses texts back), so the probability of a text is that of its choices.
+# A corpus told by the grammar in nursery.txt, which explains its notation. "a" becomes "an" and
+# sentences get their capitals here. Two derivations never give the same text (a test parses texts
+# back), so the probability of a text is that of the choices made, and the entropy is known exactly.
 
-GRAMMAR = r"""
-document: 5*<story>|4*<chat>
-
-name: Mia/she/her/her|Lily/she/her/her|Anna/she/her/her|Rosie/she/her/her|Ella/she/her/her|
-  Daisy/she/her/her|Molly/she/her/her|Ruby/she/her/her|Nina/she/her/her|Poppy/she/her/her|
-  Zoe/she/her/her|Clara/she/her/her|Tom/he/him/his|Ben/he/him/his|Max/he/him/his|Leo/he/him/his|
-  Jack/he/him/his|Finn/he/him/his|Oscar/he/him/his|Toby/he/him/his|Noah/he/him/his|Theo/he/him/his|
-  Hugo/he/him/his|Gus/he/him/his
-animal: cat|dog|rabbit|bear|fox|mouse|duck|frog|pig|owl|hen|goat|lamb|pony|lion|monkey|turtle|
-  hedgehog|squirrel|elephant|penguin|badger|otter|donkey
-trait: small|brave|kind|shy|clever|cheerful|funny|quiet|curious|gentle|busy|lazy|polite|playful|
-  friendly|young
-color: red|blue|green|yellow|orange|purple|pink|white|brown|silver
-thing: kite|ball|drum|hat|boat|bell|book|lamp|balloon|scarf|cup|whistle|wagon|doll|blanket|umbrella|
-  basket|flute|mitten|spoon
-fragile: cup|lamp|drum|flute|boat|doll|bowl|clock|plate|vase
-skill: swim/swam|climb/climbed|dance/danced|sing/sang|skip/skipped|read/read|paint/painted|
-  skate/skated|whistle/whistled|draw/drew|cook/cooked|juggle/juggled|sew/sewed|row/rowed
-place: park/in the park|forest/in the forest|farm/on the farm|beach/on the beach|hill/on the hill|
-  garden/in the garden|lake/by the lake|river/by the river|meadow/in the meadow|market/at the
-  market|barn/in the barn|mill/by the mill|village/in the village|pond/by the pond|field/in the
-  field
-spot: under the bed|behind the door|in the tall grass|under a leaf|behind a rock|beside the well|in
-  an old box|under the stairs|between two stones|inside a hollow log|on the roof|near the gate
-food: apple/apples|pear/pears|plum/plums|berry/berries|cookie/cookies|nut/nuts|carrot/carrots|
-  cherry/cherries|pancake/pancakes|muffin/muffins|bun/buns|peach/peaches
-kin: mother|father|sister|brother|grandmother|grandfather|aunt|uncle
-number: two|three|four|five|six|seven|eight|nine
-pie: apple|plum|cherry|pear|berry|peach|lemon|pumpkin
-staple: flour|sugar|butter|milk|honey|salt
-fear: the dark|thunder|the wind|deep water|strange sounds
-plant: pumpkin|sunflower|melon|rose|bean|cabbage
-fort: castle|tent|ship|cave|train|tower
-beast: monster|dragon|ghost|giant|pirate
-when: One (sunny|cloudy|windy|bright|warm|cool|fine|quiet) (morning|afternoon|day)
-guest: a {trait2} {animal2} named {name2}
-meet: (Just then|Soon|After a while|A little later), <guest> came (along|by|down the path|over).
-sad: {name} (began to cry|felt very sad|did not know what to do|sat down and sighed).
-glad: {name} (was so happy|was full of joy|felt warm inside|jumped for joy|clapped and cheered)
-ask: "(What is wrong|Why are you so sad|What happened|Can I help you)?" asked {name2}.
-
-story: <opening> <plot> <ending>
-opening: (Once upon a time, there was|Long ago, there lived|Far away, there lived|There once was) a
-  {trait} {animal} named {name}.(| {name.he} lived in a (little|tall|cozy|round|tidy) (house|
-  cottage|cabin) {place.at}.| {name.he} lived with {name.his} {kin}.| Everyone liked {name}.)
-ending: From that day on, {name} and {name2} were (best|good|dear|true) friends.|{name} and {name2}
-  (laughed|sang|danced) (all the way home|until the sun went down|until bedtime).|That night, {name}
-  fell asleep with a (big|happy|sleepy|proud) smile.|"(Thank you|You are a good friend|What a
-  wonderful day), {name2}," said {name}.|<glad>, and {name2} (laughed|cheered|smiled|danced) too.
-plot: <lost>|<shop>|<learn>|<tree>|<night>|<share>|<bake>|<astray>|<rain>|<alone>|<broken>|<race>|
-  <seed>|<birthday>|<bridge>|<nest>|<awake>|<noise>|<picture>|<snow>
-
-lost: {name} had a {color} {thing} and took it everywhere. <when>, the {thing} was gone. {name.he}
-  looked {spot} and {spot2}, but it was not there. <sad> <meet> <ask> "I (lost|cannot find) my
-  {color} {thing}," said {name}. They (looked|searched) together, and (at last|soon|before supper)
-  {name2} found it {spot3}.
-shop: {name} wanted a {color} {thing}. There was one in the shop, but {name.he} had no (money|
-  coins). <meet> "Please help me (paint my fence|clean my house|pick my {food.s}|wash my windows|
-  carry my bags)," said {name2}. {name} worked hard (all day|all week|until evening), and {name2}
-  paid {name.him} {number} (shiny|golden) coins. {name} ran to the shop and bought the {color}
-  {thing}.
-learn: {name} wanted to learn to {skill}. <when>, {name.he} tried to {skill}, but (it was too hard|
-  it did not go well|everyone laughed|{name.he} fell down). "I will never {skill}," (cried|sighed|
-  said) {name}. <meet> "(Do not give up|Try again|Do it slowly|Watch me)," said {name2}. They
-  practiced every day for {number} (days|weeks). (At last|In the end|Then), {name} {skill.ed} (like
-  a star|better than anyone|without any help|for the whole village).
-tree: <when>, {name} was playing with a {color} (kite|ball|balloon). The wind blew it into (a tall
-  tree|an old oak|a high hedge). {name.he} (jumped and jumped|stretched and stretched|tried {number}
-  times), but {name.he} could not reach it. <sad> <meet> <ask> {name} pointed up. {name2} (climbed
-  up|fetched a ladder|used a long stick|shook the branches), and the toy came down.
-night: {name} was afraid of {fear}. One night, {name.he} hid under {name.his} {color} blanket and
-  could not stop shaking. <meet> "I used to be afraid of {fear} too," said {name2}. "(Hold my hand|
-  Sing with me|Count to {number}|Take a deep breath)." {name} tried it, and (slowly|soon|little by
-  little) the fear went away.
-share: <when>, {name} had {number} {food.s} for lunch and wanted to eat them all. <meet> {name2.he}
-  had (no lunch|nothing to eat) and looked very hungry. {name} thought (about it|for a moment|hard).
-  "You may have (half|some|most) of my {food.s}," {name.he} said. The next day, {name} forgot
-  {name.his} lunch, and {name2} shared {name2.his} {food2.s} with {name.him}.
-bake: {name} wanted to bake a {pie} pie for {name.his} {kin2}. <when>, {name.he} (put on an apron|
-  washed {name.his} hands|opened the cook book), but there was no {staple} in the kitchen. Next door
-  lived <guest>. "May I have some {staple}?" asked {name}. "Yes, if I may have a (slice|piece) of
-  pie," said {name2}. (Soon|Before long|An hour later) the pie was ready, and {name.his} {kin2}
-  (loved it|ate {number} slices|asked for more).
-astray: <when>, {name} followed a (butterfly|bright bird|small cloud) and lost {name.his} way. The
-  (trees|hills|shadows) were tall, and {name.he} wanted to go home. "(Hello|Help|Is anyone there)!"
-  {name} called. <meet> "I know the way," said {name2}. "Just follow (me|the stream|the white
-  stones|the stars)." They walked for {number} (minutes|hours) until {name} saw {name.his} (door|
-  house|street).
-rain: It rained and rained. {name} wanted to play outside, but {name.his} {kin2} said no. {name.he}
-  (looked out of the window|counted the drops|listened to the rain) and was bored. There was a knock
-  at the door. It was <guest>, who had a {color} {thing}. They built a {fort} from (pillows|boxes|
-  chairs|sheets), and the {thing} was their (flag|treasure|crown). When the rain stopped, they
-  wanted to stay in the {fort}.
-alone: {name} wanted a friend. <when>, {name.he} sat {spot} and watched the (clouds|birds|bees|
-  ants). <meet> {name2.he} was new and did not know anyone. {name} took a deep breath. "Do you like
-  (games|{food.s}|stories|songs|puzzles)?" {name.he} asked. "I love them!" said {name2}. They played
-  (tag|ball|hide and seek|chess) {number} times, and {name2} won (once|twice|every time).
-broken: {name} borrowed a {color} {fragile} from <guest>. <when>, {name.he} (dropped it|stepped on
-  it|sat on it), and it broke. {name} wanted to hide it, but that felt wrong. "I am sorry. I broke
-  your {fragile}," {name.he} said. {name2} was (quiet|sad|cross) for a moment. "Thank you for
-  telling the truth," {name2.he} said. They mended it with (glue|string|tape|wire), and it looked
-  (fine|funny|even better).
-race: {name} wanted to win the big race. <when>, {number} runners stood (in a row|at the start).
-  "(One, two, three|Ready, steady), go!" {name} ran (fast|like the wind), but {name.he} heard a cry.
-  It was <guest>, who had tripped over a (root|stone|bucket). {name} (stopped|turned around) and
-  helped {name2.him} up. They came in last, but (everyone|the whole crowd) clapped and gave them a
-  {color} (ribbon|medal|cup).
-seed: {name} planted a tiny seed and wanted a {plant}. {name.he} gave it water for {number} days,
-  but nothing (happened|grew). <sad> <meet> "Perhaps it is (asleep|shy|cold)," said {name2}. They
-  (sang to it|told it jokes|gave it a {color} scarf|sat beside it). <when>, a green leaf came up,
-  and by summer the {plant} was as big as a (house|cow|table|cart).
-birthday: It was the birthday of {name}, and {name.he} wished for a {color} {thing}. But nobody said
-  a word about it. <sad> <meet> "(Come with me|Come quickly|Close your eyes)," said {name2}.
-  {name2.he} opened the (barn|kitchen|garden) door. "Surprise!" shouted all the friends. There was a
-  cake with {number} candles, and beside it was a {color} {thing}.
-bridge: {name} wanted to visit {name.his} {kin2} across the water. <when>, {name.he} came to the
-  bridge, but it was (broken|gone|closed). <meet> {name2.he} had a little {color} boat. "(Jump|
-  Climb|Hop) in," said {name2}. They rowed past {number} (swans|rocks|islands|boats), and {name.his}
-  {kin2} gave them (warm|fresh|sweet) {food.s}.
-nest: <when>, {name} found a baby bird {spot}. It had fallen out of its nest. {name} wanted to help
-  it, but the nest was too high. <meet> "Stand on my (back|shoulders)," said {name2}. {name} (held
-  the bird softly|put the bird in {name.his} {color} hat) and climbed up. The mother bird sang
-  {number} songs to thank them.
-awake: One night, {name} wanted to sleep, but {name.he} was wide awake. {name.he} (counted {number}
-  stars|drank warm milk|read a {color} book), but it did not help. There was a tap at the window. It
-  was <guest>. "I cannot sleep either," said {name2}. They (listened to the crickets|looked at the
-  moon|talked about {food.s}|told quiet stories). Soon they were both (snoring|asleep|dreaming).
-noise: One night, {name} heard a (bump|scratch|rumble|squeak) {spot}. "Is it a {beast}?" {name.he}
-  whispered. {name.he} wanted to run, but {name.he} took a {color} lamp and went to look. It was not
-  a {beast}. It was <guest>, who (had lost {name2.his} {thing}|wanted some {food.s}|was looking for
-  the moon|was singing). They laughed and laughed.
-picture: {name} wanted to paint a picture for {name.his} {kin2}. <when>, {name.he} sat down with
-  {number} brushes, but (the cup fell over|{name.his} elbow slipped), and {color} paint went
-  everywhere. <sad> <meet> "I see a (butterfly|flower|fish|cloud)," said {name2}, and drew (a line|a
-  few dots|two eyes) on it. Now the picture was (lovely|better than before|really special), and
-  {name.his} {kin2} put it on the wall.
-snow: In the night it had snowed. {name} wanted to make a snowman as tall as a (door|house|tree).
-  {name.he} rolled {number} big balls, but they were too heavy to lift. <meet> "Let us do it
-  together," said {name2}. They pushed and pulled, and gave the snowman a {color} {thing} and a
-  (carrot nose|stone smile|leaf coat|straw belt). "(He looks like you|He is winking at us|He needs a
-  name)!" said {name}.
-
-chat: 4*<facts>|4*<trip>|3*<self>|3*<help>|2*<quizzes>|4*<tale>
-greet: You: (Hello|Hi|Good morning|Good evening)(|, Sam).\nSam: (Hello|Hi|Welcome)! (How are you|
-  What is new|What shall we talk about)?
-react: (I see|That is nice|That sounds lovely|How nice|Tell me more|I like that).
-bye: You: (Thank you|Thanks), Sam.\nSam: (You are welcome|Any time|It was fun|See you soon).
-facts: (|<greet>\n)You: {name} is a {trait} {animal}. {name.he} lives {place.at}. {name.he} likes
-  {food.s} and wants a {color} {thing}.\nSam: <react>\n{fact}\n{fact2}(|\n{fact3}(|\n{fact4}))(|
-  \n<bye>)
-fact: You: What does {name} want?\nSam: {name} wants a {color} {thing}.
-  |You: What color is the {thing}?\nSam: The {thing} is {color}.
-  |You: Who is {name}?\nSam: {name} is a {trait} {animal}.
-  |You: Where does {name} live?\nSam: {name} lives {place.at}.
-  |You: What does {name} like to eat?\nSam: {name} likes {food.s}.
-  |You: Does {name} want a {color2} {thing}?\nSam: No, {name.he} wants a {color} one.
-  |You: Is {name} a {animal2}?\nSam: No, {name} is a {animal}.
-  |You: Does {name} like {food.s}?\nSam: Yes, {name.he} likes {food.s}.
-trip: (|<greet>\n)You: (Today|Yesterday|Last week), {name} and {name2} went to the {place}. They
-  found a {color} {thing} {spot}. Then they ate {number} {food.s}.\nSam: <react>\n{seen}\n{seen2}(|
-  \n{seen3}(|\n{seen4}))(|\n<bye>)
-seen: You: Who went with {name}?\nSam: {name2} went with {name.him}.
-  |You: Where did they go?\nSam: They went to the {place}.
-  |You: What did they find?\nSam: They found a {color} {thing}.
-  |You: Where was the {thing}?\nSam: It was {spot}.
-  |You: What did they eat?\nSam: They ate {number} {food.s}.
-  |You: How many {food.s} did they eat?\nSam: They ate {number}.
-  |You: Did {name2} go to the {place2}?\nSam: No, {name2.he} went to the {place}.
-  |You: What color was the {thing}?\nSam: It was {color}.
-self: You: (Hello|Hi|Good day)(|, Sam). My name is {name}. I have a {color} {thing} and {number}
-  {food.s}.\nSam: (Hello|Hi|Nice to meet you), {name}.\n{mine}\n{mine2}(|\n{mine3}(|\n{mine4}))(|
-  \n<bye>)
-mine: You: What is my name?\nSam: Your name is {name}.
-  |You: What is your name?\nSam: My name is Sam.
-  |You: What color is my {thing}?\nSam: Your {thing} is {color}.
-  |You: How many {food.s} do I have?\nSam: You have {number} {food.s}.
-  |You: Do I have a {thing2}?\nSam: No, you have a {thing}.
-  |You: May I tell you a secret?\nSam: Yes, {name}, I will keep it.
-  |You: Would you like my {food.s}?\nSam: (Thank you|You are kind), but I cannot eat {food.s}.
-help: You: I am (sad|upset|worried)(|, Sam). I (lost|cannot find) my {color} {thing}.\nSam: (I am
-  sorry|Oh dear|That is a pity). Did you look {spot}?\nYou: Yes, but it was not there.\nSam: (Maybe|
-  Perhaps) it is {spot2}.\n(You: (You are right|I found it)! It was {spot2}.\nSam: (Hurray|
-  Wonderful|I am so glad)!|You: No, it is not there either.\nSam: Then ask {name}. {name.he} saw a
-  {thing} {spot3}.\nYou: (Yes|Hurray)! {name} was right.\nSam: {name} is a good friend.)(|\nYou:
-  What did I lose?\nSam: You lost your {color} {thing}.)(|\n<bye>)
-quizzes: (|<greet>\n){quiz}\n{quiz2}(|\n{quiz3}(|\n{quiz4}))(|\n<bye>)
-quiz: You: What does a {cry} say?\nSam: A {cry} says {cry.is}.
-  |You: What color is {tint}?\nSam: {tint} is {tint.is}.
-  |You: What is the opposite of {pole}?\nSam: The opposite of {pole} is {pole.is}.
-  |You: Where does a {den} live?\nSam: A {den} lives {den.is}.
-  |You: What comes after {count}?\nSam: {count.is} comes after {count}.
-cry: cow/moo|cat/meow|duck/quack|sheep/baa|dog/woof|pig/oink|bee/buzz|lion/roar|frog/croak|
-  mouse/squeak
-tint: grass/green|the sky/blue|snow/white|a lemon/yellow|coal/black|a tomato/red|chocolate/brown
-pole: big/small|hot/cold|up/down|day/night|fast/slow|old/young|wet/dry|open/closed|loud/quiet|
-  high/low
-den: bird/in a nest|bee/in a hive|fish/in the water|camel/in the desert|worm/in the ground|whale/in
-  the sea|horse/in a stable|bat/in a cave
-count: one/two|two/three|three/four|four/five|five/six|six/seven|seven/eight|eight/nine|nine/ten
-tale: You: (Please tell me|Tell me|I want to hear) a story about a {animal}(|, Sam).\nSam: (Once
-  there was|There was once) a {trait} {animal} named {name}. {name.he} wanted to {skill}, so
-  {name.he} practiced {place.at} with {name2}. After {number} days, {name} {skill.ed} (very well|
-  like a star|for everyone), and {name2} gave {name.him} a {color} {thing}.\n{told}\n{told2}(|
-  \n{told3}(|\n{told4}))(|\n<bye>)
-told: You: What was the name of the {animal}?\nSam: The {animal} was named {name}.
-  |You: What did {name} want to do?\nSam: {name.he} wanted to {skill}.
-  |You: Where did {name} practice?\nSam: {name} practiced {place.at}.
-  |You: Who helped {name}?\nSam: {name2} helped {name.him}.
-  |You: What did {name2} give {name}?\nSam: {name2} gave {name.him} a {color} {thing}.
-  |You: How long did it take?\nSam: It took {number} days.
-  |You: Did {name} learn to {skill}?\nSam: Yes, {name} {skill.ed} (in the end|very well).
-  |You: Was {name} a {trait} {animal}?\nSam: Yes, {name.he} was.
-"""
-
+GRAMMAR = Path(__file__).with_name("nursery.txt")
 FORMS = {"": 0, "he": 1, "him": 2, "his": 3, "ed": 1, "s": 1, "at": 1, "is": 1}
 MARKS = re.compile(r"<(\w+)>|\{([a-z]+)(\d?)\.?(\w*)\}|(\d+)\*|([(|)])|([^<{(|)\d]+)")
 
@@ -461,7 +240,8 @@ MARKS = re.compile(r"<(\w+)>|\{([a-z]+)(\d?)\.?(\w*)\}|(\d+)\*|([(|)])|([^<{(|)\
 @functools.cache
 def rules() -> dict[str, list]:
     """The grammar: rule -> alternatives (weight, nodes)."""
-    text = re.sub(r"\n +(?=\(?\|)|(?<=\|)\n +", "", GRAMMAR.strip())  # next to a | no blank
+    text = re.sub(r"^#.*\n", "", GRAMMAR.read_text(), flags=re.MULTILINE)
+    text = re.sub(r"\n +(?=\(?\|)|(?<=\|)\n +", "", text.strip())  # next to a | no blank
     lines = (line.split(": ", 1) for line in re.sub(r"\n +", " ", text).splitlines() if line)
     return {name: _parse(MARKS.finditer(body.replace("\\n", "\n"))) for name, body in lines}
 
@@ -912,7 +692,7 @@ def find_source(dataset: str, data_dir: Path, seed: int, log, bases):
         if dataset == "nursery":
             log("no network: training on the built-in corpus, the nursery")
     if dataset == "nursery":
-        recipe = json.dumps([GRAMMAR, NURSERY_BYTES, seed])
+        recipe = json.dumps([GRAMMAR.read_text(), NURSERY_BYTES, seed])
         return dataset, sha256(recipe), functools.partial(_grow, seed)
     files = list_files(real_sam(folder, bases) if dataset == "real_sam" else Path(dataset))
     name = dataset if dataset == "real_sam" else Path(dataset).resolve().name

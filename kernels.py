@@ -126,8 +126,8 @@ def _softclamp_slope(x, BOUND: tl.constexpr):
 #   d_pre = d_membrane + d_r + d_f
 #   d_v   = beta * d_pre                          of the step before
 #   d_I = d_pre,  d_beta = d_pre * v',  d_theta = -d_f - s * d_r,  d_W = s'^T d_pre
-# Only the membrane need be kept, and it is returned anyway: s and v are recomputed from it. (dW, made
-# afterwards, takes the spikes.)
+# Only the membrane need be kept, and it is returned anyway: s and v are recomputed from it. (dW,
+# made afterwards, takes the spikes.)
 
 
 @triton.jit
