@@ -47,7 +47,8 @@ class BenchConfig(TrainConfig):
     def scan_shapes(self):
         """[(B, T, N)] from the shapes setting, [] if it is empty."""
         try:
-            shapes = [tuple(map(int, shape.split("x"))) for shape in self.shapes.split(",") if shape]
+            texts = self.shapes.split(",") if self.shapes else []
+            shapes = [tuple(map(int, text.split("x"))) for text in texts]
             assert all(len(shape) == 3 and min(shape) > 0 for shape in shapes)
         except (ValueError, AssertionError):
             raise ValueError(f"shapes must be BxTxN,BxTxN,..., got {self.shapes!r}") from None

@@ -1,4 +1,4 @@
-"""Settings: a frozen dataclass declares each one once; a config file, then --key=value, override."""
+"""Settings: a frozen dataclass declares each once; a config file, then --key=value, override."""
 
 import ast
 import dataclasses
@@ -61,10 +61,11 @@ def checked(cls, key, value, where):
 
 def describe(cls):
     """All settings of cls with default and comment, read from the source that declares them."""
-    lines = [
-        f"  --{m[1]}={m[2].strip()}  # {m[3].strip()}" if m else f"\n{line.strip()}"
-        for base in reversed(cls.__mro__[:-1])
-        for line in inspect.getsource(base).splitlines()
-        if (m := re.match(r"    (\w+): \w+ = (.+?)  # (.*)", line)) or line.startswith("    # ")
-    ]
-    return "\n".join(lines)
+    lines = {}
+    for base in reversed(cls.__mro__[:-1]):
+        for line in inspect.getsource(base).splitlines():
+            if setting := re.match(r"    (\w+): \w+ = (.+?)  # (.*)", line):
+                lines[setting[1]] = "  --{}={}  # {}".format(*setting.groups())
+            elif line.startswith("    # "):
+                lines[line] = f"\n{line.strip()}"
+    return "\n".join(lines.values())

@@ -15,12 +15,13 @@ Python starts, runs the kernels on the CPU, slowly; the tests do that.
 """
 
 import os
+import sys
 from types import SimpleNamespace
 
 import torch
 from torch.autograd.function import once_differentiable
 
-from lif import _before, check, lif_torch, surrogate_named
+from lif import before, check, lif_torch, surrogate_named
 
 try:
     import triton
@@ -303,7 +304,7 @@ class _Scan(torch.autograd.Function):
         d_w = None
         if need_w:  # of all steps in one product per head, in the dtype of current
             H, d, _ = w_rec.shape
-            s_before = _before(s0.to(ctx.dtype), spikes).view(B * T, H, d)
+            s_before = before(s0.to(ctx.dtype), spikes).view(B * T, H, d)
             d_w = torch.einsum("xhi,xhj->hij", s_before, d_current.view(B * T, H, d))
         return d_current, d_beta, d_theta, d_w, d_v0, d_s0, None, None, None
 
@@ -365,7 +366,7 @@ def lif(current, beta, theta, w_rec=None, state=None, *, backend="auto", **optio
         scan, said = lif_torch, f"lif: torch ({device})" + (f", as {obstacle}" if obstacle else "")
     result = scan(current, beta, theta, w_rec, state, **options)
     if said not in _said and os.environ.get("RANK", "0") == "0":
-        print(said)
+        print(said, file=sys.stderr)  # stdout is for what a program says
     _said.add(said)
     return result
 

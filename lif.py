@@ -67,7 +67,9 @@ SURROGATES = {
         25.0,
     ),
     "atan": Surrogate(  # Fang et al. 2021, arXiv 2007.05785
-        lambda u, k: torch.addcmul(u.new_full((), 2 / k), u, u, value=k / 2 * math.pi**2).reciprocal_(),
+        lambda u, k: torch.addcmul(
+            u.new_tensor(2 / k), u, u, value=k / 2 * math.pi**2
+        ).reciprocal_(),
         lambda u, k: 0.5 + torch.atan(u * (math.pi * k / 2)) / math.pi,
         2.0,
     ),
@@ -130,7 +132,7 @@ def _add_recurrent(out, s, w):
         out.unflatten(1, (H, d)).transpose(0, 1).baddbmm_(s.unflatten(1, (H, d)).transpose(0, 1), w)
 
 
-def _before(first, x):
+def before(first, x):
     """x (B, T, N) one step earlier: `first` (B, N), then x without its last step."""
     return torch.cat([first.unsqueeze(1), x[:, :-1]], dim=1)
 
@@ -160,11 +162,12 @@ class _Scan(torch.autograd.Function):
     def forward(ctx, current, beta, theta, w_rec, v0, s0, surrogate, slope, options):
         reset, reset_grad, clamp, soft = options
         B, T, N = current.shape
-        membrane, spikes = torch.empty_like(current), torch.empty_like(current)
+        membrane, spikes = current.new_empty(B, T, N), current.new_empty(B, T, N)
         v, s = v0.clone(), s0
         steps = zip(
-            current.unbind(1), _steps(beta, T), _steps(theta, T), membrane.unbind(1), spikes.unbind(1)
-        )
+            current.unbind(1), _steps(beta, T), _steps(theta, T),
+            membrane.unbind(1), spikes.unbind(1),
+        )  # fmt: skip
         for I_t, beta_t, theta_t, pre, s_t in steps:
             torch.addcmul(I_t, beta_t, v, out=pre)  # charge
             if w_rec is not None:
@@ -185,7 +188,7 @@ class _Scan(torch.autograd.Function):
         ctx.set_materialize_grads(False)
         return spikes, membrane, v
 
-    # Backward, with d_x the gradient of the loss with respect to x, from the last step to the first:
+    # Backward, from the last step to the first, with d_x the gradient of the loss by x:
     #   d_s   = d_spikes + d_pre' W^T                    (d_pre' is that of the step after)
     #   d_r   = d_v * softclamp'                          r = pre - theta * s, the reset's argument
     #   d_pre = d_membrane + d_r + g * (d_s - theta * d_r)   no theta * d_r if reset_grad is off
@@ -205,7 +208,6 @@ class _Scan(torch.autograd.Function):
         d_w = None
         w_back = None if w_rec is None else w_rec.transpose(1, 2)
         d_s = torch.zeros_like(s0)  # what reaches a step's spikes through W
-
         one = membrane.new_ones(())
 
         # In blocks of about 128k elements: all that does not hang on later steps is computed for a
@@ -265,8 +267,8 @@ class _Scan(torch.autograd.Function):
 
         if ctx.needs_input_grad[3]:
             H, d, _ = w_rec.shape
-            s_before = _before(s0, spikes).view(B * T, H, d)
-            d_w = torch.einsum("xhi,xhj->hij", s_before, d_pre.view(B * T, H, d))
+            s_before = before(s0, spikes).reshape(B * T, H, d)
+            d_w = torch.einsum("xhi,xhj->hij", s_before, d_pre.reshape(B * T, H, d))
         return d_pre, d_beta, d_theta, d_w, d_v0, d_s, None, None, None
 
 

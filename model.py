@@ -21,12 +21,12 @@ from lif import SURROGATES
 @dataclass(frozen=True)
 class ModelConfig:
     # model
-    block: str = "sam"  # sam: recurrent spiking block of Real Sam | gpt: causal attention, the control
+    block: str = "sam"  # sam: recurrent spiking, Real Sam's | gpt: causal attention, the control
     vocab_size: int = 4096  # tokens the embedding has room for; the tokenizer may use fewer
     n_embd: int = 256  # width of the tied embedding
     n_hidden: int = 512  # width of the residual stream = neurons per block
     n_layer: int = 6  # blocks
-    encoder: str = "spikes"  # spikes: 1[sigmoid(embedding) > 1/2], straight-through | float: as it is
+    encoder: str = "spikes"  # spikes: 1[sigmoid(embedding) > 1/2] | float: the embedding as it is
     residual: str = "gated"  # sam: gated | plain | none (every block replaces its input)
     norm: bool = True  # layer norm before each block and the readout
     # neurons
@@ -77,7 +77,7 @@ class ModelConfig:
 
 @dataclass
 class Report:
-    """What one forward pass counts on its way; train.py prints and logs it, sample.py --eval too."""
+    """What one forward pass counts on its way; train.py and sample.py --eval print it."""
 
     rate: list = field(default_factory=list)  # per spiking layer: (N,) spikes per neuron and token
     synops: list = field(default_factory=list)  # per spike-fed matrix: operations really triggered
@@ -145,11 +145,9 @@ class SamBlock(nn.Module):
     def forward(self, x, state, stress, report):  # (B, T, D) -> (B, T, D)
         c = self.config
         h = self.norm(x)
-        current = self.fc_in(h, report)
-        if c.stress_gain:
-            current = current * (1 + c.stress_gain * stress * self.temper)
-        if c.rec_heads:
-            current = current + self.b_rec
+        gain = 1 + c.stress_gain * stress * self.temper
+        bias = self.b_rec if c.rec_heads else stress.new_zeros(())
+        current = torch.addcmul(bias, self.fc_in(h, report), gain)
         s, _, state = lif(
             current, torch.sigmoid(self.beta_logit), self.theta,
             self.w_rec if c.rec_heads else None, state,
@@ -160,8 +158,8 @@ class SamBlock(nn.Module):
         if c.rec_heads:
             report.fed_by_spikes(rate, c.n_hidden // c.rec_heads)
         if c.residual == "gated":
-            s = torch.sigmoid(self.gate(h, report)) * s
-        return (s if c.residual == "none" else x + s), state
+            return torch.addcmul(x, torch.sigmoid(self.gate(h, report)), s), state
+        return (x + s if c.residual == "plain" else s), state
 
     @torch.no_grad()
     def adapt(self, rate):
@@ -326,8 +324,9 @@ class SpikingLM(nn.Module):
         for x, y in zip(x.split(max(1, 8192 // length)), y.split(max(1, 8192 // length))):
             logits, _, report = self(x.clamp(min=0).to(device))
             nats += F.cross_entropy(
-                logits.flatten(0, 1).float(), y.flatten().to(device), ignore_index=-1, reduction="sum"
-            ).item()
+                logits.flatten(0, 1).float(), y.flatten().to(device),
+                ignore_index=-1, reduction="sum",
+            ).item()  # fmt: skip
             weight += len(x)
             rate = rate + len(x) * torch.tensor([r.mean().item() for r in report.rate])
             synops = synops + len(x) * sum(s.item() for s in report.synops)

@@ -102,8 +102,6 @@ def chat(c):
         if not text:
             return
         show(speaker.speak(data.turn(text), until="\n"))
-        # the newline that ended the answer is part of the corpus' format, and so of the state
-        
 
 def evaluate(c):
     """Score a text file and print what train.py prints of its held-out set."""
@@ -125,7 +123,7 @@ def evaluate(c):
         print("firing rate     " + " ".join(f"{100 * r:.1f}%" for r in score["rate"]))
         print(
             f"SynOps          {score['synops']:.0f} triggered per token, "
-            f"{100 * score['synops'] / score['synapses']:.1f}% of {score['synapses']} spike-fed synapses"
+            f"{100 * score['synops'] / score['synapses']:.1f}% of the {score['synapses']} spike-fed"
         )
     print(f"float-fed       {score['macs']} multiplications per token")
 

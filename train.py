@@ -40,7 +40,7 @@ from model import ModelConfig, SpikingLM, load_checkpoint
 @dataclass(frozen=True)
 class TrainConfig(ModelConfig):
     # data
-    dataset: str = "auto"  # auto | real_sam (download) | nursery (built in) | a .txt, .jsonl, folder
+    dataset: str = "auto"  # auto | real_sam (download) | nursery (built in) | .txt, .jsonl, folder
     data_dir: str = "data"  # where downloads and token caches live
     tokenizer: str = "bpe"  # bpe | byte | char | gpt2
     phases: str = "words:8 phrases:16 sentences:32 stories:64 conversations:64"  # name:length ...
@@ -52,8 +52,8 @@ class TrainConfig(ModelConfig):
     lr: float = 2e-3  # peak learning rate of AdamW
     min_lr: float = 0.05  # the cosine ends at this share of lr
     warmup_steps: int = 50  # linear warm-up
-    beta1: float = 0.9  # AdamW
-    beta2: float = 0.95  # AdamW
+    beta1: float = 0.9  # decay of AdamW's average of gradients
+    beta2: float = 0.95  # and of their squares
     weight_decay: float = 0.1  # of matrices; vectors have none
     grad_clip: float = 1.0  # norm to which gradients are clipped; 0 is off
     # curriculum: a phase ends when its validation loss has converged
@@ -211,7 +211,7 @@ def evaluate(raw, corpus, phase, length, c, run):
         score = raw.score(heldout, c.eval_length)
     raw.train()
     whole = len(heldout) == len(corpus.heldout)
-    n_bytes = corpus.heldout_bytes if whole else len(corpus.tokenizer.decode_bytes(heldout.tolist()))
+    n_bytes = len(corpus.tokenizer.decode_bytes(heldout.tolist()))
     line = {
         "valid": valid["nats"] / valid["tokens"],
         "heldout": score["nats"] / score["tokens"],

@@ -275,13 +275,13 @@ def test_auto_on_cpu_is_torch_and_said_once(fresh, capsys):
         spikes, membrane, (v, s) = kernels.lif(*small(), surrogate="atan", soft=True)
     assert torch.equal(spikes, lif_torch(*small(), surrogate="atan", soft=True)[0])
     kernels.lif(*small(), backend="torch")  # the same choice, by name
-    assert capsys.readouterr().out == "lif: torch (cpu)\n"
+    assert capsys.readouterr().err == "lif: torch (cpu)\n"
 
 
 def test_other_ranks_are_silent(fresh, capsys):
     fresh.setenv("RANK", "1")
     kernels.lif(*small())
-    assert capsys.readouterr().out == ""
+    assert capsys.readouterr().err == ""
 
 
 @needs_triton
@@ -289,7 +289,7 @@ def test_triton_by_name(fresh, capsys):
     for _ in range(2):
         spikes, *_ = kernels.lif(*(x.to(DEVICE) for x in small()), backend="triton", slope=2)
     assert torch.equal(spikes.cpu(), lif_torch(*small())[0])
-    assert capsys.readouterr().out == "lif: triton\n"
+    assert capsys.readouterr().err == "lif: triton\n"
     with pytest.raises(TypeError, match="soft"):
         kernels.lif(*small(), backend="triton", soft=True)
 
@@ -308,7 +308,7 @@ def test_triton_by_name_is_never_replaced(fresh, capsys):
     refuses(ValueError, "129 neurons.*more heads", *wide)
     fresh.setattr(kernels, "HAS_TRITON", False)
     refuses(RuntimeError, "pip install triton", *small())
-    assert capsys.readouterr().out == ""
+    assert capsys.readouterr().err == ""
 
 
 def test_unknown_backend(fresh):
@@ -326,7 +326,7 @@ def test_auto_on_gpu(fresh, capsys):
 
     def chosen(w_rec=None, **options):
         scan = [kernels.lif(cuda, None, None, w_rec, **options) for _ in range(2)][0]
-        said.append(capsys.readouterr().out)
+        said.append(capsys.readouterr().err)
         return scan
 
     assert chosen() == "triton" and said[-1] == "lif: triton\n"
@@ -347,7 +347,7 @@ def test_import_without_triton():
         "kernels.lif(torch.ones(1, 2, 4), torch.ones(4), torch.ones(4))\n"
     )
     done = second_process("-c", program)
-    assert done.stdout == "lif: torch (cpu)\n", done.stderr
+    assert done.stderr == "lif: torch (cpu)\n" and not done.stdout
 
 
 # ---- real GPUs --------------------------------------------------------------------------------
