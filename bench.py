@@ -315,6 +315,9 @@ def scan(c, run):
 # ---- train: whole optimiser steps -------------------------------------------------------------
 
 
+SNNTORCH_SLOPE = 25.0  # its own default
+
+
 class SnnTorchSam(SpikingLM):
     """The Real Sam model as its author runs it: one token at a time through snnTorch's Leaky.
 
@@ -328,11 +331,10 @@ class SnnTorchSam(SpikingLM):
 
         super().__init__(c)
         for block in self.blocks:
-            grad = surrogate.fast_sigmoid(c.slope)
-            block.leaky = snntorch.Leaky(
-                torch.full((c.n_hidden,), c.beta), spike_grad=grad, learn_beta=True
-            )
+            beta = torch.sigmoid(block.beta_logit.detach())
             del block.beta_logit
+            grad = surrogate.fast_sigmoid(SNNTORCH_SLOPE)  # it has no triangle that is one
+            block.leaky = snntorch.Leaky(beta, spike_grad=grad, learn_beta=True)
 
     def forward(self, tokens, state=None):
         c, logits, spikes = self.config, [], []

@@ -31,10 +31,11 @@ class ModelConfig:
     norm: bool = True  # layer norm before each block and the readout
     # neurons
     rec_heads: int = 1  # recurrent synapses: 1 full matrix | h blocks of n_hidden/h | 0 none
-    beta: float = 0.9  # membrane decay per token at the start; learned per neuron
+    beta_low: float = 0.05  # membrane decay per token: at the start spread over the neurons ...
+    beta_high: float = 0.97  # ... from low to high, then learned per neuron
     theta: float = 1.0  # firing threshold
-    surrogate: str = "fast_sigmoid"  # derivative put in place of the step's: a name in lif.py
-    slope: float = 25.0  # its slope
+    surrogate: str = "triangle"  # derivative put in place of the step's: a name in lif.py
+    slope: float = 1.0  # its slope
     reset_grad: bool = True  # let the gradient flow through the reset too
     backend: str = "auto"  # the scan: auto | triton | torch
     # neuron diversity and environment (Real Sam)
@@ -69,8 +70,8 @@ class ModelConfig:
             heads = getattr(self, name)
             if heads and self.n_hidden % heads:
                 raise ValueError(f"n_hidden {self.n_hidden} must be a multiple of {name} {heads}")
-        if not 0 < self.beta < 1:
-            raise ValueError(f"beta must lie between 0 and 1, got {self.beta}")
+        if not 0 < self.beta_low <= self.beta_high < 1:
+            raise ValueError("0 < beta_low <= beta_high < 1 must hold for the membrane's decay")
         if self.slope <= 0 or self.theta <= 0:
             raise ValueError("slope and theta must be positive")
 
@@ -137,7 +138,8 @@ class SamBlock(nn.Module):
             self.b_rec = nn.Parameter(torch.empty(D).uniform_(-bound, bound))
         if c.residual == "gated":
             self.gate = Linear(D, D)
-        self.beta_logit = nn.Parameter(torch.full((D,), math.log(c.beta / (1 - c.beta))))
+        beta = torch.linspace(c.beta_low, c.beta_high, D)[torch.randperm(D)]
+        self.beta_logit = nn.Parameter(torch.logit(beta))
         self.register_buffer("theta", torch.full((D,), c.theta))
         normal = torch.randn(D)  # mean of the factor exp(sigma n - sigma^2/2) is 1
         self.register_buffer("temper", torch.exp(c.diversity * normal - c.diversity**2 / 2))

@@ -123,7 +123,7 @@ def evaluate(c):
         print("firing rate     " + " ".join(f"{100 * r:.1f}%" for r in score["rate"]))
         print(
             f"SynOps          {score['synops']:.0f} triggered per token, "
-            f"{100 * score['synops'] / score['synapses']:.1f}% of the {score['synapses']} spike-fed"
+            f"{100 * score['synops'] / score['synapses']:.1f}% of {score['synapses']} if all fired"
         )
     print(f"float-fed       {score['macs']} multiplications per token")
 

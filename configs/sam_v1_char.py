@@ -7,6 +7,7 @@ n_hidden = 512
 n_layer = 2
 residual = "none"
 norm = False
+theta = 0.25  # without a norm the currents are small
 stress_gain = 0.0
 diversity = 0.0
 phases = "stories:64"

@@ -79,7 +79,7 @@ def test_help_lists_every_setting_with_its_comment(cls, capsys):
         ("--surrogate=step", "surrogate must be one of"),
         ("--block=lstm", "block must be one of"),
         ("--rec_heads=7", "n_hidden 512 must be a multiple of rec_heads 7"),
-        ("--beta=1.5", "beta must lie between 0 and 1"),
+        ("--beta_high=1.5", "beta_low <= beta_high < 1"),
         ("--phases=novels:64", "phases must be name:length"),
         ("--phases=words", "phases must be name:length"),
         ("--n_layer=0", "n_layer must be at least 1"),

@@ -1,0 +1,174 @@
+"""The documentation is tested: imports, commands, file map, numbers, equations."""
+
+import ast
+import json
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import config
+from bench import COMMANDS, BenchConfig
+from sample import SampleConfig
+from train import TrainConfig
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text()
+OWN = {p.stem for p in ROOT.glob("*.py")}
+MAY_IMPORT = {
+    "config": set(),
+    "lif": set(),
+    "data": set(),
+    "kernels": {"lif"},
+    "model": {"kernels", "lif"},
+    "train": {"config", "data", "model"},
+    "sample": {"config", "data", "model"},
+    # bench times the training step itself, so it takes it from train.py
+    "bench": {"config", "data", "kernels", "lif", "model", "train"},
+}
+PACKAGES = {"torch", "numpy", "tiktoken", "requests", "tqdm"}
+OPTIONAL = {"triton", "snntorch", "spikingjelly", "norse"}  # kernels.py guards, bench.py skips
+
+
+def imports(path):
+    """(module, where) of every import; where is 'top' or 'inside' a function or a try."""
+    tree = ast.parse(path.read_text())
+    for node in ast.walk(tree):
+        if isinstance(node, (ast.Import, ast.ImportFrom)):
+            names = [node.module] if isinstance(node, ast.ImportFrom) else [a.name for a in node.names]
+            for name in names:
+                yield name.split(".")[0], "top" if node in tree.body else "inside"
+
+
+@pytest.mark.parametrize("name", sorted(OWN))
+def test_imports_flow_one_way(name):
+    for module, where in imports(ROOT / f"{name}.py"):
+        if module in OWN:
+            assert module in MAY_IMPORT[name], f"{name}.py may not import {module}"
+        elif module not in sys.stdlib_module_names:
+            assert module in PACKAGES or (where == "inside" and module in OPTIONAL), module
+    assert not (name == "model" and "triton" in (ROOT / "model.py").read_text().split("import"))
+
+
+@pytest.mark.parametrize("name", sorted(OWN))
+def test_imports_have_no_side_effects(name):
+    """Only scripts under main() do work: importing prints nothing and opens no window."""
+    done = subprocess.run(
+        [sys.executable, "-c", f"import {name}"], cwd=ROOT, capture_output=True, text=True
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+
+
+# ---- commands --------------------------------------------------------------------------------
+
+
+def commands():
+    """Every `python ...` and `torchrun ...` line of the README, docstrings and configs."""
+    sources = [README] + [p.read_text() for p in [*ROOT.glob("*.py"), *ROOT.glob("configs/*.py")]]
+    for text in sources:
+        for line in re.findall(r"^[#\s]*(?:.*&& )?((?:python|torchrun) [^`\n]*?)(?:   .*)?$", text, re.M):
+            yield line.split("  #")[0].strip()
+
+
+def parse(line, monkeypatch):
+    words = shlex.split(line)
+    words = [w for w in words[1:] if not w.startswith(("--nproc", "--nnodes", "--max-restarts"))]
+    script, argv = words[0], words[1:]
+    if script == "-m":
+        assert argv == ["pytest"]
+    elif script == "bench.py":
+        assert argv[0] in COMMANDS
+        config.load(BenchConfig, argv[1:])
+    elif script in ("train.py", "sample.py"):
+        config.load(TrainConfig if script == "train.py" else SampleConfig, argv)
+    else:
+        assert (ROOT / script).exists() and not argv
+
+
+@pytest.mark.parametrize("line", sorted(set(commands())))
+def test_commands_parse_against_the_real_settings(line, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    parse(line, monkeypatch)
+
+
+def test_the_commands_that_people_start_with_are_there():
+    assert "python train.py configs/sam_6m.py" in README
+    assert "pip install -r requirements.txt -r tests/requirements.txt && python -m pytest" in README
+    assert "pip install -r requirements.txt -r tests/requirements.txt && python -m pytest" in (
+        ROOT / ".ci" / "run"
+    ).read_text()
+
+
+def test_quick_start_runs(tmp_path):
+    """The README's first command, cut to two steps and a small source."""
+    text = tmp_path / "text.txt"
+    text.write_text("\n<|endoftext|>\n".join(f"The cat sat on mat number {i}." for i in range(300)))
+    done = subprocess.run(
+        [sys.executable, "train.py", "configs/sam_6m.py", "--max_steps=2", f"--dataset={text}"]
+        + [f"--data_dir={tmp_path}/data", f"--out_dir={tmp_path}/out", "--sample_tokens=3"],
+        cwd=ROOT, capture_output=True, text=True, timeout=300,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "out" / "last.pt").exists()
+
+
+# ---- the file map, the equations, the numbers ------------------------------------------------
+
+
+def test_file_map_names_every_file():
+    files = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True).stdout
+    top = {f for f in files.split() if "/" not in f and f.endswith((".py", ".txt"))}
+    mapped = set(re.findall(r"^\| `([\w./]+)`", README, re.M))
+    assert top - {"requirements.txt"} <= mapped | {"requirements.txt"}
+    for name in mapped:
+        assert (ROOT / name).exists(), name
+    for name in re.findall(r"configs/\w+\.py", README):
+        assert (ROOT / name).exists(), name
+
+
+def test_the_three_lines_are_everywhere():
+    for name in ("README.md", "lif.py", "kernels.py"):
+        text = (ROOT / name).read_text()
+        assert all(word in text for word in ("# charge", "# fire", "# reset")), name
+
+
+NUMBER = re.compile(r"(-?[\d,]*\.?\d+)<!--\s*(results/[^>]+?)\s*-->")
+
+
+def look_up(path):
+    """The value at results/file.json/key/0/key; a key * 1e3 or similar may scale it."""
+    path, _, scale = path.partition(" * ")
+    _, name, *keys = path.split("/")
+    value = json.loads((ROOT / "results" / name).read_text())
+    for key in keys:
+        value = value[int(key)] if isinstance(value, list) else value[key]
+    return value * float(scale or 1)
+
+
+def test_numbers_are_those_of_the_results():
+    found = NUMBER.findall(README)
+    assert len(found) >= 20
+    for shown, path in found:
+        digits = len(shown.partition(".")[2])
+        value = look_up(path)
+        assert abs(float(shown.replace(",", "")) - value) <= 0.5001 * 10**-digits, (shown, path, value)
+
+
+def test_tables_of_results_have_no_unsourced_numbers():
+    """In the section Results every number of a table row carries its source."""
+    section = README.split("## Results")[1].split("\n## ")[0]
+    for row in (line for line in section.splitlines() if line.startswith("|")):
+        for cell in row.split("|")[2:]:
+            if re.search(r"\d", re.sub(r"<!--.*?-->|`[^`]*`|\([^)]*\)", "", cell)):
+                rest = NUMBER.sub("", cell)
+                assert not re.search(r"\d", re.sub(r"`[^`]*`", "", rest)), row
+
+
+def test_results_say_where_they_come_from():
+    for path in (ROOT / "results").glob("*.json"):
+        result = json.loads(path.read_text())
+        assert {"command", "cpu", "versions", "commit", "seed", "date"} <= set(result), path.name
+        assert "/work" not in path.read_text() and "/tmp" not in path.read_text(), path.name
