@@ -31,8 +31,8 @@ class ModelConfig:
     norm: bool = True  # layer norm before each block and the readout
     # neurons
     rec_heads: int = 1  # recurrent synapses: 1 full matrix | h blocks of n_hidden/h | 0 none
-    beta_low: float = 0.05  # membrane decay per token: at the start spread over the neurons ...
-    beta_high: float = 0.97  # ... from low to high, then learned per neuron
+    beta_low: float = 0.01  # membrane decay per token: at the start spread over the neurons ...
+    beta_high: float = 0.6  # ... from low to high, then learned per neuron
     theta: float = 1.0  # firing threshold
     surrogate: str = "triangle"  # derivative put in place of the step's: a name in lif.py
     slope: float = 1.0  # its slope

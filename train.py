@@ -47,8 +47,8 @@ class TrainConfig(ModelConfig):
     rehearse: float = 0.0  # share of a batch drawn from the phase before
     # optimiser
     max_steps: int = 1000  # optimiser steps in all
-    tokens_per_step: int = 8192  # tokens in one optimiser step, whatever the phase and world size
-    micro_tokens: int = 8192  # tokens in one forward and backward per process: less saves memory
+    tokens_per_step: int = 2048  # tokens in one optimiser step, whatever the phase and world size
+    micro_tokens: int = 2048  # tokens in one forward and backward per process: less saves memory
     lr: float = 2e-3  # peak learning rate of AdamW
     min_lr: float = 0.05  # the cosine ends at this share of lr
     warmup_steps: int = 50  # linear warm-up
@@ -360,6 +360,7 @@ def train(c, run):
         f"{corpus.heldout_bytes / 1e3:.0f} kB held out"
     )
     out.mkdir(parents=True, exist_ok=True)
+    record = environment(run.device, c.seed)  # now: the commit may be another one at the end
 
     bar = tqdm(total=c.max_steps, initial=position["step"], disable=not run.main, unit="step")
     start = mark = time.time()
@@ -419,12 +420,12 @@ def train(c, run):
         run.say(f"stopped at step {position['step']}; go on with --init_from=resume")
         raise SystemExit(130)
     if run.main and c.result:
-        data_used = {"name": corpus.name, "sha256": corpus.sha256}
-        history = [json.loads(text) for text in (out / "log.jsonl").read_text().splitlines()]
-        result = environment(run.device, c.seed) | {"data": data_used, "config": asdict(c)}
-        result["config"]["dataset"] = corpus.name  # never a path of somebody's machine
-        result["parameters"] = sum(p.numel() for p in raw.parameters())
-        write_result(c.result, result | {"log": history})
+        record["data"] = {"name": corpus.name, "sha256": corpus.sha256}
+        record["config"] = {k: v for k, v in asdict(c).items() if not k.endswith("_dir")}
+        record["config"] |= {"dataset": corpus.name, "result": ""}  # nobody's paths
+        record["parameters"] = sum(p.numel() for p in raw.parameters())
+        log = (out / "log.jsonl").read_text().splitlines()
+        write_result(c.result, record | {"log": [json.loads(text) for text in log]})
 
 
 def describe(line, c):

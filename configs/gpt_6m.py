@@ -1,9 +1,23 @@
 # python train.py configs/gpt_6m.py
 # The control: a causal transformer of the same 6.04M parameters, data, optimiser and schedule.
 block = "gpt"
-encoder = "float"
+vocab_size = 4096
+n_embd = 256
 n_hidden = 256
 n_layer = 6
+encoder = "float"
 n_head = 8
 d_ff = 1112
-window = 64
+window = 64  # tokens that attention looks back
+
+# optimiser: as in sam_6m.py, but for the rate, which was chosen for each of the two
+lr = 4e-3
+tokens_per_step = 2048
+micro_tokens = 2048
+max_steps = 1500
+warmup_steps = 50
+
+phases = "words:8 phrases:16 sentences:32 stories:64 conversations:64"
+phase_share = 0.25
+rehearse = 0.5
+eval_interval = 50
