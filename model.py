@@ -235,7 +235,8 @@ class SpikingLM(nn.Module):
         super().__init__()
         c = self.config = config
         self.embedding = nn.Embedding(c.vocab_size, c.n_embd)
-        nn.init.normal_(self.embedding.weight, std=c.n_embd**-0.5)
+        # bits of a spike code flip too easily near 0; a float embedding starts as GPT-2's does
+        nn.init.normal_(self.embedding.weight, std=1 / 16 if c.encoder == "spikes" else 0.02)
         self.proj_in = self.proj_out = None
         if c.encoder == "spikes":
             self.proj_in = Synapse(c.n_embd, c.n_hidden)
