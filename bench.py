@@ -78,12 +78,14 @@ def seconds(run, device):
 def take_turns(contestants, rounds, warmup, device):
     """contestants: name -> run(); returns name -> list of `rounds` seconds.
 
-    Every round runs each contestant once and begins with another one than the round before.
+    Every round begins with another contestant than the round before. A turn is a run that is not
+    timed and one that is: the first brings back the memory and caches that the others took.
     """
     names = list(contestants)
     times = {name: [] for name in names}
     for i in range(warmup + rounds):
         for name in names[i % len(names) :] + names[: i % len(names)]:
+            contestants[name]()
             took = seconds(contestants[name], device)
             if i >= warmup:
                 times[name].append(took)
@@ -451,7 +453,10 @@ def main(argv):
     if not argv or argv[0] not in COMMANDS:
         config.stop(f"python bench.py {'|'.join(COMMANDS)} [CONFIG.py] [--key=value ...]")
     c = config.load(BenchConfig, argv[1:])
-    run = Run(c)
+    try:
+        run = Run(c)
+    except ValueError as error:
+        config.stop(error)
     result = environment(run.device, c.seed) | COMMANDS[argv[0]](c, run)
     if c.save:
         files = [a.split("/")[-1].removesuffix(".py") for a in argv[1:] if not a.startswith("--")]

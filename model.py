@@ -360,6 +360,17 @@ class SpikingLM(nn.Module):
             logits, state, _ = self(token, state)
 
 
+def find_device(name):
+    """The torch.device called auto, cpu, cuda or mps; ValueError where there is none."""
+    mps = torch.backends.mps.is_available()
+    there = {"cuda": torch.cuda.is_available(), "mps": mps, "cpu": True}
+    if name == "auto":
+        name = next(kind for kind in there if there[kind])
+    if not there.get(name):
+        raise ValueError(f"there is no device {name!r} here; auto takes the best there is, or cpu")
+    return torch.device(name)
+
+
 def load_checkpoint(path):
     """The dictionary that train.py saved; ValueError with one line where it can not be read.
 

@@ -15,7 +15,7 @@ import torch
 
 import config
 import data
-from model import build, load_checkpoint
+from model import build, find_device, load_checkpoint
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ class SampleConfig:
     stop_at_end: bool = True  # stop when the model ends its document
     seed: int = 1337  # of the draws
     eval_length: int = 256  # tokens of a row that is scored; each starts from silence
-    device: str = "cpu"  # cpu | cuda | mps
+    device: str = "cpu"  # cpu | cuda | mps | auto
     threads: int = 0  # CPU threads; 0 leaves it to torch
 
     def __post_init__(self):
@@ -49,19 +49,21 @@ class Speaker:
     def __init__(self, c):
         checkpoint = load_checkpoint(c.ckpt)
         self.tokenizer = data.tokenizer_from_state(checkpoint["tokenizer"])
-        self.model = build(checkpoint).to(c.device)
-        self.generator = torch.Generator(device=c.device).manual_seed(c.seed)
-        self.c, self.state, self.pending = c, None, [self.tokenizer.end]
+        self.device = find_device(c.device)
+        self.model = build(checkpoint).to(self.device)
+        self.generator = torch.Generator(device=self.device).manual_seed(c.seed)
+        self.c, self.state = c, None
+        self.pending = [self.tokenizer.end]  # tokens that the state has not seen yet
+        self.cut = False  # whether the last answer was cut off by max_new_tokens
 
     def speak(self, text, until=None):
         """Yield pieces of the continuation of all that was said before and of `text`.
 
         Ends at the model's end token, after max_new_tokens, or before the string `until`.
-        `pending` holds the tokens that the state has not seen yet.
         """
-        c = self.c
+        c, self.cut = self.c, False
         self.pending += self.tokenizer.encode(text)
-        prompt = torch.tensor([self.pending], device=c.device)
+        prompt = torch.tensor([self.pending], device=self.device)
         stream = self.model.generate(
             prompt, self.state, c.temperature, c.top_k, c.top_p, self.generator,
             self.tokenizer.vocab_size,
@@ -81,6 +83,8 @@ class Speaker:
             if safe > shown:
                 yield said[shown:safe]
                 shown = safe
+        else:
+            self.cut = True
         yield said[shown:] + decoder.decode(b"", final=True)
 
 
@@ -101,7 +105,9 @@ def chat(c):
             text = ""
         if not text:
             return
-        show(speaker.speak(data.turn(text), until="\n"))
+        line = "\n" if speaker.cut else ""  # a turn begins on a line of its own
+        show(speaker.speak(line + data.turn(text), until="\n"))
+
 
 def evaluate(c):
     """Score a text file and print what train.py prints of its held-out set."""

@@ -31,7 +31,7 @@ from tqdm import tqdm
 
 import config
 import data
-from model import ModelConfig, SpikingLM, load_checkpoint
+from model import ModelConfig, SpikingLM, find_device, load_checkpoint
 
 
 # ---- settings, processes, optimiser --------------------------------------------------------------
@@ -111,12 +111,7 @@ class Run:
         self.world = int(os.environ.get("WORLD_SIZE", 1))
         self.rank = int(os.environ.get("RANK", 0))
         local = int(os.environ.get("LOCAL_RANK", 0))
-        device = c.device
-        if device == "auto":
-            device = "cuda" if torch.cuda.is_available() else "cpu"
-            device = "mps" if torch.backends.mps.is_available() else device
-        if device == "cuda" and not torch.cuda.is_available():
-            config.stop("no CUDA device here; use --device=cpu, or auto to take what there is")
+        device = find_device(c.device).type
         if self.world > 1:
             dist.init_process_group("nccl" if device == "cuda" else "gloo")
         self.device = torch.device(device, local) if device == "cuda" else torch.device(device)
@@ -362,7 +357,8 @@ def train(c, run):
     out.mkdir(parents=True, exist_ok=True)
     record = environment(run.device, c.seed)  # now: the commit may be another one at the end
 
-    bar = tqdm(total=c.max_steps, initial=position["step"], disable=not run.main, unit="step")
+    hidden = None if run.main else True  # None: in a terminal only, so that logs stay clean
+    bar = tqdm(total=c.max_steps, initial=position["step"], disable=hidden, unit="step")
     start = mark = time.time()
     losses, tokens = [], 0  # since the last evaluation
     while True:
@@ -447,13 +443,12 @@ def describe(line, c):
 
 def main(argv):
     c = config.load(TrainConfig, argv)
-    run = Run(c)
     try:
-        train(c, run)
+        train(c, Run(c))
     except (data.DataError, ValueError) as error:
         config.stop(error)
     finally:
-        if run.world > 1:
+        if dist.is_initialized():
             dist.destroy_process_group()
 
 
