@@ -57,8 +57,8 @@ class BenchConfig(TrainConfig):
     def __post_init__(self):
         super().__post_init__()
         self.scan_shapes()
-        if self.rounds < 1 or self.warmup < 0:
-            raise ValueError("rounds must be at least 1, warmup not negative")
+        if self.rounds < 1 or self.warmup < 0 or not 0 < self.length <= self.micro_tokens:
+            raise ValueError("rounds >= 1, warmup >= 0 and 0 < length <= micro_tokens must hold")
 
 
 # ---- taking turns -----------------------------------------------------------------------------
@@ -400,26 +400,27 @@ def generate(c, run):
     """Milliseconds per token, early and late in one long text, batch 1, random weights."""
     gpt = config.load(TrainConfig, [c.against])
     windows = {OURS: c, "transformer": gpt, "transformer, unlimited": replace(gpt, window=10**9)}
-    late, streams, rows = c.tokens, {}, {}
+    streams, rows, piece = {}, {}, 20
     for name, settings in windows.items():
         torch.manual_seed(c.seed)
         model = SpikingLM(settings).to(run.device).eval()
         stream = model.generate(torch.zeros(1, 1, dtype=torch.long, device=run.device))
-        streams[name] = lambda stream=stream: list(islice(stream, 20))
-    with torch.no_grad():
-        early = take_turns(streams, c.rounds, c.warmup, run.device)
-        for once in streams.values():
-            for _ in range(late // 20 - c.rounds - c.warmup):
-                once()
-        later = take_turns(streams, c.rounds, 0, run.device)
-    print(f"\nms per token          first {20 * (c.rounds + c.warmup)}     after {late}")
+        streams[name] = lambda stream=stream: list(islice(stream, piece))
+    early = take_turns(streams, c.rounds, c.warmup, run.device)
+    drawn = 2 * piece * (c.rounds + c.warmup)  # a turn runs twice
+    for once in streams.values():
+        for _ in range(max(0, c.tokens - drawn) // piece):
+            once()
+    later = take_turns(streams, c.rounds, 0, run.device)
+    print(f"\nms per token, among the first {drawn} and after {max(drawn, c.tokens)}")
     for name in streams:
         rows[name] = {
-            "early_ms_per_token": statistics.median(early[name]) / 20 * 1e3,
-            "late_ms_per_token": statistics.median(later[name]) / 20 * 1e3,
+            "early_ms_per_token": statistics.median(early[name]) / piece * 1e3,
+            "late_ms_per_token": statistics.median(later[name]) / piece * 1e3,
         }
         print(f"  {name:24s} {rows[name]['early_ms_per_token']:10.2f}", end="")
         print(f" {rows[name]['late_ms_per_token']:10.2f}")
+    late = max(drawn, c.tokens)
     return {"what": "ms per token, batch 1, random weights", "late": late, "contestants": rows}
 
 
@@ -455,13 +456,14 @@ def main(argv):
     c = config.load(BenchConfig, argv[1:])
     try:
         run = Run(c)
+        result = environment(run.device, c.seed) | COMMANDS[argv[0]](c, run)
     except ValueError as error:
         config.stop(error)
-    result = environment(run.device, c.seed) | COMMANDS[argv[0]](c, run)
     if c.save:
         files = [a.split("/")[-1].removesuffix(".py") for a in argv[1:] if not a.startswith("--")]
         name = "_".join([argv[0], *files, run.device.type])
-        write_result(f"results/{name}.json", result | {"config": asdict(c)})
+        settings = {k: v for k, v in asdict(c).items() if not k.endswith(("_dir", "dataset"))}
+        write_result(f"results/{name}.json", result | {"config": settings})
 
 
 if __name__ == "__main__":

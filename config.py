@@ -23,20 +23,21 @@ def load(cls, argv):
     if {"-h", "--help"} & set(argv):
         print(f"{sys.argv[0]} [CONFIG.py] [--key=value ...]\n\n{describe(cls)}")
         raise SystemExit(0)
-    settings = {}
+    settings, flags = {}, {}
+    for arg in (arg for arg in argv if arg.startswith("--")):
+        key, equals, text = arg[2:].partition("=")
+        is_switch = getattr(cls, key, None) is False  # --chat is short for --chat=True
+        if not equals and not is_switch:
+            stop(f"{arg} has no value; write --{key}=VALUE (--help lists the settings)")
+        flags[key] = checked(cls, key, text if equals else "True", "the command line")
     for path in (arg for arg in argv if not arg.startswith("--")):
         try:
             found = runpy.run_path(path).items()
         except Exception as error:  # whatever a file can do wrong
             stop(f"cannot read the config file {path}: {type(error).__name__}: {error}")
         settings |= {k: checked(cls, k, v, path) for k, v in found if not k.startswith("_")}
-    for arg in (arg for arg in argv if arg.startswith("--")):
-        key, equals, text = arg[2:].partition("=")
-        if not equals:
-            stop(f"{arg} has no value; write --{key}=VALUE (--help lists the settings)")
-        settings[key] = checked(cls, key, text, "the command line")
     try:
-        return cls(**settings)
+        return cls(**settings | flags)
     except ValueError as error:
         stop(error)
 

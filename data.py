@@ -433,7 +433,7 @@ def online(bases=BASES, seconds=4.0) -> bool:
     thread = threading.Thread(target=ask, daemon=True)  # for looking up a name has no timeout
     thread.start()
     thread.join(seconds)
-    return bool(answers)
+    return any(answer.ok for answer in answers)
 
 
 # ---- Files -----------------------------------------------------------------------------------

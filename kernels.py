@@ -326,8 +326,8 @@ def lif_triton(
 
     current is float32, bfloat16 or float16, the rest may be any of these. The products s W and
     d_pre W^T are taken in the dtype of w_rec, dW in that of current; all else is float32.
-    RuntimeError if Triton is not installed; ValueError for tensors on the CPU without
-    TRITON_INTERPRET=1, for float64, and for heads of more than MAX_HEAD neurons.
+    ValueError if Triton is not installed, for tensors on the CPU without TRITON_INTERPRET=1, for
+    float64, and for heads of more than MAX_HEAD neurons.
     """
     options = check(current, beta, theta, w_rec, state, reset, reset_grad, clamp)
     chosen = surrogate_named(surrogate)
@@ -374,7 +374,7 @@ def lif(current, beta, theta, w_rec=None, state=None, *, backend="auto", **optio
 def _obstacle(current, w_rec):
     """The exception that says why Triton cannot run this and what would mend it; None if it can."""
     if not HAS_TRITON:
-        return RuntimeError("Triton is not installed: pip install triton, or take backend='torch'")
+        return ValueError("Triton is not installed: pip install triton, or take backend='torch'")
     if not (current.is_cuda or INTERPRETED):
         return ValueError(
             f"Triton cannot run on {current.device.type}: move the tensors to a GPU, take"

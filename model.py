@@ -49,7 +49,7 @@ class ModelConfig:
     # gpt
     n_head: int = 8  # attention heads
     d_ff: int = 1112  # width of the feed-forward part
-    window: int = 512  # tokens that attention looks back: the most its state holds
+    window: int = 512  # tokens that attention sees: the present one and those before it
 
     def __post_init__(self):
         for name, allowed in (
@@ -66,10 +66,11 @@ class ModelConfig:
         for name in ("vocab_size", "n_embd", "n_hidden", "n_layer", "n_head", "d_ff", "window"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-        for name in ("rec_heads", "n_head"):
-            heads = getattr(self, name)
-            if heads and self.n_hidden % heads:
-                raise ValueError(f"n_hidden {self.n_hidden} must be a multiple of {name} {heads}")
+        heads = {"sam": "rec_heads", "gpt": "n_head"}[self.block]
+        if getattr(self, heads) < 0 or self.n_hidden % (getattr(self, heads) or 1):
+            raise ValueError(
+                f"n_hidden {self.n_hidden} must be a multiple of {heads} {getattr(self, heads)}"
+            )
         if not 0 < self.beta_low <= self.beta_high < 1:
             raise ValueError("0 < beta_low <= beta_high < 1 must hold for the membrane's decay")
         if self.slope <= 0 or self.theta <= 0:
@@ -319,25 +320,27 @@ class SpikingLM(nn.Module):
         device, n = self.stress.device, len(tokens) - 1
         if n < 1:
             raise ValueError("nothing to score: the text is empty")
-        rows = -(-n // length)
-        padded = torch.full((rows * length + 1,), -1)
-        padded[: n + 1] = torch.from_numpy(tokens.astype("int64"))
-        x, y = padded[:-1].view(rows, length), padded[1:].view(rows, length)
-        nats, weight, rate, synops = 0.0, 0, 0, 0
-        for x, y in zip(x.split(max(1, 8192 // length)), y.split(max(1, 8192 // length))):
-            logits, _, report = self(x.clamp(min=0).to(device))
+        tokens = torch.from_numpy(tokens.astype("int64")).to(device)
+        whole = n // length * length
+        batches = []  # of rows of the full length, then the rest as a row of its own
+        if whole:
+            x, y = (tokens[at : at + whole].view(-1, length) for at in (0, 1))
+            batches += zip(x.split(max(1, 8192 // length)), y.split(max(1, 8192 // length)))
+        if whole < n:
+            batches.append((tokens[None, whole:-1], tokens[None, whole + 1 :]))
+        nats, rate, synops = 0.0, 0, 0.0
+        for x, y in batches:
+            logits, _, report = self(x)
             nats += F.cross_entropy(
-                logits.flatten(0, 1).float(), y.flatten().to(device),
-                ignore_index=-1, reduction="sum",
-            ).item()  # fmt: skip
-            weight += len(x)
-            rate = rate + len(x) * torch.tensor([r.mean().item() for r in report.rate])
-            synops = synops + len(x) * sum(s.item() for s in report.synops)
+                logits.flatten(0, 1).float(), y.flatten(), reduction="sum"
+            ).item()
+            rate = rate + x.numel() * torch.tensor([r.mean().item() for r in report.rate])
+            synops += x.numel() * sum(s.item() for s in report.synops)
         return {
             "nats": nats,
             "tokens": n,
-            "rate": (rate / weight).tolist(),
-            "synops": synops / weight,
+            "rate": (rate / n).tolist(),
+            "synops": synops / n,
             "synapses": sum(report.synapses),
             "macs": report.macs,
         }
@@ -377,20 +380,31 @@ def load_checkpoint(path):
     weights_only: a checkpoint is tensors and plain values, and can not run code.
     """
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise ValueError(f"there is no checkpoint {path}; train.py writes one") from None
     except Exception as error:  # damaged in any of many ways
         reason = (str(error) or type(error).__name__).splitlines()[0]
         raise ValueError(f"cannot read the checkpoint {path}: {reason}") from None
+    lacks = {"model", "config", "tokenizer"} - set(checkpoint if type(checkpoint) is dict else ())
+    if lacks:
+        raise ValueError(f"{path} is no checkpoint of train.py: it has no {sorted(lacks)[0]}")
+    return checkpoint
 
 
 def build(checkpoint):
-    """The model of a checkpoint, weights loaded, ready to evaluate and generate."""
+    """The model of a checkpoint, weights loaded, ready to evaluate and generate on any device.
+
+    ValueError if the weights are not those of the settings stored beside them.
+    """
     names = {f.name for f in fields(ModelConfig)}
-    settings = {k: v for k, v in checkpoint["config"].items() if k in names}
-    model = SpikingLM(ModelConfig(**settings))
-    model.load_state_dict(checkpoint["model"])
+    try:
+        settings = {k: v for k, v in checkpoint["config"].items() if k in names}
+        model = SpikingLM(ModelConfig(**settings | {"backend": "auto"}))
+        model.load_state_dict(checkpoint["model"])
+    except (AttributeError, KeyError, RuntimeError, TypeError) as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"the checkpoint's weights do not fit its settings: {reason}") from None
     return model.eval()
 
 

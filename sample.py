@@ -1,7 +1,7 @@
 """Let a trained model speak, chat, or score a text.
 
     python sample.py --ckpt=out/best.pt --prompt="Once upon a time"
-    python sample.py --ckpt=out/best.pt --chat=True
+    python sample.py --ckpt=out/best.pt --chat
     python sample.py --ckpt=out/best.pt --eval=some.txt
 """
 
@@ -33,14 +33,14 @@ class SampleConfig:
     stop_at_end: bool = True  # stop when the model ends its document
     seed: int = 1337  # of the draws
     eval_length: int = 256  # tokens of a row that is scored; each starts from silence
-    device: str = "cpu"  # cpu | cuda | mps | auto
+    device: str = "auto"  # auto | cpu | cuda | mps
     threads: int = 0  # CPU threads; 0 leaves it to torch
 
     def __post_init__(self):
         if self.temperature < 0 or self.top_k < 0 or not 0 < self.top_p <= 1:
             raise ValueError("temperature and top_k must not be negative, top_p must be in (0, 1]")
-        if self.max_new_tokens < 0 or self.eval_length < 1:
-            raise ValueError("max_new_tokens must not be negative, eval_length at least 1")
+        if self.max_new_tokens < 0 or self.threads < 0 or self.eval_length < 1:
+            raise ValueError("max_new_tokens and threads must not be negative, eval_length >= 1")
 
 
 class Speaker:
@@ -106,7 +106,10 @@ def chat(c):
         if not text:
             return
         line = "\n" if speaker.cut else ""  # a turn begins on a line of its own
-        show(speaker.speak(line + data.turn(text), until="\n"))
+        try:
+            show(speaker.speak(line + data.turn(text), until="\n"))
+        except data.DataError as error:  # a character that its tokenizer never saw
+            print(error)
 
 
 def evaluate(c):
@@ -127,6 +130,7 @@ def evaluate(c):
     print(f"bits per byte   {score['nats'] / math.log(2) / n_bytes:.4f}")
     if score["rate"]:
         print("firing rate     " + " ".join(f"{100 * r:.1f}%" for r in score["rate"]))
+    if score["synapses"]:
         print(
             f"SynOps          {score['synops']:.0f} triggered per token, "
             f"{100 * score['synops'] / score['synapses']:.1f}% of {score['synapses']} if all fired"
@@ -136,16 +140,17 @@ def evaluate(c):
 
 def main(argv):
     c = config.load(SampleConfig, argv)
-    if c.threads:
-        torch.set_num_threads(c.threads)
     try:
+        if c.threads:
+            torch.set_num_threads(c.threads)
         if c.eval:
             evaluate(c)
         elif c.chat:
             chat(c)
         else:
+            speaker = Speaker(c)
             print(c.prompt, end="", flush=True)
-            show(Speaker(c).speak(c.prompt))
+            show(speaker.speak(c.prompt))
     except (data.DataError, ValueError) as error:
         config.stop(error)
     except (KeyboardInterrupt, BrokenPipeError):

@@ -20,7 +20,7 @@ import subprocess
 import sys
 import time
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from importlib import metadata
 from pathlib import Path
 
@@ -87,21 +87,34 @@ class TrainConfig(ModelConfig):
                 raise ValueError(
                     f"{name} must be one of {', '.join(allowed)}, got {getattr(self, name)!r}"
                 )
-        longest = max(length for _, length in self.curriculum())
-        if self.tokens_per_step < longest:
-            raise ValueError(f"tokens_per_step must hold a sequence of {longest} tokens at least")
+        at_least_1 = "eval_interval eval_length eval_tokens phase_patience micro_tokens"
+        for name in at_least_1.split():
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        for name in ("threads", "seed", "max_steps", "sample_tokens", "grad_clip", "lr"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
+        if not 0 <= self.rehearse < 1:
+            raise ValueError(f"rehearse must be at least 0 and less than 1, got {self.rehearse}")
+        if self.tokens_per_step < self.longest():
+            raise ValueError(f"tokens_per_step must hold a sequence of {self.longest()} tokens")
 
     def curriculum(self):
         """[(phase, length)] from the phases setting."""
         try:
-            steps = [(p.split(":")[0], int(p.split(":")[1])) for p in self.phases.split()]
-        except (IndexError, ValueError):
+            pairs = (pair.split(":") for pair in self.phases.split())
+            steps = [(name, int(length)) for name, length in pairs]
+        except ValueError:
             steps = []
         if not steps or any(n not in data.PHASES or length < 1 for n, length in steps):
             raise ValueError(
                 f"phases must be name:length pairs of {', '.join(data.PHASES)}; got {self.phases!r}"
             )
         return steps
+
+    def longest(self):
+        """Tokens of the longest sequence of the curriculum."""
+        return max(length for _, length in self.curriculum())
 
 
 class Run:
@@ -110,11 +123,13 @@ class Run:
     def __init__(self, c):
         self.world = int(os.environ.get("WORLD_SIZE", 1))
         self.rank = int(os.environ.get("RANK", 0))
-        local = int(os.environ.get("LOCAL_RANK", 0))
+        self.local = int(os.environ.get("LOCAL_RANK", 0))
         device = find_device(c.device).type
         if self.world > 1:
-            dist.init_process_group("nccl" if device == "cuda" else "gloo")
-        self.device = torch.device(device, local) if device == "cuda" else torch.device(device)
+            device = "cpu" if device == "mps" else device  # gloo can not reduce tensors of MPS
+            backend = "nccl" if device == "cuda" else "gloo"
+            dist.init_process_group(backend, timeout=datetime.timedelta(hours=3))  # for downloads
+        self.device = torch.device(device, self.local) if device == "cuda" else torch.device(device)
         half = c.dtype == "bfloat16" or c.dtype == "auto" and device == "cuda"
         self.autocast = torch.autocast(device, torch.bfloat16) if half else nullcontext()
         self.main = self.rank == 0
@@ -124,6 +139,9 @@ class Run:
         if c.threads:
             torch.set_num_threads(c.threads)
         self.stopping = False
+
+    def listen(self):
+        """From now on Ctrl-C and SIGTERM let the step end and save."""
         for s in (signal.SIGINT, signal.SIGTERM):
             signal.signal(s, self.stop)
 
@@ -136,6 +154,14 @@ class Run:
 
     def any_stopping(self):
         return bool(self.mean(torch.tensor(float(self.stopping))) > 0)
+
+    def one_first(self, work):
+        """work() in the first process of each machine, then, from its cache, in the others."""
+        if self.world == 1:
+            return work()
+        done = work() if self.local == 0 else None
+        dist.barrier()
+        return done if self.local == 0 else work()
 
     def mean(self, x):
         """Mean of a tensor over the processes."""
@@ -205,10 +231,10 @@ def evaluate(raw, corpus, phase, length, c, run):
         valid = raw.score(corpus.valid[phase][:8193], length)
         score = raw.score(heldout, c.eval_length)
     raw.train()
-    whole = len(heldout) == len(corpus.heldout)
     n_bytes = len(corpus.tokenizer.decode_bytes(heldout.tolist()))
     line = {
-        "valid": valid["nats"] / valid["tokens"],
+        # the mean, lest processes disagree about the end of a phase
+        "valid": run.mean(torch.tensor(valid["nats"] / valid["tokens"])).item(),
         "heldout": score["nats"] / score["tokens"],
         "bpb": score["nats"] / math.log(2) / n_bytes,
         "rate": score["rate"],
@@ -216,8 +242,9 @@ def evaluate(raw, corpus, phase, length, c, run):
         "synapses": score["synapses"],
         "stress": raw.stress.item(),
     }
-    if whole and corpus.entropy_bits is not None:
+    if corpus.entropy_bits is not None and len(heldout) == len(corpus.heldout):
         line["entropy_bpb"] = corpus.entropy_bits / corpus.heldout_bytes
+        line["above_entropy"] = line["bpb"] - line["entropy_bpb"]
     return line
 
 
@@ -244,6 +271,34 @@ def next_batch(corpus, curriculum, position, c, run):
     return (torch.cat(side) for side in zip(*batches))
 
 
+def restore(checkpoint, raw, optimizer, c, tokenizer, curriculum):
+    """Put a checkpoint back; ValueError, before anything is touched, if this is another run."""
+    old, new = checkpoint["config"], asdict(c)
+    for f in fields(ModelConfig):
+        if f.name != "backend" and old.get(f.name) != new[f.name]:
+            raise ValueError(
+                f"last.pt was trained with {f.name}={old.get(f.name)!r}, not {new[f.name]!r}: "
+                "resume with the same config, or start from scratch"
+            )
+    if checkpoint["tokenizer"] != tokenizer.state():
+        raise ValueError("last.pt has another tokenizer: resume with the same --dataset and size")
+    if checkpoint["position"]["curriculum"] != curriculum:
+        raise ValueError(f"last.pt has other --phases: {checkpoint['position']['curriculum']}")
+    settings = [{k: g[k] for k in ("betas", "weight_decay")} for g in optimizer.param_groups]
+    raw.load_state_dict(checkpoint["model"])
+    optimizer.load_state_dict(checkpoint["optimizer"])
+    for group, setting in zip(optimizer.param_groups, settings):
+        group |= setting  # those of this run, which may have changed
+
+
+def check_finite(nats, position, out):
+    if not math.isfinite(nats):
+        config.stop(
+            f"the loss became {nats} at step {position['step']}; {out / 'last.pt'} is the last "
+            "good checkpoint: resume it with a lower --lr"
+        )
+
+
 def save(path, raw, optimizer, c, tokenizer, position):
     """Write beside the final name, flush to disk, then rename: never half a checkpoint."""
     checkpoint = {
@@ -268,7 +323,9 @@ def sample(raw, tokenizer, c, run):
         start, temperature=0.7, top_p=0.95, generator=generator, vocab=tokenizer.vocab_size
     )
     ids = [next(stream)[0].item() for _ in range(c.sample_tokens)]
-    return tokenizer.decode_bytes(ids).decode(errors="replace").strip()
+    ends = [i for i, token in enumerate(ids) if token == tokenizer.end] + [len(ids)]
+    parts = [tokenizer.decode(ids[a:b]).strip() for a, b in zip([0] + ends, ends)]
+    return " | ".join(part for part in parts if part)  # | is the end of a document
 
 
 # ---- what a result records --------------------------------------------------------------------
@@ -324,27 +381,41 @@ def write_result(path, result):
 
 
 def train(c, run):
-    corpus = data.prepare(c.dataset, c.tokenizer, c.vocab_size, c.data_dir, c.seed, log=run.say)
+    out, checkpoint = Path(c.out_dir), None
+    out.mkdir(parents=True, exist_ok=True)
+    if c.init_from == "resume":
+        checkpoint = load_checkpoint(out / "last.pt")
+    corpus = run.one_first(
+        lambda: data.prepare(c.dataset, c.tokenizer, c.vocab_size, c.data_dir, log=run.say)
+    )
     tokenizer = corpus.tokenizer
     if tokenizer.vocab_size > c.vocab_size:
         config.stop(
             f"the {tokenizer.kind} tokenizer has {tokenizer.vocab_size} tokens, the model room for "
             f"{c.vocab_size}; set --vocab_size={tokenizer.vocab_size}"
         )
-    curriculum = [(phase, length) for phase, length in c.curriculum() if phase in corpus.train]
+    curriculum = [
+        (phase, length) for phase, length in c.curriculum()
+        if phase in corpus.valid and len(corpus.train.get(phase, ())) > c.longest()
+    ]  # fmt: skip
     if not curriculum:
-        config.stop(f"{corpus.name} has {', '.join(corpus.train)}, but --phases={c.phases!r}")
+        config.stop(f"{corpus.name} has too little text for each of --phases={c.phases!r}")
+    if len(curriculum) < len(c.curriculum()):
+        left_out = dict(c.curriculum()).keys() - dict(curriculum).keys()
+        run.say(f"too little text in {corpus.name} for the phases {', '.join(sorted(left_out))}")
+    if c.tokens_per_step < c.longest() * run.world:
+        config.stop(f"--tokens_per_step must hold {c.longest()} tokens for each of the processes")
 
     torch.manual_seed(c.seed)
     raw = SpikingLM(c).to(run.device)
     optimizer = make_optimizer(c, raw, run.device)
-    position = {"step": 0, "phase": 0, "phase_step": 0, "history": [], "best": math.inf}
-    out = Path(c.out_dir)
-    if c.init_from == "resume":
-        checkpoint = load_checkpoint(out / "last.pt")
-        raw.load_state_dict(checkpoint["model"])
-        optimizer.load_state_dict(checkpoint["optimizer"])
+    position = {"step": 0, "phase": 0, "phase_step": 0, "tokens": 0, "history": []}
+    position |= {"evaluated": -1, "best": math.inf, "curriculum": curriculum}
+    if checkpoint:
+        restore(checkpoint, raw, optimizer, c, tokenizer, curriculum)
         position = checkpoint["position"]
+    elif run.main:
+        (out / "log.jsonl").unlink(missing_ok=True)  # of an older run
     model = torch.compile(raw) if c.compile else raw
     if run.world > 1:
         model = DistributedDataParallel(model, broadcast_buffers=False)
@@ -352,69 +423,71 @@ def train(c, run):
     run.say(
         f"{sum(p.numel() for p in raw.parameters()) / 1e6:.2f}M parameters on {run.device}"
         f"{f' x {run.world}' * (run.world > 1)} | {corpus.name}: {', '.join(sizes)} tokens, "
-        f"{corpus.heldout_bytes / 1e3:.0f} kB held out"
+        f"{len(corpus.heldout) - 1} held out ({c.eval_tokens} at most are scored)"
     )
-    out.mkdir(parents=True, exist_ok=True)
     record = environment(run.device, c.seed)  # now: the commit may be another one at the end
 
     hidden = None if run.main else True  # None: in a terminal only, so that logs stay clean
     bar = tqdm(total=c.max_steps, initial=position["step"], disable=hidden, unit="step")
-    start = mark = time.time()
-    losses, tokens = [], 0  # since the last evaluation
+    start, first = time.time(), position["step"]
+    mark, losses, tokens = start, [], 0  # since the last evaluation
+    run.listen()
     while True:
         step, (phase, length) = position["step"], curriculum[position["phase"]]
-        done = step >= c.max_steps or run.any_stopping()
-
-        if step % c.eval_interval == 0 or done:
-            line = {"step": step, "phase": phase, "tokens": step * c.tokens_per_step}
-            line["tokens_per_s"] = tokens / (time.time() - mark)
+        stopped = run.any_stopping()
+        due = step % c.eval_interval == 0 or step == c.max_steps
+        if due and step != position["evaluated"] and not stopped:
+            line = {"step": step, "phase": phase, "tokens": position["tokens"]}
+            line["tokens_per_s"] = tokens / max(1e-9, time.time() - mark)
             line["train"] = sum(losses) / len(losses) if losses else None
             line |= evaluate(raw, corpus, phase, length, c, run)
+            check_finite(line["heldout"], position, out)
             line["minutes"] = (time.time() - start) / 60
-            run.say(describe(line, c))
+            left = line["minutes"] / max(1, step - first) * (c.max_steps - step)
+            run.say(in_words(line, left))
             if run.main and c.sample_tokens:
                 run.say(f"       {sample(raw, tokenizer, c, run)!r}")
+            position["evaluated"] = step
             position["history"].append(line["valid"])
-            final = position["phase"] + 1 == len(curriculum)
+            final = position["phase"] + 1 == len(curriculum) or step >= c.max_steps
             is_converged = converged(position["history"], c)
             is_late = position["phase_step"] >= c.phase_share * c.max_steps
-            if (is_converged or is_late) and not final and not done:
+            if (is_converged or is_late) and not final:
                 position |= {"phase": position["phase"] + 1, "phase_step": 0, "history": []}
                 why = "converged" if is_converged else "its share of the steps is over"
                 run.say(f"       {phase} -> {curriculum[position['phase']][0]}: {why}")
             is_best = line["bpb"] < position["best"]
             position["best"] = min(position["best"], line["bpb"])
             if run.main:
-                for name in ["last.pt"] + ["best.pt"] * is_best:
-                    save(out / name, raw, optimizer, c, tokenizer, position)
                 with open(out / "log.jsonl", "a") as log:
                     log.write(json.dumps(line) + "\n")
-            losses, tokens, mark = [], 0, time.time()
-            phase, length = curriculum[position["phase"]]
-        if done:
+                for name in ["last.pt"] + ["best.pt"] * is_best:
+                    save(out / name, raw, optimizer, c, tokenizer, position)
+            mark, losses, tokens = time.time(), [], 0
+        if step >= c.max_steps:
             break
+        if stopped:
+            if run.main:
+                save(out / "last.pt", raw, optimizer, c, tokenizer, position)
+            bar.close()
+            run.say(f"stopped at step {step}, saved; go on with --init_from=resume")
+            raise SystemExit(130)
 
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(c, step)
         x, y = next_batch(corpus, curriculum, position, c, run)
         nats, rates = train_step(model, raw, optimizer, x, y, c, run)
-        if not math.isfinite(nats):
-            config.stop(
-                f"the loss became {nats} at step {step} in {phase}; {out / 'last.pt'} is the last "
-                "good checkpoint: resume it with a lower --lr"
-            )
+        check_finite(nats, position, out)
         raw.observe(nats, rates)
         losses.append(nats)
         tokens += x.numel() * run.world
+        position["tokens"] += x.numel() * run.world
         position["step"] += 1
         position["phase_step"] += 1
-        bar.set_postfix_str(f"{phase} {nats:.3f}", refresh=False)
+        bar.set_postfix_str(f"{curriculum[position['phase']][0]} {nats:.3f}", refresh=False)
         bar.update()
 
     bar.close()
-    if position["step"] < c.max_steps:
-        run.say(f"stopped at step {position['step']}; go on with --init_from=resume")
-        raise SystemExit(130)
     if run.main and c.result:
         record["data"] = {"name": corpus.name, "sha256": corpus.sha256}
         record["config"] = {k: v for k, v in asdict(c).items() if not k.endswith("_dir")}
@@ -424,19 +497,19 @@ def train(c, run):
         write_result(c.result, record | {"log": [json.loads(text) for text in log]})
 
 
-def describe(line, c):
+def in_words(line, minutes_left):
     """One line of words for one evaluation."""
     entropy = line.get("entropy_bpb")
-    left = (c.max_steps - line["step"]) * c.tokens_per_step / max(1e-9, line["tokens_per_s"]) / 60
     parts = [
         f"{line['step']:6d} {line['phase']}",
         f"train {line['train']:.3f}" if line["train"] else "",
         f"valid {line['valid']:.3f}",
         f"held-out {line['heldout']:.3f} nats/token, {line['bpb']:.3f} bits/byte"
-        + (f" (entropy {entropy:.3f} + {line['bpb'] - entropy:.3f})" if entropy else ""),
+        + (f" (entropy {entropy:.3f} + {line['above_entropy']:.3f})" if entropy else ""),
         "rate " + " ".join(f"{100 * r:.0f}" for r in line["rate"]) + "%" if line["rate"] else "",
         f"stress {line['stress']:.2f}",
-        f"{line['tokens_per_s']:.0f} tokens/s, {left:.0f} min left" if line["train"] else "",
+        f"{line['tokens_per_s']:.0f} tokens/s" if line["train"] else "",
+        f"{minutes_left:.0f} min left" if line["train"] else "",
     ]
     return " | ".join(part for part in parts if part)
 
@@ -445,7 +518,7 @@ def main(argv):
     c = config.load(TrainConfig, argv)
     try:
         train(c, Run(c))
-    except (data.DataError, ValueError) as error:
+    except (data.DataError, ValueError, OSError) as error:
         config.stop(error)
     finally:
         if dist.is_initialized():

@@ -8,16 +8,16 @@ n_layer = 6
 encoder = "float"
 n_head = 8
 d_ff = 1112
-window = 64  # tokens that attention looks back
+window = 64  # tokens that attention sees
 
 # optimiser: as in sam_6m.py, but for the rate, which was chosen for each of the two
 lr = 4e-3
 tokens_per_step = 2048
 micro_tokens = 2048
-max_steps = 1500
+max_steps = 1200
 warmup_steps = 50
 
 phases = "words:8 phrases:16 sentences:32 stories:64 conversations:64"
-phase_share = 0.25
+phase_share = 0.2
 rehearse = 0.5
 eval_interval = 50

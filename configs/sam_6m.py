@@ -18,11 +18,11 @@ rate_weight = 10.0
 lr = 2e-3
 tokens_per_step = 2048
 micro_tokens = 2048
-max_steps = 1500
+max_steps = 1200
 warmup_steps = 50
 
 # curriculum
 phases = "words:8 phrases:16 sentences:32 stories:64 conversations:64"
-phase_share = 0.25
+phase_share = 0.2
 rehearse = 0.5
 eval_interval = 50

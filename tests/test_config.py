@@ -32,6 +32,7 @@ def test_the_last_wins(tmp_path):
     assert config.load(Small, [path]) == Small(width=8, rate=1.0)
     # also when the file comes after: the command line is the strongest
     assert config.load(Small, ["--width=16", path]) == Small(width=16, rate=1.0)
+    assert config.load(Small, ["--fast"]) == Small(fast=True)  # a switch needs no value
     assert config.load(Small, [path, "--fast=True", "--name=3"]) == Small(8, 1.0, "3", True)
 
 

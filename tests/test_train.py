@@ -4,6 +4,7 @@ import json
 import os
 import random
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -62,7 +63,7 @@ def losses(log):
     return [(x["step"], x["train"], x["valid"], x["heldout"]) for x in log]
 
 
-TORCHRUN = ("-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=29577", "train.py")
+TORCHRUN = ("-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone", "train.py")
 STORIES = "--phases=stories:16"
 
 
@@ -127,6 +128,31 @@ def test_resume_goes_on_bit_for_bit(text, one, tmp_path):
     assert losses(log)[-1][3] == losses(one[1])[-1][3]
 
 
+@pytest.mark.parametrize(
+    "more, message",
+    [("--n_layer=1", "n_layer=2"), ("--vocab_size=301", "vocab_size=300")]
+    + [("--tokenizer=char", "another tokenizer"), ("--phases=words:4 stories:16", "other --phases")],
+)
+def test_resume_of_another_run_is_refused(text, one, tmp_path, more, message):
+    shutil.copytree(one[0], tmp_path / "copy")
+    err = run(text, tmp_path / "copy", STORIES, "--init_from=resume", more, code=2)
+    assert message in err and "Traceback" not in err
+
+
+def test_a_new_run_begins_a_new_log(text, tmp_path):
+    run(text, tmp_path, STORIES, "--max_steps=1")
+    assert [x["step"] for x in run(text, tmp_path, STORIES, "--max_steps=2")] == [0, 2]
+
+
+def test_result_says_where_it_comes_from(text, tmp_path):
+    run(text, tmp_path, STORIES, "--max_steps=2", f"--result={tmp_path / 'result.json'}")
+    content = (tmp_path / "result.json").read_text()
+    result = json.loads(content)
+    assert [x["step"] for x in result["log"]] == [0, 2] and result["seed"] == 1
+    assert result["data"]["name"] == "text.txt" and len(result["data"]["sha256"]) == 64
+    assert str(tmp_path) not in content and str(text) not in content
+
+
 def test_curriculum_goes_through_its_phases(text, tmp_path):
     log = run(
         text, tmp_path, "--phases=words:4 sentences:8 conversations:16", "--eval_interval=1",
@@ -163,6 +189,10 @@ def test_a_model_that_explodes_stops(text, tmp_path):
         (["--device=cuda"], "no device 'cuda'"),
         (["--steps=3"], "unknown setting 'steps'"),
         (["--phases=stories:100000"], "tokens_per_step"),
+        (["--phases=stories:90000", "--tokens_per_step=90000"], "too little text"),
+        (["--eval_interval=0"], "eval_interval must be at least 1"),
+        (["--rehearse=1.0"], "rehearse must be"),
+        (["--out_dir=README.md"], "README.md"),
     ],
 )
 def test_mistakes_are_one_line(text, tmp_path, more, message, capsys):
