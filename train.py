@@ -5,7 +5,7 @@
     python train.py configs/sam_6m.py --init_from=resume   go on where the last run stopped
     torchrun --nproc_per_node=8 train.py configs/sam_6m.py
 
-Read main() last: it is the loop, and what stands before it are its words.
+Read train() last: it is the loop, and what stands before it are its words.
 """
 
 import datetime
@@ -380,31 +380,45 @@ def write_result(path, result):
 # ---- the run ----------------------------------------------------------------------------------
 
 
-def train(c, run):
-    out, checkpoint = Path(c.out_dir), None
-    out.mkdir(parents=True, exist_ok=True)
-    if c.init_from == "resume":
-        checkpoint = load_checkpoint(out / "last.pt")
+def open_corpus(c, run):
+    """The data, and the phases of the curriculum that have enough of it: [(phase, length)]."""
     corpus = run.one_first(
         lambda: data.prepare(c.dataset, c.tokenizer, c.vocab_size, c.data_dir, log=run.say)
     )
-    tokenizer = corpus.tokenizer
-    if tokenizer.vocab_size > c.vocab_size:
-        config.stop(
-            f"the {tokenizer.kind} tokenizer has {tokenizer.vocab_size} tokens, the model room for "
-            f"{c.vocab_size}; set --vocab_size={tokenizer.vocab_size}"
+    needed = corpus.tokenizer.vocab_size
+    if needed > c.vocab_size:
+        raise ValueError(
+            f"the {corpus.tokenizer.kind} tokenizer has {needed} tokens, the model room for "
+            f"{c.vocab_size}; set --vocab_size={needed}"
         )
-    curriculum = [
-        (phase, length) for phase, length in c.curriculum()
-        if phase in corpus.valid and len(corpus.train.get(phase, ())) > c.longest()
-    ]  # fmt: skip
-    if not curriculum:
-        config.stop(f"{corpus.name} has too little text for each of --phases={c.phases!r}")
-    if len(curriculum) < len(c.curriculum()):
-        left_out = dict(c.curriculum()).keys() - dict(curriculum).keys()
-        run.say(f"too little text in {corpus.name} for the phases {', '.join(sorted(left_out))}")
+    enough = [p for p in corpus.valid if len(corpus.train.get(p, ())) > c.longest()]
+    left_out = [phase for phase, _ in c.curriculum() if phase not in enough]
+    if len(left_out) == len(c.curriculum()):
+        raise ValueError(f"{corpus.name} has too little text for each of --phases={c.phases!r}")
+    if left_out:
+        run.say(f"{corpus.name} has too little text for the phases {', '.join(left_out)}")
     if c.tokens_per_step < c.longest() * run.world:
-        config.stop(f"--tokens_per_step must hold {c.longest()} tokens for each of the processes")
+        raise ValueError(f"--tokens_per_step must hold {c.longest()} tokens for every process")
+    return corpus, [(phase, length) for phase, length in c.curriculum() if phase in enough]
+
+
+def advance(position, valid, curriculum, c, run):
+    """Go on to the next phase if this one, by its valid losses, has converged or had its share."""
+    position["history"].append(valid)
+    is_converged = converged(position["history"], c)
+    is_late = position["phase_step"] >= c.phase_share * c.max_steps
+    if (is_converged or is_late) and position["phase"] + 1 < len(curriculum):
+        why = "converged" if is_converged else "its share of the steps is over"
+        old, new = (curriculum[position["phase"] + i][0] for i in (0, 1))
+        run.say(f"       {old} -> {new}: {why}")
+        position |= {"phase": position["phase"] + 1, "phase_step": 0, "history": []}
+
+
+def train(c, run):
+    start, out = time.time(), Path(c.out_dir)
+    out.mkdir(parents=True, exist_ok=True)
+    checkpoint = load_checkpoint(out / "last.pt") if c.init_from == "resume" else None
+    corpus, curriculum = open_corpus(c, run)
 
     torch.manual_seed(c.seed)
     raw = SpikingLM(c).to(run.device)
@@ -412,25 +426,25 @@ def train(c, run):
     position = {"step": 0, "phase": 0, "phase_step": 0, "tokens": 0, "history": []}
     position |= {"evaluated": -1, "best": math.inf, "curriculum": curriculum}
     if checkpoint:
-        restore(checkpoint, raw, optimizer, c, tokenizer, curriculum)
+        restore(checkpoint, raw, optimizer, c, corpus.tokenizer, curriculum)
         position = checkpoint["position"]
     elif run.main:
         (out / "log.jsonl").unlink(missing_ok=True)  # of an older run
     model = torch.compile(raw) if c.compile else raw
     if run.world > 1:
         model = DistributedDataParallel(model, broadcast_buffers=False)
-    sizes = [f"{phase} {len(corpus.train[phase]) / 1e6:.2f}M" for phase, _ in curriculum]
     run.say(
         f"{sum(p.numel() for p in raw.parameters()) / 1e6:.2f}M parameters on {run.device}"
-        f"{f' x {run.world}' * (run.world > 1)} | {corpus.name}: {', '.join(sizes)} tokens, "
-        f"{len(corpus.heldout) - 1} held out ({c.eval_tokens} at most are scored)"
+        f"{f' x {run.world}' * (run.world > 1)} | {corpus.name}: "
+        + ", ".join(f"{phase} {len(corpus.train[phase]) / 1e6:.2f}M" for phase, _ in curriculum)
+        + f" tokens, {len(corpus.heldout) - 1} held out ({c.eval_tokens} at most are scored)"
     )
     record = environment(run.device, c.seed)  # now: the commit may be another one at the end
 
     hidden = None if run.main else True  # None: in a terminal only, so that logs stay clean
     bar = tqdm(total=c.max_steps, initial=position["step"], disable=hidden, unit="step")
-    start, first = time.time(), position["step"]
-    mark, losses, tokens = start, [], 0  # since the last evaluation
+    first = position["step"]
+    mark, losses, tokens = time.time(), [], 0  # since the last evaluation
     run.listen()
     while True:
         step, (phase, length) = position["step"], curriculum[position["phase"]]
@@ -446,29 +460,23 @@ def train(c, run):
             left = line["minutes"] / max(1, step - first) * (c.max_steps - step)
             run.say(in_words(line, left))
             if run.main and c.sample_tokens:
-                run.say(f"       {sample(raw, tokenizer, c, run)!r}")
+                run.say(f"       {sample(raw, corpus.tokenizer, c, run)!r}")
             position["evaluated"] = step
-            position["history"].append(line["valid"])
-            final = position["phase"] + 1 == len(curriculum) or step >= c.max_steps
-            is_converged = converged(position["history"], c)
-            is_late = position["phase_step"] >= c.phase_share * c.max_steps
-            if (is_converged or is_late) and not final:
-                position |= {"phase": position["phase"] + 1, "phase_step": 0, "history": []}
-                why = "converged" if is_converged else "its share of the steps is over"
-                run.say(f"       {phase} -> {curriculum[position['phase']][0]}: {why}")
+            if step < c.max_steps:
+                advance(position, line["valid"], curriculum, c, run)
             is_best = line["bpb"] < position["best"]
             position["best"] = min(position["best"], line["bpb"])
             if run.main:
                 with open(out / "log.jsonl", "a") as log:
                     log.write(json.dumps(line) + "\n")
                 for name in ["last.pt"] + ["best.pt"] * is_best:
-                    save(out / name, raw, optimizer, c, tokenizer, position)
+                    save(out / name, raw, optimizer, c, corpus.tokenizer, position)
             mark, losses, tokens = time.time(), [], 0
         if step >= c.max_steps:
             break
         if stopped:
             if run.main:
-                save(out / "last.pt", raw, optimizer, c, tokenizer, position)
+                save(out / "last.pt", raw, optimizer, c, corpus.tokenizer, position)
             bar.close()
             run.say(f"stopped at step {step}, saved; go on with --init_from=resume")
             raise SystemExit(130)
