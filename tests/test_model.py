@@ -109,6 +109,8 @@ def test_generation_keeps_its_state_small_and_equals_the_forward(name):
         return sum(x.numel() for block in state for x in block)
 
     assert size(stream[20][1]) == size(stream[39][1])
+    if name == "gpt_6m.py":
+        assert stream[39][1][0][0].shape[2] == model.config.window - 1
     # the yielded state has seen all but the yielded token: going on from it changes nothing
     token, state = stream[9]
     again = [t.item() for t, _ in islice(model.generate(token, state, temperature=0), 30)]
@@ -116,9 +118,10 @@ def test_generation_keeps_its_state_small_and_equals_the_forward(name):
 
 
 def test_encoder_is_binary_forward_and_a_sigmoid_backward():
-    x = torch.tensor([-2.0, -1e-8, 0.0, 0.3, 9.0], requires_grad=True)
+    x = torch.tensor([-2.0, -1e-8, 0.0, 1e-6, 9.0], requires_grad=True)
     s = spike_encode(x)
     assert s.tolist() == [0, 0, 0, 1, 1]
+    assert set(spike_encode(torch.randn(10000)).tolist()) == {0.0, 1.0}  # exactly
     s.sum().backward()
     p = torch.sigmoid(x.detach())
     torch.testing.assert_close(x.grad, p * (1 - p))
@@ -165,6 +168,10 @@ def test_stress_scales_the_gain_by_each_neurons_temper():
     with torch.no_grad():
         before = model(tokens)[0]
         model.stress.fill_(0.0)
+        assert not torch.equal(model(tokens)[0], before)
+        model.stress.fill_(1.0)
+        assert torch.equal(model(tokens)[0], before)
+        model.blocks[0].temper.fill_(1.0)
         assert not torch.equal(model(tokens)[0], before)
     flat = model_of(shrunk("sam_6m.py", stress_gain=0.0))
     with torch.no_grad():
