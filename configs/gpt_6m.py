@@ -14,7 +14,7 @@ window = 64  # tokens that attention sees
 lr = 4e-3
 tokens_per_step = 2048
 micro_tokens = 2048
-max_steps = 1200
+max_steps = 1000
 warmup_steps = 50
 
 phases = "words:8 phrases:16 sentences:32 stories:64 conversations:64"
