@@ -1,5 +1,6 @@
 # python train.py configs/sam_v1_char.py --dataset=shakespeare.txt
 # Real Sam V1: characters, plain recurrent LIF layers, no residual, no norm. About 1M parameters.
+# Expect losses to fall; no figures have been measured yet.
 tokenizer = "char"
 vocab_size = 256
 n_embd = 64

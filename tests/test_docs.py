@@ -38,7 +38,8 @@ def imports(path):
     tree = ast.parse(path.read_text())
     for node in ast.walk(tree):
         if isinstance(node, (ast.Import, ast.ImportFrom)):
-            names = [node.module] if isinstance(node, ast.ImportFrom) else [a.name for a in node.names]
+            single = isinstance(node, ast.ImportFrom)
+            names = [node.module] if single else [alias.name for alias in node.names]
             for name in names:
                 yield name.split(".")[0], "top" if node in tree.body else "inside"
 
@@ -69,14 +70,15 @@ def commands():
     """Every `python ...` and `torchrun ...` line of the README, docstrings and configs."""
     sources = [README] + [p.read_text() for p in [*ROOT.glob("*.py"), *ROOT.glob("configs/*.py")]]
     for text in sources:
-        for line in re.findall(r"^[#\s]*(?:.*&& )?((?:python|torchrun) [^`\n]*?)(?:   .*)?$", text, re.M):
+        pattern = r"^[#\s]*(?:.*&& )?((?:python|torchrun) [^`\n]*?)(?:   .*)?$"
+        for line in re.findall(pattern, text, re.M):
             yield line.split("  #")[0].strip()
 
 
 def parse(line, monkeypatch):
     words = shlex.split(line)
     words = [w for w in words[1:] if not w.startswith(("--nproc", "--nnodes", "--max-restarts"))]
-    script, argv = words[0], words[1:]
+    script, argv = words[0], [w for w in words[1:] if w != "--help"]
     if script == "-m":
         assert argv == ["pytest"]
     elif script == "bench.py":
@@ -121,7 +123,8 @@ def test_quick_start_runs(tmp_path):
 def test_file_map_names_every_file():
     files = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True).stdout
     top = {f for f in files.split() if "/" not in f and f.endswith((".py", ".txt"))}
-    mapped = set(re.findall(r"^\| `([\w./]+)`", README, re.M))
+    section = README.split("## Files")[1].split("\n## ")[0]
+    mapped = set(re.findall(r"^\| `([\w./]+)`", section, re.M))
     assert top - {"requirements.txt"} <= mapped | {"requirements.txt"}
     for name in mapped:
         assert (ROOT / name).exists(), name
@@ -154,7 +157,8 @@ def test_numbers_are_those_of_the_results():
     for shown, path in found:
         digits = len(shown.partition(".")[2])
         value = look_up(path)
-        assert abs(float(shown.replace(",", "")) - value) <= 0.5001 * 10**-digits, (shown, path, value)
+        off = abs(float(shown.replace(",", "")) - value)
+        assert off <= 0.5001 * 10**-digits, (shown, path, value)
 
 
 def test_tables_of_results_have_no_unsourced_numbers():
