@@ -144,6 +144,12 @@ def test_a_new_run_begins_a_new_log(text, tmp_path):
     assert [x["step"] for x in run(text, tmp_path, STORIES, "--max_steps=2")] == [0, 2]
 
 
+def test_a_finished_run_goes_on_and_evaluates_nothing_twice(text, tmp_path):
+    run(text, tmp_path, STORIES, "--max_steps=4")
+    log = run(text, tmp_path, STORIES, "--max_steps=8", "--init_from=resume")
+    assert [x["step"] for x in log] == [0, 4, 8]
+
+
 def test_result_says_where_it_comes_from(text, tmp_path):
     run(text, tmp_path, STORIES, "--max_steps=2", f"--result={tmp_path / 'result.json'}")
     content = (tmp_path / "result.json").read_text()
