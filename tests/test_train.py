@@ -15,7 +15,6 @@ import torch
 
 import data
 import sample
-import train
 
 ROOT = Path(__file__).parent.parent
 TINY = (
