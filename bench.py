@@ -348,7 +348,7 @@ class SnnTorchSam(SpikingLM):
                 h = block.norm(x)
                 gain = 1 + c.stress_gain * self.stress * block.temper
                 feed = nn.functional.linear(h, block.fc_in.weight, block.fc_in.bias)
-                current = feed * gain + block.b_rec + s @ block.w_rec[0]
+                current = feed * gain + block.b_rec + s @ block.w_rec
                 s, mem = block.leaky(current, mem)
                 state[i] = mem, s
                 spikes.append(s)

@@ -1,4 +1,4 @@
-"""The neuron of this project: one leaky integrate-and-fire scan, forward and backward.
+"""The neuron of this project, one leaky integrate-and-fire scan forward and backward; its synapses.
 
 A token is one time step. In every step a neuron does three things, and these three lines are the
 same in this file, in kernels.py and in the README:
@@ -26,12 +26,18 @@ Zenke 2019, arXiv 1901.09948). As u = pre - theta, the threshold receives -g.
 
 `lif_torch` is this scan in plain PyTorch: the reference, and the path for CPU and MPS.
 kernels.py has it in Triton. `python lif.py` draws a few neurons in the terminal.
+
+Between neurons stand two kinds of matrices, and the class says what they cost: a `Synapse` is fed
+binary spikes, a `Linear` floats. Both count into the `Report` of the forward pass.
 """
 
 import math
+from dataclasses import dataclass, field
 from typing import Callable, NamedTuple
 
 import torch
+import torch.nn as nn
+import torch.nn.functional as F
 
 # ---- surrogates -------------------------------------------------------------------------------
 
@@ -334,6 +340,61 @@ def check(current, beta, theta, w_rec, state, reset, reset_grad, clamp):
     if clamp < 0:
         raise ValueError(f"clamp must be 0 (off) or a positive bound, got {clamp}")
     return reset == "soft", bool(reset_grad), float(clamp)
+
+
+# ---- synapses ---------------------------------------------------------------------------------
+
+
+@dataclass
+class Report:
+    """What one forward pass is about, and what its parts show and count on the way.
+
+    Every block and trait gets it; train.py and sample.py --eval print it.
+    """
+
+    tokens: torch.Tensor = None  # (B, T)
+    stress: torch.Tensor = None  # () strain of the environment (Real Sam)
+    spikes: torch.Tensor = None  # (B, T, N) of the layer that fired last
+    membrane: list = field(default_factory=list)  # per block that shows it: (B, T, N), for readouts
+    rate: list = field(default_factory=list)  # per spiking layer: (N,) spikes per neuron and token
+    synops: list = field(default_factory=list)  # per spike-fed matrix: operations really triggered
+    synapses: list = field(default_factory=list)  # per spike-fed matrix: multiplications if dense
+    macs: int = 0  # multiplications per token of the float-fed matrices
+    losses: dict = field(default_factory=dict)  # name -> scalar that training adds to the loss
+    log: dict = field(default_factory=dict)  # name -> scalar that is worth a look
+
+    def fired(self, spikes):
+        """Note the spikes (B, T, N) of a layer; returns its rate (N,), gradient included."""
+        self.spikes = spikes
+        self.rate.append(spikes.float().mean((0, 1)))
+        return self.rate[-1]
+
+    def fed_by_spikes(self, rate, fan_out):
+        """Count a matrix fed by spikes of these rates (N,): a spike triggers fan_out additions."""
+        self.synops.append(rate.detach().sum() * fan_out)
+        self.synapses.append(rate.numel() * fan_out)
+
+
+class Linear(nn.Linear):
+    """A matrix fed by floats: every weight costs a multiplication at every token."""
+
+    def forward(self, x, report):
+        report.macs += self.weight.numel()
+        return super().forward(x)
+
+
+class Synapse(nn.Module):
+    """A matrix that may only be fed binary spikes, stored one row per presynaptic neuron."""
+
+    def __init__(self, fan_in, fan_out, bias=True):
+        super().__init__()
+        bound = 1 / math.sqrt(fan_in)
+        self.weight = nn.Parameter(torch.empty(fan_in, fan_out).uniform_(-bound, bound))
+        self.bias = nn.Parameter(torch.empty(fan_out).uniform_(-bound, bound)) if bias else None
+
+    def forward(self, s, report):  # (..., fan_in) of 0 and 1 -> (..., fan_out)
+        report.fed_by_spikes(s.detach().flatten(0, -2).float().mean(0), self.weight.shape[1])
+        return F.linear(s, self.weight.t(), self.bias)
 
 
 # ---- a picture --------------------------------------------------------------------------------

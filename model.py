@@ -8,14 +8,14 @@ Shapes: B sequences, T tokens, D width of the residual stream, E width of the em
 """
 
 import math
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, fields
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
 from kernels import lif
-from lif import SURROGATES
+from lif import SURROGATES, Linear, Report, Synapse
 
 
 @dataclass(frozen=True)
@@ -43,8 +43,9 @@ class ModelConfig:
     stress_gain: float = 0.3  # kappa: gain = 1 + kappa * stress * factor; 0 switches stress off
     stress_decay: float = 0.99  # stress is this moving average, per step, of loss / ln(vocabulary)
     # firing rate
-    rate_target: float = 0.1  # spikes per neuron and token that the penalty pulls a layer towards
+    rate_target: float = 0.1  # spikes per neuron and token that the penalty pulls towards
     rate_weight: float = 10.0  # weight of the penalty (rate - target)^2, summed over layers
+    rate_penalty: str = "both"  # both: of a layer off target | above it | below: of a neuron below
     homeostasis: float = 0.0  # sam V3: thresholds move by this * (rate - target) per step; 0 is off
     # gpt
     n_head: int = 8  # attention heads
@@ -56,6 +57,7 @@ class ModelConfig:
             ("block", tuple(BLOCKS)),
             ("encoder", ("spikes", "float")),
             ("residual", ("gated", "plain", "none")),
+            ("rate_penalty", ("both", "above", "below")),
             ("surrogate", tuple(SURROGATES)),
             ("backend", ("auto", "triton", "torch")),
         ):
@@ -77,47 +79,24 @@ class ModelConfig:
             raise ValueError("slope and theta must be positive")
 
 
-@dataclass
-class Report:
-    """What one forward pass counts on its way; train.py and sample.py --eval print it."""
-
-    rate: list = field(default_factory=list)  # per spiking layer: (N,) spikes per neuron and token
-    synops: list = field(default_factory=list)  # per spike-fed matrix: operations really triggered
-    synapses: list = field(default_factory=list)  # per spike-fed matrix: multiplications if dense
-    macs: int = 0  # multiplications per token of the float-fed matrices
-
-    def fed_by_spikes(self, rate, fan_out):
-        """Count a matrix fed by spikes of these rates (N,): a spike triggers fan_out additions."""
-        self.synops.append(rate.detach().sum() * fan_out)
-        self.synapses.append(rate.numel() * fan_out)
-
-
-class Linear(nn.Linear):
-    """A matrix fed by floats: every weight costs a multiplication at every token."""
-
-    def forward(self, x, report):
-        report.macs += self.weight.numel()
-        return super().forward(x)
-
-
-class Synapse(nn.Module):
-    """A matrix that may only be fed binary spikes, stored one row per presynaptic neuron."""
-
-    def __init__(self, fan_in, fan_out):
-        super().__init__()
-        bound = 1 / math.sqrt(fan_in)
-        self.weight = nn.Parameter(torch.empty(fan_in, fan_out).uniform_(-bound, bound))
-        self.bias = nn.Parameter(torch.empty(fan_out).uniform_(-bound, bound))
-
-    def forward(self, s, report):  # (..., fan_in) of 0 and 1 -> (..., fan_out)
-        report.fed_by_spikes(s.detach().flatten(0, -2).mean(0), self.weight.shape[1])
-        return F.linear(s, self.weight.t(), self.bias)
-
-
 def spike_encode(x):
     """Binary spikes 1[sigmoid(x) > 1/2]; the gradient is the sigmoid's (straight-through)."""
     p = torch.sigmoid(x)
     return (x > 0).to(x.dtype) + (p - p.detach())  # p - p is exactly 0: the spikes stay binary
+
+
+def recurrent(n, heads):
+    """Recurrent synapses of n neurons in so many heads: (n, n/heads), a row per presynaptic
+    neuron, its head's columns; None for 0 heads. `heads` gives them the shape that `lif` takes."""
+    if not heads:
+        return None
+    d = n // heads
+    bound = 1 / math.sqrt(d)
+    return nn.Parameter(torch.empty(n, d).uniform_(-bound, bound))
+
+
+def heads(w):
+    return None if w is None else w.view(-1, w.shape[1], w.shape[1])
 
 
 class SamBlock(nn.Module):
@@ -126,16 +105,15 @@ class SamBlock(nn.Module):
     current = gain * (W_in x + b) + W_rec s + b_rec;  s = lif(current);  x + sigmoid(W_g x) * s
     """
 
-    def __init__(self, config):
+    def __init__(self, config, index):
         super().__init__()
         c, D = config, config.n_hidden
-        self.config = config
+        self.config, self.sites = config, [D]
         self.norm = nn.LayerNorm(D) if c.norm else nn.Identity()
         self.fc_in = Linear(D, D)
+        self.w_rec = recurrent(D, c.rec_heads)
         if c.rec_heads:
-            d = D // c.rec_heads
-            bound = 1 / math.sqrt(d)
-            self.w_rec = nn.Parameter(torch.empty(c.rec_heads, d, d).uniform_(-bound, bound))
+            bound = 1 / math.sqrt(D // c.rec_heads)
             self.b_rec = nn.Parameter(torch.empty(D).uniform_(-bound, bound))
         if c.residual == "gated":
             self.gate = Linear(D, D)
@@ -145,19 +123,18 @@ class SamBlock(nn.Module):
         normal = torch.randn(D)  # mean of the factor exp(sigma n - sigma^2/2) is 1
         self.register_buffer("temper", torch.exp(c.diversity * normal - c.diversity**2 / 2))
 
-    def forward(self, x, state, stress, report):  # (B, T, D) -> (B, T, D)
+    def forward(self, x, state, report):  # (B, T, D) -> (B, T, D)
         c = self.config
         h = self.norm(x)
-        gain = 1 + c.stress_gain * stress * self.temper
-        bias = self.b_rec if c.rec_heads else stress.new_zeros(())
+        gain = 1 + c.stress_gain * report.stress * self.temper
+        bias = self.b_rec if c.rec_heads else gain.new_zeros(())
         current = torch.addcmul(bias, self.fc_in(h, report), gain)
         s, _, state = lif(
             current, torch.sigmoid(self.beta_logit), self.theta,
-            self.w_rec if c.rec_heads else None, state,
+            heads(self.w_rec), state,
             surrogate=c.surrogate, slope=c.slope, reset_grad=c.reset_grad, backend=c.backend,
         )  # fmt: skip
-        rate = s.mean((0, 1))
-        report.rate.append(rate)
+        rate = report.fired(s)
         if c.rec_heads:
             report.fed_by_spikes(rate, c.n_hidden // c.rec_heads)
         if c.residual == "gated":
@@ -178,7 +155,9 @@ class GPTBlock(nn.Module):
     (B, heads, <= window - 1, d) and the number of tokens so far (B,).
     """
 
-    def __init__(self, config):
+    sites = []  # nothing fires
+
+    def __init__(self, config, index):
         super().__init__()
         D = config.n_hidden
         self.n_head, self.window = config.n_head, config.window
@@ -190,7 +169,7 @@ class GPTBlock(nn.Module):
         for w in (self.out, self.down):
             w.weight.data /= math.sqrt(2 * config.n_layer)
 
-    def forward(self, x, state, stress, report):  # (B, T, D) -> (B, T, D)
+    def forward(self, x, state, report):  # (B, T, D) -> (B, T, D)
         B, T, D = x.shape
         q, k, v = (
             y.view(B, T, self.n_head, -1).transpose(1, 2)  # (B, heads, T, d)
@@ -243,13 +222,14 @@ class SpikingLM(nn.Module):
             self.proj_in = Synapse(c.n_embd, c.n_hidden)
         elif c.n_embd != c.n_hidden:
             self.proj_in = Linear(c.n_embd, c.n_hidden)
-        self.blocks = nn.ModuleList(BLOCKS[c.block](c) for _ in range(c.n_layer))
+        self.blocks = nn.ModuleList(BLOCKS[c.block](c, i) for i in range(c.n_layer))
         self.norm = nn.LayerNorm(c.n_hidden) if c.norm else nn.Identity()
         if c.n_hidden != c.n_embd:
             self.proj_out = Linear(c.n_hidden, c.n_embd)
         # what `observe` keeps; saved with the model, frozen at evaluation
         self.register_buffer("stress", torch.ones(()))
-        self.register_buffer("rate", torch.full((c.n_layer,), c.rate_target))
+        self.sites = [n for block in self.blocks for n in block.sites]  # neurons per spiking layer
+        self.register_buffer("rate", torch.full((sum(self.sites),), c.rate_target))
 
     def forward(self, tokens, state=None):
         """tokens (B, T) int64; state as returned by an earlier call, or None for silence.
@@ -260,13 +240,13 @@ class SpikingLM(nn.Module):
         x, report = self.embed(tokens)
         after = []
         for block, before in zip(self.blocks, state or [None] * len(self.blocks)):
-            x, now = block(x, before, self.stress, report)
+            x, now = block(x, before, report)
             after.append(now)
         return self.readout(x, report), after, report
 
     def embed(self, tokens):
         """tokens (B, T) -> what enters the first block (B, T, D), and a fresh Report."""
-        report = Report()
+        report = Report(tokens, self.stress)
         x = self.embedding(tokens)  # (B, T, E)
         if self.config.encoder == "spikes":
             x = spike_encode(x)
@@ -281,31 +261,41 @@ class SpikingLM(nn.Module):
         return F.linear(x, self.embedding.weight)
 
     def loss(self, logits, targets, report):
-        """Cross-entropy in nats per token (alone the basis of bits per byte), firing penalty.
+        """Cross-entropy in nats per token (alone the basis of bits per byte), and a dictionary of
+        what training adds to it.
 
-        The penalty has the gradient of rate_weight * sum over layers of (rate - target)^2, with
-        the mean rate of the step before in the outer derivative: that makes it linear in the
+        rates: the penalty of rate_penalty. Its gradient is that of rate_weight * (rate - target)^2,
+        with the rate of the step before in the outer derivative: that makes it linear in the
         rate, hence the same however a step is cut into micro-batches and processes.
         """
         nats = F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten())
-        pressure = 2 * self.config.rate_weight * (self.rate - self.config.rate_target)
-        return nats, sum((p * r.mean() for p, r in zip(pressure, report.rate)), nats.new_zeros(()))
+        c, losses = self.config, dict(report.losses)
+        if report.rate:
+            losses["rates"] = 0.0
+            for rate, before in zip(report.rate, self.rate.split(self.sites)):
+                if c.rate_penalty == "below":  # per neuron (SpikeWhale): none may die
+                    pressure = (before - c.rate_target).clamp(max=0)
+                else:  # of the layer (Real Sam)
+                    pressure = before.mean() - c.rate_target
+                    pressure = pressure.clamp(min=0) if c.rate_penalty == "above" else pressure
+                losses["rates"] += 2 * c.rate_weight * (pressure * rate).mean()
+        return nats, losses
 
     @torch.no_grad()
     def observe(self, nats, rates):
         """What training tells the neurons beside gradients: the environment's stress (Real Sam).
 
         stress = moving average of nats / ln(vocabulary), within 0..1; the published system gives
-        no formula, so this one is ours. rates (layers, N): spikes per neuron and token of the step;
-        the penalty looks at them, and with homeostasis on the thresholds do.
+        no formula, so this one is ours. rates: spikes per neuron and token of the step, the
+        layers one after the other; the penalty looks at them, and with homeostasis on the
+        thresholds do.
         """
         c = self.config
-        if len(rates):
-            self.rate.copy_(rates.mean(1))
+        self.rate.copy_(rates)
         strain = min(max(nats / math.log(c.vocab_size), 0.0), 1.0)
         self.stress.mul_(c.stress_decay).add_((1 - c.stress_decay) * strain)
         if c.homeostasis:
-            for block, rate in zip(self.blocks, rates):
+            for block, rate in zip(self.blocks, rates.split(self.sites)):
                 block.adapt(rate)
 
     @torch.no_grad()

@@ -200,10 +200,10 @@ def train_step(model, raw, optimizer, x, y, c, run):
     """One optimiser step on this process's tokens x and targets y (rows, length).
 
     They go through in pieces of micro_tokens; gradients add up, and processes average them at the
-    last piece. Returns the nats per token and the rates (layers, N), of all processes.
+    last piece. Returns, of all processes, the nats per token and the rates of all neurons.
     """
     rows = max(1, c.micro_tokens // x.shape[1])
-    nats_mean, rates = torch.zeros((), device=run.device), []
+    nats_mean, rates = torch.zeros((), device=run.device), torch.zeros_like(raw.rate)
     for start in range(0, len(x), rows):
         x_now, y_now = (z[start : start + rows].to(run.device) for z in (x, y))
         share = len(x_now) / len(x)
@@ -211,16 +211,15 @@ def train_step(model, raw, optimizer, x, y, c, run):
         with nullcontext() if last or run.world == 1 else model.no_sync():
             with run.autocast:
                 logits, _, report = model(x_now)
-                nats, penalty = raw.loss(logits, y_now, report)
-            ((nats + penalty) * share).backward()
+                nats, others = raw.loss(logits, y_now, report)
+            ((nats + sum(others.values())) * share).backward()
         nats_mean += nats.detach() * share
-        rates.append([r.detach() * share for r in report.rate])
+        rates += torch.cat(report.rate or [rates]).detach() * share
     if c.grad_clip:
         torch.nn.utils.clip_grad_norm_(raw.parameters(), c.grad_clip)
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
-    rates = [sum(layer) for layer in zip(*rates)]
-    return run.mean(nats_mean).item(), run.mean(torch.stack(rates)) if rates else []
+    return run.mean(nats_mean).item(), run.mean(rates)
 
 
 def evaluate(raw, corpus, phase, length, c, run):
