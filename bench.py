@@ -29,7 +29,7 @@ import config
 from kernels import lif
 from lif import lif_torch
 from model import SpikingLM
-from train import Run, TrainConfig, environment, make_optimizer, train_step, write_result
+from train import Run, TrainConfig, environment, make_optimizers, train_step, write_result
 
 
 @dataclass(frozen=True)
@@ -377,8 +377,8 @@ def train(c, run):
         except ImportError as error:
             skipped[name] = str(error)
             continue
-        optimizer = make_optimizer(settings, model, run.device)
-        runs[name] = partial(train_step, model, model, optimizer, x, y, settings, run)
+        optimizers = make_optimizers(settings, model, run.device)
+        runs[name] = partial(train_step, model, model, optimizers, x, y, settings, run)
         parameters[name] = sum(p.numel() for p in model.parameters())
     table = summary(take_turns(runs, c.rounds, c.warmup, run.device), OURS)
     print(f"\n{rows} sequences of {c.length} tokens    tokens/s     ratio   parameters")

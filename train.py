@@ -49,12 +49,17 @@ class TrainConfig(ModelConfig):
     max_steps: int = 1000  # optimiser steps in all
     tokens_per_step: int = 2048  # tokens in one optimiser step, whatever the phase and world size
     micro_tokens: int = 2048  # tokens in one forward and backward per process: less saves memory
+    optimizer: str = "adamw"  # adamw | muon (for the matrices inside blocks and traits)
     lr: float = 2e-3  # peak learning rate of AdamW
-    min_lr: float = 0.05  # the cosine ends at this share of lr
+    neuron_lr: float = 1.0  # times lr, for vectors: decays, thresholds, biases, norms
+    table_lr: float = 1.0  # times lr, for the hash tables of Engram
+    muon_lr: float = 0.02  # peak learning rate of Muon
+    min_lr: float = 0.05  # the cosine ends at this share of the peak
     warmup_steps: int = 50  # linear warm-up
     beta1: float = 0.9  # decay of AdamW's average of gradients
     beta2: float = 0.95  # and of their squares
-    weight_decay: float = 0.1  # of matrices; vectors have none
+    weight_decay: float = 0.1  # of AdamW's matrices; vectors have none
+    muon_decay: float = 0.01  # weight decay of Muon's matrices
     grad_clip: float = 1.0  # norm to which gradients are clipped; 0 is off
     # curriculum: a phase ends when its validation loss has converged
     phase_share: float = 0.1  # a phase but the last takes at most this share of max_steps
@@ -79,6 +84,7 @@ class TrainConfig(ModelConfig):
         super().__post_init__()
         for name, allowed in (
             ("init_from", ("scratch", "resume")),
+            ("optimizer", ("adamw", "muon")),
             ("tokenizer", ("bpe", "byte", "char", "gpt2")),
             ("device", ("auto", "cpu", "cuda", "mps")),
             ("dtype", ("auto", "float32", "bfloat16")),
@@ -177,26 +183,44 @@ class Run:
             sys.stdout.flush()
 
 
-def learning_rate(c, step):
-    """Linear warm-up, then a cosine down to min_lr * lr at max_steps."""
+def schedule(c, step):
+    """Share of the peak learning rate: linear warm-up, then a cosine to min_lr at max_steps."""
     if step < c.warmup_steps:
-        return c.lr * (step + 1) / c.warmup_steps
+        return (step + 1) / c.warmup_steps
     done = (step - c.warmup_steps) / max(1, c.max_steps - c.warmup_steps)
-    return c.lr * (c.min_lr + (1 - c.min_lr) * 0.5 * (1 + math.cos(math.pi * min(1, done))))
+    return c.min_lr + (1 - c.min_lr) * 0.5 * (1 + math.cos(math.pi * min(1, done)))
 
 
-def make_optimizer(c, model, device):
-    """AdamW; matrices decay, vectors (biases, norms, neuron parameters) do not."""
-    params = [p for p in model.parameters() if p.requires_grad]
-    groups = [
-        {"params": [p for p in params if p.dim() >= 2], "weight_decay": c.weight_decay},
-        {"params": [p for p in params if p.dim() < 2], "weight_decay": 0.0},
-    ]
+def make_optimizers(c, model, device):
+    """AdamW for all, or Muon (Jordan et al. 2024) for matrices of blocks and traits, AdamW for the
+    rest: embedding and readout, tables, vectors. A group's "peak" is its learning rate's."""
+    tables = {m.weight for m in model.modules() if isinstance(m, torch.nn.Embedding)}
+    tables.remove(model.embedding.weight)
+    ends = {id(p) for m in (model.proj_in, model.proj_out) if m for p in m.parameters()}
+    kinds = {"vector": [], "table": [], "matrix": [], "end": [model.embedding.weight]}
+    for p in model.parameters():
+        if p in tables:
+            kinds["table"].append(p)
+        elif p.dim() < 2:
+            kinds["vector"].append(p)
+        elif p is not model.embedding.weight:
+            kinds["end" if id(p) in ends else "matrix"].append(p)
+
+    def group(kind, lr, decay):
+        return {"params": kinds[kind], "lr": lr, "peak": lr, "weight_decay": decay}
+
+    muon = [group("matrix", c.muon_lr, c.muon_decay)] if c.optimizer == "muon" else []
+    adamw = [
+        group("end", c.lr, c.weight_decay),
+        group("table", c.lr * c.table_lr, 0.0),
+        group("vector", c.lr * c.neuron_lr, 0.0),
+    ] + [group("matrix", c.lr, c.weight_decay)] * (not muon)
     fused = device.type in ("cuda", "cpu")
-    return torch.optim.AdamW(groups, lr=c.lr, betas=(c.beta1, c.beta2), fused=fused)
+    optimizers = [torch.optim.AdamW(adamw, betas=(c.beta1, c.beta2), fused=fused)]
+    return optimizers + ([torch.optim.Muon(muon)] if muon and kinds["matrix"] else [])
 
 
-def train_step(model, raw, optimizer, x, y, c, run):
+def train_step(model, raw, optimizers, x, y, c, run):
     """One optimiser step on this process's tokens x and targets y (rows, length).
 
     They go through in pieces of micro_tokens; gradients add up, and processes average them at the
@@ -217,8 +241,9 @@ def train_step(model, raw, optimizer, x, y, c, run):
         rates += torch.cat(report.rate or [rates]).detach() * share
     if c.grad_clip:
         torch.nn.utils.clip_grad_norm_(raw.parameters(), c.grad_clip)
-    optimizer.step()
-    optimizer.zero_grad(set_to_none=True)
+    for optimizer in optimizers:
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
     return run.mean(nats_mean).item(), run.mean(rates)
 
 
@@ -270,24 +295,25 @@ def next_batch(corpus, curriculum, position, c, run):
     return (torch.cat(side) for side in zip(*batches))
 
 
-def restore(checkpoint, raw, optimizer, c, tokenizer, curriculum):
+def restore(checkpoint, raw, optimizers, c, tokenizer, curriculum):
     """Put a checkpoint back; ValueError, before anything is touched, if this is another run."""
     old, new = checkpoint["config"], asdict(c)
-    for f in fields(ModelConfig):
-        if f.name != "backend" and old.get(f.name) != new[f.name]:
+    for name in [f.name for f in fields(ModelConfig) if f.name != "backend"] + ["optimizer"]:
+        if old.get(name) != new[name]:
             raise ValueError(
-                f"last.pt was trained with {f.name}={old.get(f.name)!r}, not {new[f.name]!r}: "
+                f"last.pt was trained with {name}={old.get(name)!r}, not {new[name]!r}: "
                 "resume with the same config, or start from scratch"
             )
     if checkpoint["tokenizer"] != tokenizer.state():
         raise ValueError("last.pt has another tokenizer: resume with the same --dataset and size")
     if checkpoint["position"]["curriculum"] != curriculum:
         raise ValueError(f"last.pt has other --phases: {checkpoint['position']['curriculum']}")
-    settings = [{k: g[k] for k in ("betas", "weight_decay")} for g in optimizer.param_groups]
     raw.load_state_dict(checkpoint["model"])
-    optimizer.load_state_dict(checkpoint["optimizer"])
-    for group, setting in zip(optimizer.param_groups, settings):
-        group |= setting  # those of this run, which may have changed
+    for optimizer, state in zip(optimizers, checkpoint["optimizers"], strict=True):
+        settings = [{k: v for k, v in g.items() if k != "params"} for g in optimizer.param_groups]
+        optimizer.load_state_dict(state)
+        for group, setting in zip(optimizer.param_groups, settings):
+            group |= setting  # those of this run, which may have changed
 
 
 def check_finite(nats, position, out):
@@ -298,11 +324,11 @@ def check_finite(nats, position, out):
         )
 
 
-def save(path, raw, optimizer, c, tokenizer, position):
+def save(path, raw, optimizers, c, tokenizer, position):
     """Write beside the final name, flush to disk, then rename: never half a checkpoint."""
     checkpoint = {
         "model": raw.state_dict(),
-        "optimizer": optimizer.state_dict(),
+        "optimizers": [optimizer.state_dict() for optimizer in optimizers],
         "config": asdict(c),
         "tokenizer": tokenizer.state(),
         "position": position,
@@ -421,11 +447,11 @@ def train(c, run):
 
     torch.manual_seed(c.seed)
     raw = SpikingLM(c).to(run.device)
-    optimizer = make_optimizer(c, raw, run.device)
+    optimizers = make_optimizers(c, raw, run.device)
     position = {"step": 0, "phase": 0, "phase_step": 0, "tokens": 0, "history": []}
     position |= {"evaluated": -1, "best": math.inf, "curriculum": curriculum}
     if checkpoint:
-        restore(checkpoint, raw, optimizer, c, corpus.tokenizer, curriculum)
+        restore(checkpoint, raw, optimizers, c, corpus.tokenizer, curriculum)
         position = checkpoint["position"]
     elif run.main:
         (out / "log.jsonl").unlink(missing_ok=True)  # of an older run
@@ -469,21 +495,21 @@ def train(c, run):
                 with open(out / "log.jsonl", "a") as log:
                     log.write(json.dumps(line) + "\n")
                 for name in ["last.pt"] + ["best.pt"] * is_best:
-                    save(out / name, raw, optimizer, c, corpus.tokenizer, position)
+                    save(out / name, raw, optimizers, c, corpus.tokenizer, position)
             mark, losses, tokens = time.time(), [], 0
         if step >= c.max_steps:
             break
         if stopped:
             if run.main:
-                save(out / "last.pt", raw, optimizer, c, corpus.tokenizer, position)
+                save(out / "last.pt", raw, optimizers, c, corpus.tokenizer, position)
             bar.close()
             run.say(f"stopped at step {step}, saved; go on with --init_from=resume")
             raise SystemExit(130)
 
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate(c, step)
+        for group in (group for optimizer in optimizers for group in optimizer.param_groups):
+            group["lr"] = group["peak"] * schedule(c, step)
         x, y = next_batch(corpus, curriculum, position, c, run)
-        nats, rates = train_step(model, raw, optimizer, x, y, c, run)
+        nats, rates = train_step(model, raw, optimizers, x, y, c, run)
         check_finite(nats, position, out)
         raw.observe(nats, rates)
         losses.append(nats)

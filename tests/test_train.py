@@ -13,8 +13,11 @@ from pathlib import Path
 import pytest
 import torch
 
+import config
 import data
 import sample
+from model import SpikingLM
+from train import TrainConfig, make_optimizers
 
 ROOT = Path(__file__).parent.parent
 TINY = (
@@ -270,3 +273,32 @@ def test_a_damaged_or_hostile_checkpoint_is_refused(tmp_path, capsys):
         err = capsys.readouterr().err
         assert stopped.value.code == 2 and name in err and err.count("\n") == 1
     assert not (tmp_path / "ran").exists()
+
+
+# ---- optimisers ----------------------------------------------------------------------------------
+
+
+def test_every_parameter_has_one_optimiser_of_its_kind():
+    c = config.load(TrainConfig, ["configs/sam_6m.py", "--optimizer=muon", "--neuron_lr=10"])
+    with torch.device("meta"):
+        model = SpikingLM(c)
+    optimizers = make_optimizers(c, model, torch.device("cpu"))
+    names = {id(p): name for name, p in model.named_parameters()}
+    lr = {names[id(p)]: (type(o).__name__, g["peak"], g["weight_decay"])
+          for o in optimizers for g in o.param_groups for p in g["params"]}  # fmt: skip
+    assert len(lr) == len(names) == sum(
+        len(g["params"]) for o in optimizers for g in o.param_groups
+    )
+    for name in ("blocks.0.fc_in.weight", "blocks.5.w_rec", "blocks.1.gate.weight"):
+        assert lr[name] == ("Muon", c.muon_lr, c.muon_decay), name
+    for name in ("embedding.weight", "proj_in.weight", "proj_out.weight"):
+        assert lr[name] == ("AdamW", c.lr, c.weight_decay), name
+    for name in ("blocks.0.beta_logit", "blocks.2.b_rec", "blocks.0.norm.weight"):
+        assert lr[name] == ("AdamW", 10 * c.lr, 0.0), name
+
+
+def test_muon_learns_and_is_not_resumed_as_adamw(text, tmp_path):
+    log = run(text, tmp_path, STORIES, "--optimizer=muon")
+    assert log[-1]["heldout"] < log[0]["heldout"]
+    stopped = run(text, tmp_path, STORIES, "--init_from=resume", code=2)
+    assert "optimizer='muon'" in stopped
