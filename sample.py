@@ -41,6 +41,8 @@ class SampleConfig:
             raise ValueError("temperature and top_k must not be negative, top_p must be in (0, 1]")
         if self.max_new_tokens < 0 or self.threads < 0 or self.eval_length < 1:
             raise ValueError("max_new_tokens and threads must not be negative, eval_length >= 1")
+        if self.threads > 1024:
+            raise ValueError("threads must be at most 1024")
 
 
 class Speaker:
@@ -139,8 +141,8 @@ def evaluate(c):
 
 
 def main(argv):
-    c = config.load(SampleConfig, argv)
-    try:
+    with config.one_line(data.DataError):
+        c = config.load(SampleConfig, argv)
         if c.threads:
             torch.set_num_threads(c.threads)
         if c.eval:
@@ -151,10 +153,6 @@ def main(argv):
             speaker = Speaker(c)
             print(c.prompt, end="", flush=True)
             show(speaker.speak(c.prompt))
-    except (data.DataError, ValueError) as error:
-        config.stop(error)
-    except (KeyboardInterrupt, BrokenPipeError):
-        raise SystemExit(130) from None
 
 
 if __name__ == "__main__":
