@@ -175,9 +175,11 @@ def _learn_merges(counts: Counter, n_merges: int) -> list[bytes]:
     """
     words, times, size = [], [], 0
     for word, n in sorted(counts.items(), key=lambda item: (-item[1], item[0])):
-        words.append([bytes([b]) for b in word.encode(errors="replace")])
-        times.append(n)
-        if (size := size + len(words[-1])) > BPE_WORDS:
+        for at in range(0, len(word), 64):  # or a text without blanks would take hours
+            words.append([bytes([b]) for b in word[at : at + 64].encode(errors="replace")])
+            times.append(n)
+            size += len(words[-1])
+        if size > BPE_WORDS:
             break
     pairs = [list(map(bytes.__add__, word, word[1:])) for word in words]
     total, where = Counter(), defaultdict(set)  # of each pair: its count, the words with it
