@@ -142,19 +142,18 @@ class SpikeAttn(nn.Module):
     def attend(q, k, v, S, chunk):
         """q, k, v (B, heads, T, width), S (B, heads, width, width) -> q_t S_t for all t, S_T.
 
-        In chunks of C tokens i = 0..C-1, S that of the chunk before:
+        In chunks of C tokens i = 0..C-1 (C = T: parallel form, 1: recurrent), S that of before:
             o_i = gamma^(i+1) q_i S + sum over j <= i of gamma^(i-j) (q_i.k_j) v_j
             S   = gamma^C S + sum over j of gamma^(C-1-j) k_j^T v_j
-        chunk >= T is the parallel form, O(T^2); 1 is the recurrent one.
         """
         gamma = 1 - 2.0 ** -(3 + torch.arange(q.shape[1], device=q.device)[:, None, None])
         out = []
-        for q, k, v in zip(q.split(chunk, 2), k.split(chunk, 2), v.split(chunk, 2)):
-            C = q.shape[2]
+        for q_c, k_c, v_c in zip(q.split(chunk, 2), k.split(chunk, 2), v.split(chunk, 2)):
+            C = q_c.shape[2]
             i = torch.arange(C, device=q.device)[:, None]
             decay = (gamma ** (i - i.t()).abs()).tril()  # (heads, C, C)
-            out.append(gamma ** (i + 1) * (q @ S) + (q @ k.mT * decay) @ v)
-            S = gamma**C * S + (gamma ** (C - 1 - i) * k).mT @ v
+            out.append(gamma ** (i + 1) * (q_c @ S) + (q_c @ k_c.mT * decay) @ v_c)
+            S = gamma**C * S + (gamma ** (C - 1 - i) * k_c).mT @ v_c
         return torch.cat(out, 2), S
 
 
@@ -231,9 +230,8 @@ class MoE(nn.Module):
         super().__init__()
         self.experts, self.top, self.balance, self.backend = experts, top, balance, backend
         self.router = Linear(neurons or d, experts)
-        # one matrix for all experts: each step gives it a gradient, whoever was chosen
         self.up = nn.Parameter(torch.randn(experts * width, d) * d**-0.5)
-        self.down = nn.Parameter(torch.zeros(experts * width, d))
+        self.down = nn.Parameter(torch.zeros(experts * width, d))  # one for all: never without grad
 
     def forward(self, x, state, report):  # (B, T, d) -> (B, T, d)
         s = (x > 0).to(x.dtype) if report.spikes is None else report.spikes
@@ -264,9 +262,8 @@ class Memory(nn.Module):
         current = sqrt(1 - beta^2) * sigmoid(W_g x) * W_w x        of rms(x), with biases
         s       = lif(current), beta 0.99 to 0.999 at the start, then learned
         x       + W_read s                                         W_read starts at 0
-    There is no reset: a neuron lifted over theta fires at every token until it has leaked below, or
-    a write of the other sign erases it. The root gives membranes of one size, whatever the beta.
-    State: the membrane and the spikes of the last token, each (B, neurons). Ours throughout.
+    Without reset: a neuron over theta (0.25) fires at every token until it has leaked below, or a
+    write of the other sign erases it. State: last membrane and spikes, each (B, neurons). All ours.
     """
 
     def __init__(self, d, neurons, backend="auto"):
@@ -321,10 +318,9 @@ class JEPA(nn.Module):
         self.weight, self.gate = weight, nn.Parameter(torch.zeros(()))
 
     def loss(self, h, log):
-        """weight * mean of 1 - cos(pred_t, h_{t+1}); h (B, T, d), as a target without gradient.
+        """weight * mean of 1 - cos(pred_t, h_{t+1}), h (B, T >= 2, d); targets have no gradient.
 
-        log["jepa_std"]: standard deviation of h over positions, mean over d; near 0 if they have
-        become alike and the loss is low for nothing. ValueError if T < 2.
+        log["jepa_std"]: deviation of h over positions, mean over d; near 0 if all became alike.
         """
         if h.shape[1] < 2:
             raise ValueError("to predict the next position takes sequences of 2 tokens or more")
