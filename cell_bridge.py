@@ -124,9 +124,9 @@ class Modulation(nn.Module):
         self.register_buffer("P", P)
         for (name, (low, high)), base in zip(self.RANGE.items(), (theta0, beta0, gain0)):
             base = torch.as_tensor(base, dtype=P.dtype)
-            if not ((base >= low) & (base <= high)).all():
+            if not base.is_meta and not ((base >= low) & (base <= high)).all():
                 raise ValueError(f"{name}0 must be in [{low}, {high}], the range of its modulation")
-            self.register_buffer(f"{name}0", base, persistent=False)
+            self.register_buffer(f"{name}0", base)
         draws = P.shape[1] // len(PROGRAMS)
         neuron = torch.tensor([name == "neuron_identity" for name in PROGRAMS] * draws) / draws
         for name, start in self.START.items():
