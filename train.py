@@ -34,6 +34,7 @@ from tqdm import tqdm
 
 import config
 import data
+from cell_bridge import load_scores
 from model import VERSION, ModelConfig, SpikingLM, check_weights, find_device, load_checkpoint
 
 
@@ -74,6 +75,7 @@ class TrainConfig(ModelConfig):
     eval_tokens: int = 65536  # held-out tokens scored at most, always the same ones
     sample_tokens: int = 60  # length of the sample printed at an evaluation; 0 prints none
     out_dir: str = "out"  # checkpoints and log; a run that was there moves to out_dir/previous
+    cell: str = ""  # file of cell_bridge.py that sets block whale's neurons; empty: synthetic scores
     result: str = ""  # also write a summary of the finished run to this .json file
     init_from: str = "scratch"  # scratch | resume
     # machine
@@ -595,7 +597,10 @@ def train(c, run):
     corpus, curriculum = open_corpus(c, run)
 
     torch.manual_seed(c.seed)
-    raw = SpikingLM(c).to(run.device)
+    raw = SpikingLM(c)
+    if c.cell:
+        raw.adopt(load_scores(c.cell)[0])
+    raw = raw.to(run.device)
     optimizers = make_optimizers(c, raw, run.device)
     position = {"step": 0, "phase": 0, "phase_step": 0, "tokens": 0, "history": [], "losses": []}
     position |= {"evaluated": -1, "best": math.inf, "curriculum": curriculum, "minutes": 0.0}
