@@ -669,7 +669,7 @@ def prepare(dataset, tokenizer, vocab_size, data_dir, seed=0, log=print, bases=B
     folder = data_dir / f"{name}-{key}"
     if folder.exists():
         try:
-            return _load(folder)
+            return _load(folder, key)
         except DataError as error:
             log(f"{error}: building it again")
     try:
@@ -678,9 +678,9 @@ def prepare(dataset, tokenizer, vocab_size, data_dir, seed=0, log=print, bases=B
             building = Path(temporary) / "new"
             building.mkdir()
             train, held, bits = read()
-            meta = {"name": name, "sha256": checksum, "entropy_bits": bits}
+            meta = {"name": name, "key": key, "sha256": checksum, "entropy_bits": bits}
             _build(building, meta, train, held, tokenizer, vocab_size, seed)
-            return _publish(building, folder)
+            return _publish(building, folder, key)
     except OSError as error:
         raise DataError(f"cannot write to {data_dir} ({error}): free or choose a disk") from None
 
@@ -752,19 +752,22 @@ def _write(path: Path, texts: list[str], tokenizer: Tokenizer, dtype: str) -> in
     return checksum
 
 
-def _load(folder: Path) -> Data:
-    """The data of a cache folder. DataError unless every byte is as it was written."""
+def _load(folder: Path, key: str) -> Data:
+    """The data of a cache folder. DataError unless every byte is as it was written, for `key`."""
     try:
         meta = json.loads((folder / "meta.json").read_text())
         if sha256(meta["content"]) != meta["hash"]:
             raise ValueError("meta.json was changed")
         meta = json.loads(meta["content"])
-        streams = {}
+        if meta["key"] != key:
+            raise ValueError("it is of another source or tokenizer")
+        tokenizer, streams = tokenizer_from_state(meta["tokenizer"]), {}
         for name, checksum in meta["streams"].items():
             streams[name] = np.memmap(folder / f"{name}.bin", meta["dtype"], mode="r")
             if zlib.crc32(streams[name]) != checksum:
                 raise ValueError(f"{name}.bin was changed")
-        tokenizer = tokenizer_from_state(meta["tokenizer"])
+            if streams[name].max() > tokenizer.end:
+                raise ValueError(f"{name}.bin has token ids outside the vocabulary")
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise DataError(f"the cache {folder.name} is damaged ({error})") from None
     train, valid = (
@@ -777,13 +780,13 @@ def _load(folder: Path) -> Data:
     )  # fmt: skip
 
 
-def _publish(building: Path, folder: Path) -> Data:
+def _publish(building: Path, folder: Path, key: str) -> Data:
     """Rename the finished folder into place, unless another process was first with a good one."""
     for attempt in range(3):
         with suppress(OSError):  # raised when `folder` exists
             os.rename(building, folder)
         try:
-            return _load(folder)
+            return _load(folder, key)
         except DataError:
             with suppress(OSError):  # out of the way; goes with the temporary folder
                 os.rename(folder, building.with_name(f"damaged{attempt}"))
