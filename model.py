@@ -569,6 +569,8 @@ def pick(logits, temperature, top_k, top_p, generator):
     if top_p < 1:
         value, order = logits.sort(descending=True)
         p = value.softmax(-1)
-        value = value.masked_fill(p.cumsum(-1) - p >= top_p, -math.inf)
+        rest = p.cumsum(-1) - p >= top_p
+        rest[:, 0] = False  # the likeliest stays, however small top_p is
+        value = value.masked_fill(rest, -math.inf)
         logits = torch.empty_like(logits).scatter(-1, order, value)
     return torch.multinomial(logits.softmax(-1), 1, generator=generator)

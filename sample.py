@@ -56,6 +56,8 @@ class Speaker:
         self.tokenizer = data.tokenizer_from_state(checkpoint["tokenizer"])
         self.device = find_device(c.device)
         self.model = build(checkpoint).to(self.device)
+        if self.tokenizer.vocab_size > self.model.config.vocab_size:
+            raise ValueError(f"{c.ckpt} has a tokenizer larger than its model: take another")
         self.generator = torch.Generator(device=self.device).manual_seed(c.seed)
         self.c, self.state = c, None
         self.pending = [self.tokenizer.end]  # tokens that the state has not seen yet
