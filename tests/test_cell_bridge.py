@@ -1,4 +1,4 @@
-"""cell_bridge.py: programs, P, modulation, screens and their readers, the cell and its baselines."""
+"""cell_bridge.py: programs, P, modulation, screens and readers, the cell beside its baselines."""
 
 import json
 import sys
@@ -492,8 +492,10 @@ def test_load_scores_refuses_what_is_no_cell(tmp_path, capsys):
     torch.save([1], tmp_path / "list.pt")
     torch.save({"programs": list(PROGRAMS)[::-1]}, tmp_path / "programs.pt")
     torch.save({"programs": list(PROGRAMS), "scores": Evil()}, tmp_path / "code.pt")
-    names = {"damaged": "cannot read", "foreign": "no cell", "list": "no cell",
-             "programs": "no cell", "code": "cannot read", "missing": "there is no file"}  # fmt: skip
+    names = {
+        "damaged": "cannot read", "foreign": "no cell", "list": "no cell", "programs": "no cell",
+        "code": "cannot read", "missing": "there is no file",
+    }  # fmt: skip
     for name, message in names.items():
         with pytest.raises(ValueError, match=message) as caught:
             load_scores(tmp_path / f"{name}.pt")
