@@ -303,7 +303,7 @@ def test_attention_queries_and_keys_are_spikes(monkeypatch):
     q, k, v = seen[0][:3]
     size = seen[1].view(2, 63, 3, 8).square().mean(-1)  # of what the heads say
     asked = q[:, :, 20:].amax(-1).transpose(1, 2)  # a head without a query says nothing
-    torch.testing.assert_close(size[:, 20:], asked, rtol=0, atol=1e-3)
+    torch.testing.assert_close(size[:, 20:], asked, rtol=0, atol=0.02)
     assert set(q.unique().tolist()) == set(k.unique().tolist()) == {0.0, 1.0}
     assert v.unique().numel() > 1000
     rate = torch.cat([q, k]).mean().item()
