@@ -34,10 +34,10 @@ def one_line(*mistakes):
         stop(error)
     except (MemoryError, RuntimeError) as error:
         said = str(error)
-        if type(error) is not MemoryError and not re.search(r"out of memory|allocat|overflow", said):
+        if type(error) is RuntimeError and not re.search("allocate memory|overflow", said):
             raise
-        stop(f"out of memory ({said.splitlines()[0] if said else 'MemoryError'}): take a smaller "
-             "model, fewer tokens at once (--micro_tokens), or another device")
+        reason = said.splitlines()[0] if said else "of Python"
+        stop(f"out of memory ({reason}): set a smaller model or --micro_tokens")
 
 
 def load(cls, argv):

@@ -526,7 +526,7 @@ def load_checkpoint(path):
 
 
 def check_weights(saved, model):
-    """ValueError unless `saved` has the model's tensors, all of them, and their values are finite."""
+    """ValueError unless `saved` has all of the model's tensors and their values are finite."""
     wanted = model.state_dict()
     for name in [*wanted, *saved]:
         a, b = saved.get(name), wanted.get(name)

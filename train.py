@@ -142,8 +142,8 @@ class Run:
         if self.world > 1:
             device = "cpu" if device == "mps" else device  # gloo can not reduce tensors of MPS
             backend = "nccl" if device == "cuda" else "gloo"
-            # torchrun keeps its store when it restarts workers: a new prefix, or they would read the
-            # addresses of the dead
+            # torchrun keeps its store when it restarts workers: without a prefix of their own they
+            # would read the addresses of the dead
             store, _, _ = next(rendezvous("env://"))
             store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
             wait = datetime.timedelta(hours=3)  # for downloads
@@ -252,8 +252,8 @@ def train_step(model, raw, optimizers, x, y, c, run):
     """One optimiser step on this process's tokens x and targets y (rows, length).
 
     They go through in pieces of micro_tokens; gradients add up, and processes average them at the
-    last piece. Returns, of all processes, the nats per token, the norm of the gradient and the rates
-    of all neurons.
+    last piece. Returns, of all processes, the nats per token, the norm of the gradient and the
+    rates of all neurons.
     """
     rows = max(1, c.micro_tokens // x.shape[1])
     nats_mean, rates = torch.zeros((), device=run.device), torch.zeros_like(raw.rate)
@@ -429,7 +429,7 @@ def restore(checkpoint, raw, optimizers, position, c, corpus, run):
 
 
 def check_run(checkpoint, c, corpus, position):
-    """ValueError unless the checkpoint is of a run like this one, with a position like `position`."""
+    """ValueError unless the checkpoint is of a run like this one, its position like `position`."""
     old, new = checkpoint["config"], asdict(c)
     for name in [f.name for f in fields(ModelConfig) if f.name != "backend"] + ["optimizer"]:
         if old[name] != new[name]:
@@ -454,7 +454,7 @@ def check_run(checkpoint, c, corpus, position):
 
 
 def check_optimizers(saved, optimizers):
-    """ValueError unless the saved states are these optimisers': names and shapes of every tensor."""
+    """ValueError unless the saved states are these optimisers': names and shapes of tensors."""
     names = {"AdamW": {"step", "exp_avg", "exp_avg_sq"}, "Muon": {"momentum_buffer"}}
     is_good = len(saved) == len(optimizers)
     for state, optimizer in zip(saved, optimizers):
@@ -711,7 +711,7 @@ def main(argv):
             if "gloo" not in str(error).lower() and not isinstance(error, dist.DistError):
                 raise
             raise OSError(
-                "another process of this run is gone: resume, or have torchrun do it, --max-restarts=3"
+                "another process of this run is gone: resume, or let torchrun, with --max-restarts=3"
             ) from error
         finally:
             if dist.is_initialized():

@@ -44,7 +44,7 @@ class Hang(Exception):
 
 
 def outcome(main, *argv, seconds=60):
-    """(exit code, stdout, stderr) of main(argv) in this process; any error but an exit is raised."""
+    """(exit code, stdout, stderr) of main(argv) in this process; other errors are raised."""
 
     def give_up(*_):
         raise Hang(argv)
@@ -302,7 +302,8 @@ def test_out_of_memory_is_one_line(run, tmp_path, more):
 
 
 def test_no_half_precision_and_no_gpu(monkeypatch):
-    for name, value in {"is_available": True, "device_count": 1, "is_bf16_supported": False}.items():
+    cuda = {"is_available": True, "device_count": 1, "is_bf16_supported": False}
+    for name, value in cuda.items():
         monkeypatch.setattr(torch.cuda, name, lambda *_, value=value, **__: value)
     monkeypatch.setattr(torch.cuda, "set_device", lambda *_: None)
     with pytest.raises(ValueError, match="no bfloat16: set --dtype=float32"):
@@ -551,7 +552,7 @@ def changed(raw, change):
 STRANGE = st.one_of(
     st.none(), st.booleans(), st.sampled_from([-1, 0, 1, 10**6, 2**63, math.nan, math.inf, -0.5]),
     st.text(max_size=5), st.binary(max_size=5), st.just([]), st.just({}), st.just([[]]),
-    st.sampled_from([torch.zeros(0), torch.full((3,), math.nan), torch.zeros(2, 2, dtype=torch.int8)]),
+    st.sampled_from([torch.zeros(0), torch.full((3,), math.nan), torch.zeros(2, 2).char()]),
 )  # fmt: skip
 
 
@@ -565,7 +566,7 @@ def places(value, path=()):
 
 
 def replaced(value, path, new):
-    """value with what is at `path` replaced by `new`; removed from its dictionary if `new` is ..."""
+    """value with what is at `path` replaced by `new`; removed if `new` is ..."""
     if not path:
         return new
     value = list(value) if isinstance(value, tuple) else copy.copy(value)
