@@ -34,7 +34,8 @@ def one_line(*mistakes):
         stop(error)
     except (MemoryError, RuntimeError) as error:
         said = str(error)
-        if type(error) is RuntimeError and not re.search("allocate memory|overflow", said):
+        is_lack = type(error).__name__ in ("MemoryError", "OutOfMemoryError")  # Python's, torch's
+        if not is_lack and not re.search("allocate memory|overflow", said):
             raise
         reason = said.splitlines()[0] if said else "of Python"
         stop(f"out of memory ({reason}): set a smaller model or --micro_tokens")

@@ -711,7 +711,7 @@ def main(argv):
             if "gloo" not in str(error).lower() and not isinstance(error, dist.DistError):
                 raise
             raise OSError(
-                "another process of this run is gone: resume, or let torchrun, with --max-restarts=3"
+                "another process of this run is gone: resume, or let torchrun: --max-restarts=3"
             ) from error
         finally:
             if dist.is_initialized():

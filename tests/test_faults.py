@@ -189,6 +189,68 @@ def test_killed_during_a_save(run, again, moment, monkeypatch):
     assert model.load_checkpoint(out / "best.pt")["position"]["step"] == 8
 
 
+class Killed(BaseException):
+    pass
+
+
+def test_killed_before_any_write_of_a_save(run, again, monkeypatch):
+    """Stopped before each flush, rename and removal in turn, it always ends as if in peace."""
+    argv, out = again
+    (out / "step_00000008.pt").unlink()
+    shutil.copy(out / "step_00000007.pt", out / "best.pt")
+    before = out.rename(out.with_name("before"))
+
+    def die_at(n):
+        left = iter(range(n))
+
+        def counting(real):
+            def call(*args, **kwargs):
+                if next(left, None) is None:
+                    raise Killed
+                return real(*args, **kwargs)
+
+            return call
+
+        monkeypatch.setattr(os, "fsync", counting(os.fsync))
+        monkeypatch.setattr(os, "replace", counting(os.replace))
+        monkeypatch.setattr(Path, "unlink", counting(Path.unlink))
+
+    for n in range(100):
+        shutil.rmtree(out, ignore_errors=True)
+        shutil.copytree(before, out)
+        die_at(n)
+        with contextlib.suppress(Killed):
+            outcome(train.main, *argv, "--init_from=resume")
+            break  # that many writes there are not
+        monkeypatch.undo()
+        assert outcome(train.main, *argv, "--init_from=resume")[0] == 0
+        assert losses(read_log(out)) == losses(read_log(run[1]))
+        assert {path.name for path in out.iterdir()} == {path.name for path in run[1].iterdir()}
+        assert model.load_checkpoint(out / "best.pt")["position"]["step"] == 8
+    assert 8 <= n < 20
+
+
+def test_stopped_between_evaluations(run, tmp_path, monkeypatch):
+    """SIGTERM in the middle of an interval: the losses so far still count in the next line."""
+    argv, _ = run
+    real, calls = train.train_step, iter(range(100))
+
+    def step(*args):
+        if next(calls) == 5:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return real(*args)
+
+    argv = [*argv, "--eval_interval=4"]
+    assert outcome(train.main, *argv, f"--out_dir={tmp_path / 'peace'}")[0] == 0
+    monkeypatch.setattr(train, "train_step", step)
+    argv = [*argv, f"--out_dir={tmp_path / 'hit'}"]
+    assert outcome(train.main, *argv)[0] == 130
+    assert max((tmp_path / "hit").glob("step_*.pt")).name == "step_00000006.pt"
+    assert outcome(train.main, *argv, "--init_from=resume")[0] == 0
+    peace, hit = (losses(read_log(tmp_path / name)) for name in ("peace", "hit"))
+    assert len(peace) == 3 and hit == peace
+
+
 def test_random_states_come_back(again):
     argv, out = again
     path = out / "step_00000008.pt"
@@ -649,9 +711,9 @@ def test_fuzz_data_files(run, suffix, changes, noise, tokenizer):
 NUMBERS = st.sampled_from(
     "-1 0 1 2 3 7 16 0.5 -0.5 1e-300 1e999 nan 999999999999999999 10000000000000000000000".split()
 )
-WORDS = st.one_of(NUMBERS, st.sampled_from(["", "True", "None", "[]", "torch", "resume", "\0", "é"]),
-                  st.text(max_size=8))  # fmt: skip
-LONG = {"max_steps", "sample_tokens", "threads", "compile", "max_new_tokens"}  # as long as asked for
+ODD = st.sampled_from(["", "True", "None", "[]", "torch", "resume", "\0", "é"])
+WORDS = st.one_of(NUMBERS, ODD, st.text(max_size=8))
+LONG = {"max_steps", "sample_tokens", "threads", "compile", "max_new_tokens"}  # as long as asked
 PATHS = {"out_dir", "data_dir", "dataset", "ckpt", "picture"}  # may be real files
 
 
