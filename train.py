@@ -182,12 +182,12 @@ class Run:
     def any_stopping(self):
         return bool(self.mean(torch.tensor(float(self.stopping))) > 0)
 
-    def random_states(self):
-        """The states of the generators of every process."""
-        states = [[g.get_rng_state() for g in self.generators]] * self.world
+    def of_all(self, x):
+        """[x of every process]; all of them have to call it."""
+        found = [x] * self.world
         if self.world > 1:
-            dist.all_gather_object(states, states[0])
-        return states
+            dist.all_gather_object(found, x)
+        return found
 
     def one_first(self, work):
         """work() in the first process of each machine, then, from its cache, in the others."""
@@ -373,7 +373,7 @@ def save(out, is_best, raw, optimizers, c, corpus, position, record, run):
         "version": VERSION,
         "model": raw.state_dict(),
         "optimizers": [optimizer.state_dict() for optimizer in optimizers],
-        "random": run.random_states(),
+        "random": run.of_all([g.get_rng_state() for g in run.generators]),
         "config": asdict(c),
         "tokenizer": corpus.tokenizer.state(),
         "data": corpus.sha256,
