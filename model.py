@@ -86,11 +86,16 @@ class ModelConfig:
                 raise ValueError(
                     f"{name} must be one of {', '.join(allowed)}, got {getattr(self, name)!r}"
                 )
-        for name in ("vocab_size", "n_embd", "n_hidden", "n_layer", "n_head", "d_ff", "window"):
+        at_least_1 = "vocab_size n_embd n_hidden n_layer n_head d_ff window engram_heads engram_width"
+        for name in (at_least_1 + " moe_width").split():
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-        if self.n_layer > 10_000:
-            raise ValueError(f"n_layer must be at most 10000, got {self.n_layer}")
+        for name in "engram hrm spike_attn progsem kuramoto moe memory mtp".split():
+            if not 0 <= getattr(self, name) < 2**31:
+                raise ValueError(f"{name} must be at least 0 and below 2**31")
+        for name in ("n_layer", "hrm", "mtp", "engram_heads"):
+            if getattr(self, name) > 1000:
+                raise ValueError(f"{name} must be at most 1000, got {getattr(self, name)}")
         heads = "n_head" if self.block == "gpt" else "rec_heads"
         if getattr(self, heads) < 0 or self.n_hidden % (getattr(self, heads) or 1):
             raise ValueError(
@@ -547,8 +552,12 @@ def build(checkpoint):
         if type(settings[f.name]) is not f.type:
             raise ValueError(f"the checkpoint's setting {f.name} is missing or of a wrong type")
     c = ModelConfig(**settings | {"backend": "auto"})
-    with torch.device("meta"):
-        check_weights(saved, SpikingLM(c))
+    try:
+        with torch.device("meta"):
+            outline = SpikingLM(c)
+    except RuntimeError as error:  # such sizes no tensor can have
+        raise ValueError(f"the checkpoint's settings make no model: {error}") from None
+    check_weights(saved, outline)
     model = SpikingLM(c)
     model.load_state_dict(saved)
     return model.eval()

@@ -412,6 +412,8 @@ def restore(checkpoint, raw, optimizers, position, c, corpus, run):
         check_run(checkpoint, c, corpus, position)
         check_weights(checkpoint["model"], raw)
         check_optimizers(checkpoint["optimizers"], optimizers)
+        if checkpoint["data"] != corpus.sha256:
+            run.say(f"{corpus.name} has changed since the checkpoint: going on with what it is now")
         if len(checkpoint["random"]) == run.world:
             for generator, state in zip(run.generators, checkpoint["random"][run.rank]):
                 generator.set_rng_state(state)
@@ -423,8 +425,6 @@ def restore(checkpoint, raw, optimizers, position, c, corpus, run):
         optimizer.load_state_dict(state)
         for group, setting in zip(optimizer.param_groups, settings):
             group |= setting  # those of this run, which may have changed
-    if checkpoint["data"] != corpus.sha256:
-        run.say(f"{corpus.name} has changed since the checkpoint: going on with what it is now")
     return checkpoint["position"]
 
 
