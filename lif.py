@@ -342,6 +342,26 @@ def check(current, beta, theta, w_rec, state, reset, reset_grad, clamp):
     return reset == "soft", bool(reset_grad), float(clamp)
 
 
+class _Fire(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, u, surrogate, slope):
+        ctx.save_for_backward(u)
+        ctx.surrogate, ctx.slope = surrogate, slope
+        return (u >= 0).to(u.dtype)
+
+    @staticmethod
+    def backward(ctx, d_s):
+        (u,) = ctx.saved_tensors
+        return ctx.surrogate.grad(u, ctx.slope) * d_s, None, None
+
+
+def fire(u, surrogate="triangle", slope=None):
+    """Spikes 1[u >= 0] of any shape, with the surrogate's gradient: further thresholds on the
+    membrane of one `lif`."""
+    chosen = surrogate_named(surrogate)
+    return _Fire.apply(u, chosen, chosen.slope if slope is None else slope)
+
+
 # ---- synapses ---------------------------------------------------------------------------------
 
 
@@ -384,16 +404,26 @@ class Linear(nn.Linear):
 
 
 class Synapse(nn.Module):
-    """A matrix that may only be fed binary spikes, stored one row per presynaptic neuron."""
+    """A matrix that may only be fed binary spikes, stored one row per presynaptic neuron.
 
-    def __init__(self, fan_in, fan_out, bias=True):
+    levels (K,): each row serves a population of K neurons, scaled by the learned level of the one
+    that fires. A spike triggers a row as ever; the matrix stays fan_in x fan_out.
+    """
+
+    def __init__(self, fan_in, fan_out, bias=True, levels=None):
         super().__init__()
         bound = 1 / math.sqrt(fan_in)
         self.weight = nn.Parameter(torch.empty(fan_in, fan_out).uniform_(-bound, bound))
         self.bias = nn.Parameter(torch.empty(fan_out).uniform_(-bound, bound)) if bias else None
+        self.levels = None  # else (K * fan_in,), a vector to the optimiser
+        if levels is not None:
+            self.levels = nn.Parameter(levels.repeat_interleave(fan_in))
 
-    def forward(self, s, report):  # (..., fan_in) of 0 and 1 -> (..., fan_out)
-        report.fed_by_spikes(s.detach().flatten(0, -2).float().mean(0), self.weight.shape[1])
+    def forward(self, s, report):  # (..., fan_in), or (..., K, fan_in), of 0 and 1 -> (..., fan_out)
+        spikes = s if self.levels is None else s.sum(-2)  # per row
+        report.fed_by_spikes(spikes.detach().flatten(0, -2).float().mean(0), self.weight.shape[1])
+        if self.levels is not None:
+            s = (s * self.levels.view(s.shape[-2:])).sum(-2)
         return F.linear(s, self.weight.t(), self.bias)
 
 

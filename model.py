@@ -15,13 +15,13 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from kernels import lif
-from lif import SURROGATES, Linear, Report, Synapse
+from lif import SURROGATES, Linear, Report, Synapse, fire
 
 
 @dataclass(frozen=True)
 class ModelConfig:
     # model
-    block: str = "sam"  # sam: recurrent spiking, Real Sam's | gpt: causal attention, the control
+    block: str = "sam"  # sam: Real Sam's | snn: population codes | gpt: attention, the control
     vocab_size: int = 4096  # tokens the embedding has room for; the tokenizer may use fewer
     n_embd: int = 256  # width of the tied embedding
     n_hidden: int = 512  # width of the residual stream = neurons per block
@@ -45,8 +45,13 @@ class ModelConfig:
     # firing rate
     rate_target: float = 0.1  # spikes per neuron and token that the penalty pulls towards
     rate_weight: float = 10.0  # weight of the penalty (rate - target)^2, summed over layers
-    rate_penalty: str = "both"  # both: of a layer off target | above it | below: of a neuron below
+    # both: of a layer off target | above it | below: of a neuron below | mean: of all layers above
+    rate_penalty: str = "both"
     homeostasis: float = 0.0  # sam V3: thresholds move by this * (rate - target) per step; 0 is off
+    # snn
+    levels: int = 3  # neurons of ascending threshold per population; 1 is a plain binary code
+    spacing: float = 0.8  # between their thresholds, the first of which is theta
+    spikes: bool = True  # False: the float twin, the same block with graded signals
     # gpt
     n_head: int = 8  # attention heads
     d_ff: int = 1112  # width of the feed-forward part
@@ -57,7 +62,7 @@ class ModelConfig:
             ("block", tuple(BLOCKS)),
             ("encoder", ("spikes", "float")),
             ("residual", ("gated", "plain", "none")),
-            ("rate_penalty", ("both", "above", "below")),
+            ("rate_penalty", ("both", "above", "below", "mean")),
             ("surrogate", tuple(SURROGATES)),
             ("backend", ("auto", "triton", "torch")),
         ):
@@ -65,18 +70,18 @@ class ModelConfig:
                 raise ValueError(
                     f"{name} must be one of {', '.join(allowed)}, got {getattr(self, name)!r}"
                 )
-        for name in ("vocab_size", "n_embd", "n_hidden", "n_layer", "n_head", "d_ff", "window"):
+        for name in ("vocab_size", "n_embd", "n_hidden", "n_layer", "n_head", "d_ff", "window", "levels"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-        heads = {"sam": "rec_heads", "gpt": "n_head"}[self.block]
+        heads = {"sam": "rec_heads", "snn": "rec_heads", "gpt": "n_head"}[self.block]
         if getattr(self, heads) < 0 or self.n_hidden % (getattr(self, heads) or 1):
             raise ValueError(
                 f"n_hidden {self.n_hidden} must be a multiple of {heads} {getattr(self, heads)}"
             )
         if not 0 < self.beta_low <= self.beta_high < 1:
             raise ValueError("0 < beta_low <= beta_high < 1 must hold for the membrane's decay")
-        if self.slope <= 0 or self.theta <= 0:
-            raise ValueError("slope and theta must be positive")
+        if min(self.slope, self.theta, self.spacing) <= 0:
+            raise ValueError("slope, theta and spacing must be positive")
 
 
 def spike_encode(x):
@@ -148,6 +153,79 @@ class SamBlock(nn.Module):
         self.theta.clamp_(0.1 * self.config.theta, 10 * self.config.theta)
 
 
+class Population(nn.Module):
+    """Populations of neurons that share a leaky membrane, without reset, but not their threshold.
+
+        v   = beta * v' + sqrt(1 - beta^2) * (g z + b)       charge
+        s_k = 1[theta_k <= v < theta_k+1]                    fire: only the highest one reached
+    Lateral inhibition silences the neurons below: a population sends one spike or none, and which
+    neuron sends it says how large v is. signed: as many neurons again look at -v.
+    With spikes off v itself is sent, or, of an unsigned population, relu(v).
+    """
+
+    def __init__(self, n, config, signed):
+        super().__init__()
+        c, self.config, self.signed = config, config, signed
+        self.gain, self.bias = nn.Parameter(torch.ones(n)), nn.Parameter(torch.zeros(n))
+        beta = torch.linspace(c.beta_low, c.beta_high, n)[torch.randperm(n)]
+        self.beta_logit = nn.Parameter(torch.logit(beta))
+        theta = c.theta + c.spacing * torch.arange(c.levels)
+        self.register_buffer("theta", theta, persistent=False)
+
+    def levels(self):
+        """What each neuron of a population means at the start: the middle of its interval of v."""
+        middle = self.theta + self.config.spacing / 2
+        return torch.cat([middle, -middle]) if self.signed else middle
+
+    def forward(self, z, state, report):  # (B, T, n) -> (B, T, K, n); state as of `lif`
+        c = self.config
+        beta = torch.sigmoid(self.beta_logit)
+        current = (1 - beta**2).sqrt() * torch.addcmul(self.bias, self.gain, z)
+        _, v, state = lif(
+            current, beta, self.theta[0].expand_as(beta), state=state, reset="none",
+            surrogate=c.surrogate, slope=c.slope, backend=c.backend,
+        )  # fmt: skip
+        if not c.spikes:
+            return (v if self.signed else F.relu(v)).to(z.dtype), state
+        halves = []
+        for side in (v, -v) if self.signed else (v,):
+            s = fire(side.unsqueeze(-2) - self.theta[:, None], c.surrogate, c.slope)
+            halves.append(s - F.pad(s[..., 1:, :], (0, 0, 0, 1)))  # inhibition from above
+        s = torch.cat(halves, -2).to(z.dtype)
+        report.fired(s.sum(-2))
+        return s, state
+
+
+class SNNBlock(nn.Module):
+    """Fully spike-driven: what crosses a matrix is 0 or 1; floats live in membranes and the stream.
+
+    a = population(x / rms(x));  h = population(W_in a);  x + W_out h
+    """
+
+    def __init__(self, config, index):
+        super().__init__()
+        c, D, N = config, config.n_hidden, config.d_ff
+        self.sites = [D, N] if c.spikes else []
+        self.a, self.h = Population(D, c, signed=True), Population(N, c, signed=False)
+        self.w_in = self.matrix(self.a, D, N, 1.0)
+        self.w_out = self.matrix(self.h, N, D, 0.5 / math.sqrt(2 * c.n_layer))
+
+    def matrix(self, source, n, fan_out, scale):
+        """Synapses (the twin's are a Linear) whose output has about this scale at the start."""
+        if self.a.config.spikes:
+            w = Synapse(n, fan_out, bias=False, levels=source.levels())
+        else:
+            w = Linear(n, fan_out, bias=False)
+        nn.init.normal_(w.weight, std=scale / math.sqrt(n * (1 if source.signed else 0.5)))
+        return w
+
+    def forward(self, x, state, report):  # (B, T, D) -> (B, T, D)
+        before = (None, None) if state is None else (state[:2], state[2:])
+        a, after_a = self.a(F.rms_norm(x, x.shape[-1:]), before[0], report)
+        h, after_h = self.h(self.w_in(a, report), before[1], report)
+        return x + self.w_out(h, report), after_a + after_h
+
+
 class GPTBlock(nn.Module):
     """The control: causal attention with rotary positions (Su et al. 2021, arXiv 2104.09864), GELU.
 
@@ -205,7 +283,7 @@ def rotate(x, position):
     return torch.cat([a * cos - b * sin, a * sin + b * cos, x[..., 2 * half :]], -1)
 
 
-BLOCKS = {"sam": SamBlock, "gpt": GPTBlock}
+BLOCKS = {"sam": SamBlock, "snn": SNNBlock, "gpt": GPTBlock}
 
 
 class SpikingLM(nn.Module):
@@ -273,13 +351,19 @@ class SpikingLM(nn.Module):
         if report.rate:
             losses["rates"] = 0.0
             for rate, before in zip(report.rate, self.rate.split(self.sites)):
-                if c.rate_penalty == "below":  # per neuron (SpikeWhale): none may die
+                if c.rate_penalty == "mean":  # the layers share one budget: the optimiser allots it
+                    pressure = (self.rate_mean() - c.rate_target).clamp(min=0) / len(self.sites)
+                elif c.rate_penalty == "below":  # per neuron (SpikeWhale): none may die
                     pressure = (before - c.rate_target).clamp(max=0)
                 else:  # of the layer (Real Sam)
                     pressure = before.mean() - c.rate_target
                     pressure = pressure.clamp(min=0) if c.rate_penalty == "above" else pressure
                 losses["rates"] += 2 * c.rate_weight * (pressure * rate).mean()
         return nats, losses
+
+    def rate_mean(self):
+        """Mean of the layers' rates at the step before."""
+        return torch.stack([rate.mean() for rate in self.rate.split(self.sites)]).mean()
 
     @torch.no_grad()
     def observe(self, nats, rates):
