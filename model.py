@@ -15,7 +15,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from kernels import lif
-from lif import SURROGATES, Linear, Report, Synapse, fire
+from lif import SURROGATES, Linear, Report, Synapse, population
 
 
 @dataclass(frozen=True)
@@ -49,8 +49,7 @@ class ModelConfig:
     rate_penalty: str = "both"
     homeostasis: float = 0.0  # sam V3: thresholds move by this * (rate - target) per step; 0 is off
     # snn
-    levels: int = 3  # neurons of ascending threshold per population; 1 is a plain binary code
-    spacing: float = 0.8  # between their thresholds, the first of which is theta
+    levels: int = 3  # neurons of a population, at thresholds theta, 2 theta, ...; 1 is plain spikes
     spikes: bool = True  # False: the float twin, the same block with graded signals
     # gpt
     n_head: int = 8  # attention heads
@@ -80,8 +79,8 @@ class ModelConfig:
             )
         if not 0 < self.beta_low <= self.beta_high < 1:
             raise ValueError("0 < beta_low <= beta_high < 1 must hold for the membrane's decay")
-        if min(self.slope, self.theta, self.spacing) <= 0:
-            raise ValueError("slope, theta and spacing must be positive")
+        if self.slope <= 0 or self.theta <= 0:
+            raise ValueError("slope and theta must be positive")
 
 
 def spike_encode(x):
@@ -154,13 +153,10 @@ class SamBlock(nn.Module):
 
 
 class Population(nn.Module):
-    """Populations of neurons that share a leaky membrane, without reset, but not their threshold.
+    """n leaky membranes without reset, each watched by neurons at thresholds theta, 2 theta, ...
 
-        v   = beta * v' + sqrt(1 - beta^2) * (g z + b)       charge
-        s_k = 1[theta_k <= v < theta_k+1]                    fire: only the highest one reached
-    Lateral inhibition silences the neurons below: a population sends one spike or none, and which
-    neuron sends it says how large v is. signed: as many neurons again look at -v.
-    With spikes off v itself is sent, or, of an unsigned population, relu(v).
+        v = beta * v' + sqrt(1 - beta^2) * (g z + b);  sends the spikes of lif.population(v)
+    signed: as many neurons again watch -v. The float twin sends v itself, or relu(v) if unsigned.
     """
 
     def __init__(self, n, config, signed):
@@ -169,35 +165,28 @@ class Population(nn.Module):
         self.gain, self.bias = nn.Parameter(torch.ones(n)), nn.Parameter(torch.zeros(n))
         beta = torch.linspace(c.beta_low, c.beta_high, n)[torch.randperm(n)]
         self.beta_logit = nn.Parameter(torch.logit(beta))
-        theta = c.theta + c.spacing * torch.arange(c.levels)
-        self.register_buffer("theta", theta, persistent=False)
+        if c.spikes:
+            self.register_buffer("theta", c.theta * torch.arange(1, c.levels + 1))
+            middle = (self.theta + c.theta / 2).repeat_interleave(n)  # of each interval of v
+            self.levels = nn.Parameter(torch.cat([middle, -middle]) if signed else middle)
 
-    def levels(self):
-        """What each neuron of a population means at the start: the middle of its interval of v."""
-        middle = self.theta + self.config.spacing / 2
-        return torch.cat([middle, -middle]) if self.signed else middle
-
-    def forward(self, z, state, report):  # (B, T, n) -> (B, T, K, n); state as of `lif`
+    def forward(self, z, state, report):  # (B, T, n) -> (B, T, n); state as of `lif`
         c = self.config
         beta = torch.sigmoid(self.beta_logit)
         current = (1 - beta**2).sqrt() * torch.addcmul(self.bias, self.gain, z)
         _, v, state = lif(
-            current, beta, self.theta[0].expand_as(beta), state=state, reset="none",
-            surrogate=c.surrogate, slope=c.slope, backend=c.backend,
-        )  # fmt: skip
+            current, beta, torch.ones_like(beta), state=state, reset="none", backend=c.backend
+        )
         if not c.spikes:
             return (v if self.signed else F.relu(v)).to(z.dtype), state
-        halves = []
-        for side in (v, -v) if self.signed else (v,):
-            s = fire(side.unsqueeze(-2) - self.theta[:, None], c.surrogate, c.slope)
-            halves.append(s - F.pad(s[..., 1:, :], (0, 0, 0, 1)))  # inhibition from above
-        s = torch.cat(halves, -2).to(z.dtype)
-        report.fired(s.sum(-2))
-        return s, state
+        levels = self.levels.view(1 + self.signed, c.levels, -1)
+        sent, rate = population(v, self.theta, levels, c.surrogate, c.slope, z.dtype)
+        report.rate.append(rate)
+        return sent, state
 
 
 class SNNBlock(nn.Module):
-    """Fully spike-driven: what crosses a matrix is 0 or 1; floats live in membranes and the stream.
+    """Fully spike-driven: floats live in membranes, norms and the stream, spikes cross matrices.
 
     a = population(x / rms(x));  h = population(W_in a);  x + W_out h
     """
@@ -207,23 +196,16 @@ class SNNBlock(nn.Module):
         c, D, N = config, config.n_hidden, config.d_ff
         self.sites = [D, N] if c.spikes else []
         self.a, self.h = Population(D, c, signed=True), Population(N, c, signed=False)
-        self.w_in = self.matrix(self.a, D, N, 1.0)
-        self.w_out = self.matrix(self.h, N, D, 0.5 / math.sqrt(2 * c.n_layer))
-
-    def matrix(self, source, n, fan_out, scale):
-        """Synapses (the twin's are a Linear) whose output has about this scale at the start."""
-        if self.a.config.spikes:
-            w = Synapse(n, fan_out, bias=False, levels=source.levels())
-        else:
-            w = Linear(n, fan_out, bias=False)
-        nn.init.normal_(w.weight, std=scale / math.sqrt(n * (1 if source.signed else 0.5)))
-        return w
+        matrix = Synapse if c.spikes else Linear
+        self.w_in, self.w_out = matrix(D, N, bias=False), matrix(N, D, bias=False)
+        nn.init.normal_(self.w_in.weight, std=D**-0.5)
+        nn.init.normal_(self.w_out.weight, std=0.5 / math.sqrt(c.n_layer * N))
 
     def forward(self, x, state, report):  # (B, T, D) -> (B, T, D)
-        before = (None, None) if state is None else (state[:2], state[2:])
-        a, after_a = self.a(F.rms_norm(x, x.shape[-1:]), before[0], report)
-        h, after_h = self.h(self.w_in(a, report), before[1], report)
-        return x + self.w_out(h, report), after_a + after_h
+        of_a, of_h = (None, None) if state is None else (state[:2], state[2:])
+        a, of_a = self.a(F.rms_norm(x, x.shape[-1:]), of_a, report)
+        h, of_h = self.h(self.w_in(a, report), of_h, report)
+        return x + self.w_out(h, report), of_a + of_h
 
 
 class GPTBlock(nn.Module):
