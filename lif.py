@@ -423,6 +423,8 @@ class Report:
     stress: torch.Tensor = None  # () strain of the environment (Real Sam)
     spikes: torch.Tensor = None  # (B, T, N) of the layer that fired last
     membrane: list = field(default_factory=list)  # per block that shows it: (B, T, N), for readouts
+    stream: torch.Tensor = None  # (B, T, D) what the last part leaves to the readout
+    updates: dict = field(default_factory=dict)  # part -> mean norm of what it adds to the stream
     rate: list = field(default_factory=list)  # per spiking layer: (N,) spikes per neuron and token
     synops: list = field(default_factory=list)  # per spike-fed matrix: operations really triggered
     synapses: list = field(default_factory=list)  # per spike-fed matrix: multiplications if dense
