@@ -452,6 +452,28 @@ class Linear(nn.Linear):
         return super().forward(x)
 
 
+EVENT_RATE = 0.5  # above it reading all rows in order is as fast (in float32; else never)
+
+
+def deliver(s, weight, report):
+    """What spikes s (..., fan_in) bring through weight (fan_in, fan_out): s W, (..., fan_out).
+
+    One token without gradient reads only the rows of the neurons that fired. A row is read by one
+    thread, so there are as many bags of rows as threads.
+    """
+    fired = s.detach() != 0
+    report.fed_by_spikes(fired.flatten(0, -2).float().mean(0), weight.shape[1])
+    if s.numel() == len(weight) and not torch.is_grad_enabled():
+        active = fired.flatten().nonzero()[:, 0]
+        if len(active) < EVENT_RATE * len(weight) or weight.dtype != s.dtype:
+            bags = torch.get_num_threads() if len(active) >= 64 else 1
+            start = torch.arange(bags, device=active.device) * len(active) // bags
+            level = s.flatten()[active].to(weight.dtype)
+            rows = F.embedding_bag(active, weight, start, mode="sum", per_sample_weights=level)
+            return rows.to(s.dtype).sum(0).view(*s.shape[:-1], -1)
+    return F.linear(s.to(weight.dtype), weight.t()).to(s.dtype)
+
+
 class Synapse(nn.Module):
     """A matrix that may only be fed spikes, stored one row per presynaptic neuron.
 
@@ -465,9 +487,8 @@ class Synapse(nn.Module):
         self.bias = nn.Parameter(torch.empty(fan_out).uniform_(-bound, bound)) if bias else None
 
     def forward(self, s, report):  # spikes (..., fan_in) -> (..., fan_out)
-        fired = (s.detach() != 0).flatten(0, -2).float().mean(0)
-        report.fed_by_spikes(fired, self.weight.shape[1])
-        return F.linear(s, self.weight.t(), self.bias)
+        y = deliver(s, self.weight, report)
+        return y if self.bias is None else y + self.bias
 
 
 # ---- a picture --------------------------------------------------------------------------------

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 
 from cell_bridge import Modulation, identity, synthetic_scores
 from kernels import lif
-from lif import SURROGATES, Linear, Report, Synapse, population
+from lif import SURROGATES, Linear, Report, Synapse, deliver, population
 from traits import HRM, JEPA, MTP, Engram, Kuramoto, Memory, MoE, ProgSem, SpikeAttn
 
 
@@ -53,6 +53,7 @@ class ModelConfig:
     homeostasis: float = 0.0  # sam V3: thresholds move by this * (rate - target) per step; 0 is off
     # snn
     levels: int = 3  # neurons of a population, at thresholds theta, 2 theta, ...; 1 is plain spikes
+    head: str = "float"  # what the readout's matrix is fed: float | spikes, of one more population
     spikes: bool = True  # False: the float twin, the same block with graded signals
     # whale
     modulation: str = "program"  # neurons set by gene programs | shuffled: a control | none: all equal
@@ -80,6 +81,7 @@ class ModelConfig:
         for name, allowed in (
             ("block", tuple(BLOCKS)),
             ("encoder", ("spikes", "float")),
+            ("head", ("float", "spikes")),
             ("residual", ("gated", "plain", "none")),
             ("rate_penalty", ("both", "above", "below", "mean")),
             ("modulation", ("program", "shuffled", "none")),
@@ -356,6 +358,14 @@ class SpikingLM(nn.Module):
         self.embedding = nn.Embedding(c.vocab_size, c.n_embd)
         # bits of a spike code flip too easily near 0; a float embedding starts as GPT-2's does
         nn.init.normal_(self.embedding.weight, std=1 / 16 if c.encoder == "spikes" else 0.02)
+        self.head = None
+        if c.head == "spikes":
+            if c.n_embd != D:
+                raise ValueError("head=spikes needs n_embd equal to the width of the stream")
+            self.head = Population(D, c, signed=True)
+            # tied, but in memory a row per neuron of the head: what generation reads
+            weight = self.embedding.weight.data.t().contiguous().t()
+            self.embedding.weight = nn.Parameter(weight)
         self.proj_in = self.proj_out = None
         if c.encoder == "spikes":
             self.proj_in = Synapse(c.n_embd, D)
@@ -374,16 +384,16 @@ class SpikingLM(nn.Module):
         if c.hrm:
             self.parts["hrm"] = HRM(D, c.hrm)
         if c.spike_attn:
-            self.parts["spike_attn"] = SpikeAttn(D, c.spike_attn)
+            self.parts["spike_attn"] = SpikeAttn(D, c.spike_attn, backend=c.backend)
         if c.progsem:
             self.parts["progsem"] = ProgSem(D, c.progsem, self.identity)
         if c.kuramoto:
             self.parts["kuramoto"] = Kuramoto(D, c.kuramoto)
         if c.moe:
             neurons = self.sites[-1] if self.sites else D
-            self.parts["moe"] = MoE(D, c.moe, c.moe_width, neurons=neurons)
+            self.parts["moe"] = MoE(D, c.moe, c.moe_width, neurons=neurons, backend=c.backend)
         if c.memory:
-            self.parts["memory"] = Memory(D, c.memory)
+            self.parts["memory"] = Memory(D, c.memory, c.backend)
         self.norm = nn.LayerNorm(D) if c.norm else nn.Identity()
         if c.n_embd != D:
             self.proj_out = Linear(D, c.n_embd)
@@ -391,6 +401,7 @@ class SpikingLM(nn.Module):
         self.jepa = JEPA(D) if c.jepa else None
         # what `observe` keeps; saved with the model, frozen at evaluation
         self.register_buffer("stress", torch.ones(()))
+        self.sites += [D] if self.head is not None else []
         self.register_buffer("rate", torch.full((sum(self.sites),), c.rate_target))
 
     @property
@@ -418,18 +429,19 @@ class SpikingLM(nn.Module):
         """tokens (B, T) int64; state as returned by an earlier call, or None for silence.
 
         Returns logits (B, T, vocabulary), the state after the last token (a list, an entry per
-        part) and a Report.
+        part and one for the readout) and a Report.
         """
         x, report = self.embed(tokens)
-        after = []
-        for (name, part), before in zip(self.parts.items(), state or [None] * len(self.parts)):
+        state, after = state or [None] * (len(self.parts) + 1), []
+        for (name, part), before in zip(self.parts.items(), state):
             y, now = part(x, before, report)
             if not torch.is_grad_enabled() and x.shape == y.shape:
                 report.updates[name] = (y - x).norm(dim=-1).mean()
             x = y
             after.append(now)
         report.stream = x
-        return self.readout(x, report), after, report
+        logits, now = self.readout(x, state[-1], report)
+        return logits, after + [now], report
 
     def embed(self, tokens):
         """tokens (B, T) -> what enters the first part (B, T, D), and a fresh Report."""
@@ -439,13 +451,16 @@ class SpikingLM(nn.Module):
             x = spike_encode(x)
         return x if self.proj_in is None else self.proj_in(x, report), report
 
-    def readout(self, x, report):
-        """What leaves the last part (..., D) -> logits (..., vocabulary), by the embedding."""
+    def readout(self, x, state, report):
+        """What leaves the last part (..., D) -> logits (..., vocabulary) by the embedding, state."""
         x = self.norm(x)
+        if self.head is not None:
+            s, state = self.head(x, state, report)
+            return deliver(s, self.embedding.weight.t(), report), state
         if self.proj_out is not None:
             x = self.proj_out(x, report)  # (..., E)
         report.macs += self.embedding.weight.numel()
-        return F.linear(x, self.embedding.weight)
+        return F.linear(x, self.embedding.weight), ()
 
     def loss(self, logits, targets, report):
         """Cross-entropy in nats per token (alone the basis of bits per byte), and a dictionary of
@@ -470,7 +485,7 @@ class SpikingLM(nn.Module):
                 losses["rates"] += 2 * c.rate_weight * (pressure * rate).mean()
         if self.mtp:
             losses["mtp"] = self.mtp.loss(
-                report.stream, targets, lambda h: self.readout(h, Report())
+                report.stream, targets, lambda h: self.readout(h, None, Report())[0]
             )
         if self.jepa:
             losses["jepa"] = self.jepa.loss(report.stream, report.log)
