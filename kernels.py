@@ -21,7 +21,7 @@ from types import SimpleNamespace
 import torch
 from torch.autograd.function import once_differentiable
 
-from lif import before, check, lif_torch, surrogate_named
+from lif import before, check, lif_torch, plif_torch, surrogate_named
 
 try:
     import triton
@@ -387,3 +387,7 @@ def _obstacle(current, w_rec):
             f"a head of {w_rec.shape[-1]} neurons is over the kernel's {MAX_HEAD}: split the"
             " recurrent synapses into more heads, or take backend='torch'"
         )
+
+
+def plif(*args, backend="auto", **options):
+    return plif_torch(*args, **options)

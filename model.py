@@ -14,14 +14,14 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from kernels import lif
-from lif import SURROGATES, Linear, Report, Synapse
+from kernels import lif, plif
+from lif import SURROGATES, Frames, Linear, Report, Synapse
 
 
 @dataclass(frozen=True)
 class ModelConfig:
     # model
-    block: str = "sam"  # sam: recurrent spiking, Real Sam's | gpt: causal attention, the control
+    block: str = "sam"  # sam: Real Sam's | spark: NeuronSpark's | gpt: causal attention
     vocab_size: int = 4096  # tokens the embedding has room for; the tokenizer may use fewer
     n_embd: int = 256  # width of the tied embedding
     n_hidden: int = 512  # width of the residual stream = neurons per block
@@ -49,8 +49,13 @@ class ModelConfig:
     homeostasis: float = 0.0  # sam V3: thresholds move by this * (rate - target) per step; 0 is off
     # gpt
     n_head: int = 8  # attention heads
-    d_ff: int = 1112  # width of the feed-forward part
+    d_ff: int = 1112  # width of the feed-forward part, here and in spark
     window: int = 512  # tokens that attention sees: the present one and those before it
+    # spark
+    n_state: int = 8  # hidden neurons per channel
+    k_max: int = 16  # frames within a token, at most
+    adaptive: bool = True  # a token runs as many frames as it expects to need; else always k_max
+    ponder_weight: float = 0.01  # weight of E[K], the frames that a token expects to run
 
     def __post_init__(self):
         for name, allowed in (
@@ -65,11 +70,14 @@ class ModelConfig:
                 raise ValueError(
                     f"{name} must be one of {', '.join(allowed)}, got {getattr(self, name)!r}"
                 )
-        for name in ("vocab_size", "n_embd", "n_hidden", "n_layer", "n_head", "d_ff", "window"):
+        for name in (
+            "vocab_size", "n_embd", "n_hidden", "n_layer", "n_head", "d_ff", "window",
+            "n_state", "k_max",
+        ):  # fmt: skip
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-        heads = {"sam": "rec_heads", "gpt": "n_head"}[self.block]
-        if getattr(self, heads) < 0 or self.n_hidden % (getattr(self, heads) or 1):
+        heads = {"sam": "rec_heads", "gpt": "n_head"}.get(self.block)
+        if heads and (getattr(self, heads) < 0 or self.n_hidden % (getattr(self, heads) or 1)):
             raise ValueError(
                 f"n_hidden {self.n_hidden} must be a multiple of {heads} {getattr(self, heads)}"
             )
@@ -205,7 +213,172 @@ def rotate(x, position):
     return torch.cat([a * cos - b * sin, a * sin + b * cos, x[..., 2 * half :]], -1)
 
 
-BLOCKS = {"sam": SamBlock, "gpt": GPTBlock}
+DRIVE = 0.06
+
+
+class PLIF(nn.Module):
+    """Parametric LIF neurons, theirs the decay and the threshold; they pass on their leak."""
+
+    def __init__(self, n, theta, config):
+        super().__init__()
+        self.backend = config.backend
+        self.w = nn.Parameter(0.5 * torch.randn(n))  # decay sigmoid(w)
+        self.theta = nn.Parameter(theta * (0.5 + torch.rand(n)))
+
+    def forward(self, x, v, frames, report):  # (B, T or F, n) -> (B, F, n)
+        leak, rate, v = plif(x, self.w, self.theta, v=v, frames=frames, backend=self.backend)
+        report.rate.append(rate)
+        return leak, v
+
+
+class SelectiveNeurons(nn.Module):
+    """N hidden neurons per channel, whose decay, gain and threshold hang on the input.
+
+    y = (W_out v) * sigmoid(W_g z) + W_s z, summed over frames; v the membranes after the reset.
+    """
+
+    def __init__(self, config):
+        super().__init__()
+        c, D, N = config, config.n_hidden, config.n_state
+        self.backend, self.sites = c.backend, D * N
+        self.w_in, self.w_out = Linear(D, D * N, bias=False), Linear(D * N, D, bias=False)
+        self.w_beta, self.w_alpha, self.w_theta = (Linear(D, D * N) for _ in range(3))
+        self.w_gate, self.w_skip = Linear(D, D, bias=False), Linear(D, D, bias=False)
+        beta = torch.linspace(0.8, 0.99, N)
+        # what a reset takes is what the input brings: theta * rate ~ input ~ sqrt(1 - beta^2); the
+        # factor, measured at the start, makes the rates fall from 25% to 8% over a channel
+        theta = DRIVE * (1 - beta**2).sqrt() / torch.linspace(0.25, 0.08, N)
+        with torch.no_grad():
+            self.w_in.weight.mul_((1 - beta**2).sqrt().repeat(D)[:, None])
+            for w in (self.w_beta, self.w_alpha, self.w_theta):
+                w.weight.mul_(0.1)
+            self.w_beta.bias.copy_(torch.logit(beta).repeat(D) + 0.1 * torch.randn(D * N))
+            self.w_alpha.bias.fill_(0.5413)  # softplus of it is 1
+            self.w_theta.bias.copy_(theta.repeat(D) - 0.1)
+
+    def forward(self, z, v, frames, weight, report):  # (B, F, D) -> (B, T, D)
+        k = frames.per_token
+        v_all, rate, v = plif(
+            self.w_in(z, report, k), self.w_beta(z, report, k), self.w_theta(z, report, k),
+            self.w_alpha(z, report, k), v, frames=frames, backend=self.backend,
+        )  # fmt: skip
+        report.rate.append(rate)
+        y = self.w_out(v_all, report, k) * torch.sigmoid(self.w_gate(z, report, k))
+        return frames.pool(y, weight) + self.w_skip(frames.pool(z, weight), report), v
+
+
+class SpikingFFN(nn.Module):
+    """y = W_down (leak(W_gate z) * leak(W_up z)) + W_skip z, summed over frames before W."""
+
+    def __init__(self, config):
+        super().__init__()
+        D, H = config.n_hidden, config.d_ff
+        self.sites = 2 * H
+        self.w_gate, self.w_up = Linear(D, H, bias=False), Linear(D, H, bias=False)
+        self.w_down, self.w_skip = Linear(H, D, bias=False), Linear(D, D, bias=False)
+        self.neurons = PLIF(2 * H, 0.15, config)
+
+    def forward(self, z, v, frames, weight, report):  # (B, F, D) -> (B, T, D)
+        k = frames.per_token
+        x = torch.cat([self.w_gate(z, report, k), self.w_up(z, report, k)], -1)
+        leak, v = self.neurons(x, v, frames, report)
+        gate, up = leak.chunk(2, -1)
+        y = self.w_down(frames.pool(gate * up, weight), report)
+        return y + self.w_skip(frames.pool(z, weight), report), v
+
+
+class Pondered(nn.Module):
+    """x + r - mean(r), r = W_o sum_k lambda_k f_k(leak(PLIF(RMSNorm(x)))), over frames k.
+
+    How long a token ponders is known before its first frame, unlike in the paper, where p_k comes
+    from frame k and all K frames are always run: here p = sigmoid(w . RMSNorm(x) + b) is the
+    probability to halt after any of them. E[K] = sum_k (1-p)^(k-1) up to K is how many frames such
+    a token expects to run, and so many it runs, rounded up; the last counts by the fraction, which
+    makes the result continuous in p. lambda_k ~ p (1-p)^(k-1), sums to 1. In skipped frames the
+    neurons stand still. With `adaptive` off all K frames run, as in the paper.
+    """
+
+    def __init__(self, config, inner):
+        super().__init__()
+        D = config.n_hidden
+        self.config = config
+        self.norm = nn.RMSNorm(D, eps=1e-6)
+        self.neurons = PLIF(D, 0.5, config)
+        self.inner = inner(config)
+        self.sites = [D, self.inner.sites]
+        self.w_halt = nn.Parameter(torch.empty(D).uniform_(-1, 1) / math.sqrt(D))
+        self.b_halt = nn.Parameter(torch.full((1,), -3.5))
+        self.w_o = Linear(D, D, bias=False)
+
+    def forward(self, x, state, report):  # (B, T, D) -> (B, T, D)
+        v, v_inner = state or (None, None)
+        h = self.norm(x)
+        frames, weight, expected = self.ponder(h)
+        z, v = self.neurons(h, v, frames, report)
+        y, v_inner = self.inner(z, v_inner, frames, weight, report)
+        r = self.w_o(y, report)
+        return x + (r - r.mean(-1, keepdim=True)), (v, v_inner), expected, frames.per_token
+
+    def ponder(self, h):
+        """h (B, T, D) -> the Frames to run, lambda (B, T, K), E[K] (B, T)."""
+        K = self.config.k_max
+        k = torch.arange(K, device=h.device)
+        logit = (h.float() @ self.w_halt + self.b_halt).unsqueeze(-1)  # (B, T, 1)
+        reached = torch.exp(k * F.logsigmoid(-logit))  # (1-p)^(k-1): frame k is reached
+        expected = reached.sum(-1)
+        if self.config.adaptive:
+            count = expected.detach().ceil().long()
+            reached = reached * (expected.unsqueeze(-1) - k).clamp(0, 1)
+        else:
+            count = torch.full_like(expected, K, dtype=torch.long)
+        return Frames(count, K), reached / reached.sum(-1, keepdim=True), expected
+
+
+class SparkBlock(nn.Module):
+    """NeuronSpark (arXiv 2603.16148): selective neurons, then a spiking feed-forward part.
+
+    Neurons run several frames within each token; the residual stream, the same in all of them, is
+    kept per token. State: membranes of (input, hidden) neurons of both parts, 4 x (B, n).
+    """
+
+    def __init__(self, config, index):
+        super().__init__()
+        self.index, self.weight = index, config.ponder_weight / config.n_layer
+        self.parts = nn.ModuleList([Pondered(config, SelectiveNeurons), Pondered(config, SpikingFFN)])
+        self.sites = [n for part in self.parts for n in part.sites]
+
+    def forward(self, x, state, report):  # (B, T, D) -> (B, T, D)
+        after, expected, run = [], 0.0, 0.0
+        for part, before in zip(self.parts, (state[:2], state[2:]) if state else (None, None)):
+            x, now, e, k = part(x, before, report)
+            after += now
+            expected, run = expected + e.mean() / 2, run + k / 2
+        ponder = report.losses.get("ponder", 0.0)
+        report.losses["ponder"] = ponder + self.weight * expected  # E[K], mean over layers
+        report.log[f"E[K] {self.index}"] = expected.detach()
+        report.log[f"frames {self.index}"] = run  # E[K] rounded up token by token
+        return x, tuple(after)
+
+
+class SparkOutput(nn.Module):
+    """NeuronSpark's last neurons, all K frames of them, averaged; and "lateral inhibition"."""
+
+    def __init__(self, config):
+        super().__init__()
+        D = config.n_hidden
+        self.k_max, self.sites = config.k_max, [D]
+        self.norm, self.inhibit = nn.RMSNorm(D, eps=1e-6), nn.RMSNorm(D, eps=1e-6)
+        self.neurons = PLIF(D, 0.3, config)
+        self.w = Linear(D, D)
+
+    def forward(self, x, state, report):  # (B, T, D) -> (B, T, D)
+        B, T, D = x.shape
+        frames = Frames(torch.full((B, T), self.k_max, device=x.device), self.k_max)
+        leak, v = self.neurons(self.norm(x), state and state[0], frames, report)
+        return self.inhibit(self.w(leak.view(B, T, -1, D).mean(2), report)), (v,)
+
+
+BLOCKS = {"sam": SamBlock, "gpt": GPTBlock, "spark": SparkBlock}
 
 
 class SpikingLM(nn.Module):
@@ -223,6 +396,8 @@ class SpikingLM(nn.Module):
         elif c.n_embd != c.n_hidden:
             self.proj_in = Linear(c.n_embd, c.n_hidden)
         self.blocks = nn.ModuleList(BLOCKS[c.block](c, i) for i in range(c.n_layer))
+        if c.block == "spark":
+            self.blocks.append(SparkOutput(c))
         self.norm = nn.LayerNorm(c.n_hidden) if c.norm else nn.Identity()
         if c.n_hidden != c.n_embd:
             self.proj_out = Linear(c.n_hidden, c.n_embd)
@@ -270,7 +445,7 @@ class SpikingLM(nn.Module):
         """
         nats = F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten())
         c, losses = self.config, dict(report.losses)
-        if report.rate:
+        if report.rate and c.rate_weight:
             losses["rates"] = 0.0
             for rate, before in zip(report.rate, self.rate.split(self.sites)):
                 if c.rate_penalty == "below":  # per neuron (SpikeWhale): none may die
