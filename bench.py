@@ -4,6 +4,7 @@
     python bench.py train configs/sam_6m.py       training: ours, snnTorch, a transformer
     python bench.py generate configs/sam_6m.py    generation: ours and a transformer
     python bench.py params configs/sam_6m.py      parameters and operations per token
+    python bench.py ablate configs/spikewhale_6m.py --dataset=my.txt   what each ingredient is worth
 
 All contestants of a comparison run in one process, taking turns round by round, so that a slow
 moment of the machine hits all of them; the tables show medians and their ratio to ours. Peers that
@@ -13,19 +14,24 @@ Results go to results/<sub-command>_<config>_<device>.json with machine, version
 Importing train.py is on purpose: what is timed is the training step itself, not a copy of it.
 """
 
+import itertools
+import json
 import math
 import statistics
 import sys
+import tempfile
 import time
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from itertools import islice
+from pathlib import Path
 from typing import Callable, NamedTuple
 
 import torch
 import torch.nn as nn
 
 import config
+import train as trainer
 from kernels import lif
 from lif import lif_torch
 from model import SpikingLM
@@ -42,6 +48,8 @@ class BenchConfig(TrainConfig):
     against: str = "configs/gpt_6m.py"  # train, generate: the transformer to compare with
     tokens: int = 2000  # generate: tokens from the first to the last measurement
     threads: int = 2  # CPU threads of PyTorch
+    variants: str = ""  # ablate: only those whose names contain one of these words
+    seeds: int = 2  # ablate: runs per variant
     save: bool = True  # write the result to results/
 
     def scan_shapes(self):
@@ -434,7 +442,7 @@ def params(c, run):
         _, _, report = model(torch.zeros(1, 1, dtype=torch.long))
     groups = {}
     for name, p in model.named_parameters():
-        group = name.split(".")[0]
+        group = name.removeprefix("parts.").split(".")[0].rstrip("0123456789")
         groups[group] = groups.get(group, 0) + p.numel()
     total = sum(groups.values())
     for group, count in groups.items():
@@ -445,9 +453,75 @@ def params(c, run):
     return {"parameters": total, "groups": groups, "synapses": spike_fed, "macs": report.macs}
 
 
+# ---- ablate: whole training runs, one ingredient apart -------------------------------------------
+
+BARE = dict(modulation="none", engram=0, hrm=0, spike_attn=0, progsem=0, kuramoto=0, moe=0)
+BARE |= dict(memory=0, mtp=0, jepa=False)
+ABLATION = {
+    "bare": {},
+    "bridge": {"modulation": "program"},
+    "bridge, P shuffled": {"modulation": "shuffled"},
+    "engram": {"engram": 512, "engram_heads": 1},
+    "hrm": {"hrm": 2},
+    "spike_attn": {"spike_attn": 4},
+    "progsem": {"progsem": 18},
+    "progsem and bridge": {"progsem": 18, "modulation": "program"},
+    "kuramoto": {"kuramoto": 32},
+    "moe": {"moe": 4, "moe_width": 64},
+    "memory": {"memory": 64},
+    "mtp": {"mtp": 1},
+    "jepa": {"jepa": True},
+    "all": {"engram": 512, "engram_heads": 1, "hrm": 2, "spike_attn": 4, "progsem": 18, "kuramoto": 32, "mtp": 1}
+    | {"jepa": True, "modulation": "program"},
+}
+
+
+def parameters_of(settings):
+    with torch.device("meta"):
+        return sum(p.numel() for p in SpikingLM(settings).parameters())
+
+
+def ablate(c, run):
+    """Train every variant of the config with every seed; all have the parameters of the bare one.
+
+    What an ingredient adds is taken from n_hidden, in steps of 8.
+    """
+    bare, rows = replace(c, **BARE), {}
+    most = parameters_of(bare)
+    out = Path(tempfile.mkdtemp(prefix="ablate-"))
+    for i, (name, overrides) in itertools.product(range(c.seeds), ABLATION.items()):
+        if c.variants and not any(word in name for word in c.variants.split()):
+            continue
+        settings = replace(bare, **overrides, seed=c.seed + i, out_dir=str(out / f"{name}{i}"))
+        settings = replace(settings, result="", n_hidden=settings.n_hidden + 64)
+        while parameters_of(settings) > most:
+            settings = replace(settings, n_hidden=settings.n_hidden - 8)
+        print(f"\n{name}, seed {settings.seed}: n_hidden {settings.n_hidden}")
+        trainer.train(settings, run)
+        log = [json.loads(x) for x in (Path(settings.out_dir) / "log.jsonl").read_text().split("\n")[:-1]]
+        row = rows.setdefault(name, {"overrides": overrides, "n_hidden": settings.n_hidden})
+        row["parameters"] = parameters_of(settings)
+        row.setdefault("bpb", []).append(log[-1]["bpb"])
+        row.setdefault("nats", []).append(log[-1]["heldout"])
+        row.setdefault("rate", []).append(statistics.mean(log[-1]["rate"]))
+        row.setdefault("tokens_per_s", []).append(
+            statistics.median(line["tokens_per_s"] for line in log[1:])
+        )
+    print(f"\n{'':20s} bits per byte   +- of the bare one   rate   tokens/s   parameters")
+    for name, row in rows.items():
+        row["mean_bpb"] = statistics.mean(row["bpb"])
+        row["gain"] = rows[next(iter(rows))]["mean_bpb"] - row["mean_bpb"]
+        rate, speed = statistics.mean(row["rate"]), statistics.mean(row["tokens_per_s"])
+        print(
+            f"{name:20s} {row['mean_bpb']:13.4f} {-row['gain']:+19.4f} {100 * rate:5.1f}%"
+            f" {speed:10.0f} {row['parameters']:12d}"
+        )
+    return {"what": "held-out bits per byte, equal tokens and parameters", "variants": rows}
+
+
 # ---- command line -----------------------------------------------------------------------------
 
-COMMANDS = {"scan": scan, "train": train, "generate": generate, "params": params}
+COMMANDS = {"scan": scan, "train": train, "generate": generate, "params": params, "ablate": ablate}
 
 
 def main(argv):

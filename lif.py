@@ -32,7 +32,7 @@ binary spikes, a `Linear` floats. Both count into the `Report` of the forward pa
 """
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Callable, NamedTuple
 
 import torch
@@ -539,12 +539,30 @@ class Report:
     stress: torch.Tensor = None  # () strain of the environment (Real Sam)
     spikes: torch.Tensor = None  # (B, T, N) of the layer that fired last
     membrane: list = field(default_factory=list)  # per block that shows it: (B, T, N), for readouts
+    stream: torch.Tensor = None  # (B, T, D) what the last part leaves to the readout
+    updates: dict = field(default_factory=dict)  # part -> mean norm of what it adds to the stream
     rate: list = field(default_factory=list)  # per spiking layer: (N,) spikes per neuron and token
     synops: list = field(default_factory=list)  # per spike-fed matrix: operations really triggered
     synapses: list = field(default_factory=list)  # per spike-fed matrix: multiplications if dense
     macs: int = 0  # multiplications per token of the float-fed matrices
     losses: dict = field(default_factory=dict)  # name -> scalar that training adds to the loss
     log: dict = field(default_factory=dict)  # name -> scalar that is worth a look
+
+    def fresh(self):
+        """A report for one part: what the pass is about is here, nothing is counted yet."""
+        empty = dict(rate=[], synops=[], synapses=[], macs=0, updates={}, losses={}, log={})
+        return replace(self, membrane=list(self.membrane), **empty)
+
+    def add(self, part):
+        """Count what a part has counted in a fresh report."""
+        self.spikes, self.membrane = part.spikes, part.membrane
+        self.rate += part.rate
+        self.synops += part.synops
+        self.synapses += part.synapses
+        self.macs += part.macs
+        self.log |= part.log
+        for name, loss in part.losses.items():
+            self.losses[name] = self.losses.get(name, 0.0) + loss
 
     def fired(self, spikes):
         """Note the spikes (B, T, N) of a layer; returns its rate (N,), gradient included."""

@@ -13,15 +13,18 @@ from dataclasses import dataclass, fields
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
 
+from cell_bridge import Modulation, identity, synthetic_scores
 from kernels import lif, plif
 from lif import SURROGATES, Frames, Linear, Report, Synapse
+from traits import HRM, JEPA, MTP, Engram, Kuramoto, Memory, MoE, ProgSem, SpikeAttn
 
 
 @dataclass(frozen=True)
 class ModelConfig:
     # model
-    block: str = "sam"  # sam: Real Sam's | spark: NeuronSpark's | gpt: causal attention
+    block: str = "sam"  # sam: Real Sam | whale: SpikeWhale | spark: NeuronSpark | gpt: the control
     vocab_size: int = 4096  # tokens the embedding has room for; the tokenizer may use fewer
     n_embd: int = 256  # width of the tied embedding
     n_hidden: int = 512  # width of the residual stream = neurons per block
@@ -38,6 +41,7 @@ class ModelConfig:
     slope: float = 1.0  # its slope
     reset_grad: bool = True  # let the gradient flow through the reset too
     backend: str = "auto"  # the scan: auto | triton | torch
+    checkpointing: bool = False  # backward computes a part's inner values again: less memory
     # neuron diversity and environment (Real Sam)
     diversity: float = 0.4  # sigma of the log-normal factor that each neuron answers stress with
     stress_gain: float = 0.3  # kappa: gain = 1 + kappa * stress * factor; 0 switches stress off
@@ -47,6 +51,23 @@ class ModelConfig:
     rate_weight: float = 10.0  # weight of the penalty (rate - target)^2, summed over layers
     rate_penalty: str = "both"  # both: of a layer off target | above it | below: of a neuron below
     homeostasis: float = 0.0  # sam V3: thresholds move by this * (rate - target) per step; 0 is off
+    # whale
+    modulation: str = "program"  # neurons set by gene programs | shuffled: a control | none: all equal
+    spike_input_gain: float = 2.5  # scale of the input synapses of layers fed by spikes, at the start
+    clamp: float = 30.0  # bound of the soft clamp on the membrane; 0 is off
+    # traits: 0 or False is off
+    engram: int = 0  # rows per hash table of the n-gram memory
+    engram_heads: int = 2  # tables per order (2- and 3-grams)
+    engram_width: int = 64  # width of a row
+    hrm: int = 0  # steps of iterative refinement
+    spike_attn: int = 0  # heads of spiking linear attention
+    progsem: int = 0  # slots mixed by the activity of gene programs; 18 where the bridge has them
+    kuramoto: int = 0  # coupled oscillators
+    moe: int = 0  # spike-routed experts, two of them per token
+    moe_width: int = 256  # width of an expert
+    memory: int = 0  # slow neurons that persist from call to call
+    mtp: int = 0  # further tokens that training predicts
+    jepa: bool = False  # training predicts the next hidden state
     # gpt
     n_head: int = 8  # attention heads
     d_ff: int = 1112  # width of the feed-forward part, here and in spark
@@ -63,6 +84,7 @@ class ModelConfig:
             ("encoder", ("spikes", "float")),
             ("residual", ("gated", "plain", "none")),
             ("rate_penalty", ("both", "above", "below")),
+            ("modulation", ("program", "shuffled", "none")),
             ("surrogate", tuple(SURROGATES)),
             ("backend", ("auto", "triton", "torch")),
         ):
@@ -76,8 +98,8 @@ class ModelConfig:
         ):  # fmt: skip
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-        heads = {"sam": "rec_heads", "gpt": "n_head"}.get(self.block)
-        if heads and (getattr(self, heads) < 0 or self.n_hidden % (getattr(self, heads) or 1)):
+        heads = "n_head" if self.block == "gpt" else "rec_heads"
+        if getattr(self, heads) < 0 or self.n_hidden % (getattr(self, heads) or 1):
             raise ValueError(
                 f"n_hidden {self.n_hidden} must be a multiple of {heads} {getattr(self, heads)}"
             )
@@ -156,6 +178,58 @@ class SamBlock(nn.Module):
         self.theta.clamp_(0.1 * self.config.theta, 10 * self.config.theta)
 
 
+class WhaleBlock(nn.Module):
+    """SpikeWhale: recurrent neurons whose excitability gene programs set; its spikes go on alone.
+
+    pre = beta v + gain * W_in x + W_rec s;  s = 1[pre >= theta];  v = softclamp(pre - theta s)
+    The first layer reads floats, the others spikes. A MembraneReadout reads all of them.
+    """
+
+    def __init__(self, config, index):
+        super().__init__()
+        c, N = config, config.n_hidden
+        self.config, self.sites = config, [N]
+        self.norm = nn.LayerNorm(c.n_embd) if c.norm and index == 0 else nn.Identity()
+        self.w_in = Synapse(N, N, bias=False) if index else Linear(c.n_embd, N, bias=False)
+        if index:
+            self.w_in.weight.data *= c.spike_input_gain
+        self.w_rec = recurrent(N, c.rec_heads)
+        beta = torch.linspace(c.beta_low, c.beta_high, N)[torch.randperm(N)]
+        self.modulation = None
+        if c.modulation == "none":
+            self.register_buffer("theta", torch.full((N,), c.theta))
+            self.register_buffer("beta", beta)
+        else:
+            with torch.device("cpu"):  # real numbers, also for a model on the meta device
+                P = identity(synthetic_scores(), N, index, shuffle=c.modulation == "shuffled")
+            self.modulation = Modulation(P.to(beta.device), c.theta, beta)
+
+    def forward(self, x, state, report):  # (B, T, n_embd or N) -> spikes (B, T, N)
+        c = self.config
+        theta, beta, gain = self.modulation() if self.modulation else (self.theta, self.beta, 1.0)
+        s, membrane, state = lif(
+            gain * self.w_in(self.norm(x), report), beta, theta, heads(self.w_rec), state,
+            surrogate=c.surrogate, slope=c.slope, reset_grad=c.reset_grad, clamp=c.clamp,
+            backend=c.backend,
+        )  # fmt: skip
+        rate = report.fired(s)
+        if c.rec_heads:
+            report.fed_by_spikes(rate, c.n_hidden // c.rec_heads)
+        report.membrane.append(membrane)
+        return s, state
+
+
+class MembraneReadout(nn.Module):
+    """After SpikeWhale's blocks: W tanh(membranes before the reset), of all layers side by side."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.mix = Linear(config.n_layer * config.n_hidden, config.n_embd)
+
+    def forward(self, x, state, report):  # -> (B, T, n_embd)
+        return self.mix(torch.tanh(torch.cat(report.membrane, -1)), report), None
+
+
 class GPTBlock(nn.Module):
     """The control: causal attention with rotary positions (Su et al. 2021, arXiv 2104.09864), GELU.
 
@@ -213,9 +287,6 @@ def rotate(x, position):
     return torch.cat([a * cos - b * sin, a * sin + b * cos, x[..., 2 * half :]], -1)
 
 
-DRIVE = 0.06
-
-
 class PLIF(nn.Module):
     """Parametric LIF neurons, theirs the decay and the threshold; they pass on their leak."""
 
@@ -245,9 +316,9 @@ class SelectiveNeurons(nn.Module):
         self.w_beta, self.w_alpha, self.w_theta = (Linear(D, D * N) for _ in range(3))
         self.w_gate, self.w_skip = Linear(D, D, bias=False), Linear(D, D, bias=False)
         beta = torch.linspace(0.8, 0.99, N)
-        # what a reset takes is what the input brings: theta * rate ~ input ~ sqrt(1 - beta^2); the
-        # factor, measured at the start, makes the rates fall from 25% to 8% over a channel
-        theta = DRIVE * (1 - beta**2).sqrt() / torch.linspace(0.25, 0.08, N)
+        # resets take what the input brings, theta * rate ~ sqrt(1 - beta^2); the factor, measured on
+        # random weights, makes rates fall from 25% to 8% over a channel
+        theta = 0.06 * (1 - beta**2).sqrt() / torch.linspace(0.25, 0.08, N)
         with torch.no_grad():
             self.w_in.weight.mul_((1 - beta**2).sqrt().repeat(D)[:, None])
             for w in (self.w_beta, self.w_alpha, self.w_theta):
@@ -344,13 +415,13 @@ class SparkBlock(nn.Module):
     def __init__(self, config, index):
         super().__init__()
         self.index, self.weight = index, config.ponder_weight / config.n_layer
-        self.parts = nn.ModuleList([Pondered(config, SelectiveNeurons), Pondered(config, SpikingFFN)])
-        self.sites = [n for part in self.parts for n in part.sites]
+        self.halves = nn.ModuleList(Pondered(config, f) for f in (SelectiveNeurons, SpikingFFN))
+        self.sites = [n for half in self.halves for n in half.sites]
 
     def forward(self, x, state, report):  # (B, T, D) -> (B, T, D)
         after, expected, run = [], 0.0, 0.0
-        for part, before in zip(self.parts, (state[:2], state[2:]) if state else (None, None)):
-            x, now, e, k = part(x, before, report)
+        for half, before in zip(self.halves, (state[:2], state[2:]) if state else (None, None)):
+            x, now, e, k = half(x, before, report)
             after += now
             expected, run = expected + e.mean() / 2, run + k / 2
         ponder = report.losses.get("ponder", 0.0)
@@ -378,49 +449,118 @@ class SparkOutput(nn.Module):
         return self.inhibit(self.w(leak.view(B, T, -1, D).mean(2), report)), (v,)
 
 
-BLOCKS = {"sam": SamBlock, "gpt": GPTBlock, "spark": SparkBlock}
+BLOCKS = {"sam": SamBlock, "whale": WhaleBlock, "spark": SparkBlock, "gpt": GPTBlock}
+
+
+def recomputed(part, x, state, report):
+    """part(x, state, report) that keeps none of its inner values: backward computes them again."""
+    before = report.fresh()  # as it is now, when the part runs again too
+
+    def run(x, state):
+        own = before.fresh()  # so that a second run counts into nothing
+        return *part(x, state, own), own
+
+    y, state, own = checkpoint(run, x, state, use_reentrant=False)
+    report.add(own)
+    return y, state
 
 
 class SpikingLM(nn.Module):
-    """Embedding, blocks and tied readout around whichever block the config names."""
+    """Embedding, blocks and tied readout around whichever block the config names, and its traits.
+
+    Everything between embedding and readout is a part: (x, state, report) -> (x, state).
+    """
 
     def __init__(self, config):
         super().__init__()
         c = self.config = config
+        D = c.n_embd if c.block == "whale" else c.n_hidden  # width of the stream
         self.embedding = nn.Embedding(c.vocab_size, c.n_embd)
         # bits of a spike code flip too easily near 0; a float embedding starts as GPT-2's does
         nn.init.normal_(self.embedding.weight, std=1 / 16 if c.encoder == "spikes" else 0.02)
         self.proj_in = self.proj_out = None
         if c.encoder == "spikes":
-            self.proj_in = Synapse(c.n_embd, c.n_hidden)
-        elif c.n_embd != c.n_hidden:
-            self.proj_in = Linear(c.n_embd, c.n_hidden)
-        self.blocks = nn.ModuleList(BLOCKS[c.block](c, i) for i in range(c.n_layer))
+            self.proj_in = Synapse(c.n_embd, D)
+        elif c.n_embd != D:
+            self.proj_in = Linear(c.n_embd, D)
+        self.parts = nn.ModuleDict()  # in the order in which a token passes them
+        if c.engram:
+            self.parts["engram"] = Engram(
+                D, c.vocab_size, c.engram, c.engram_heads, c.engram_width
+            )
+        for i in range(c.n_layer):
+            self.parts[f"block{i}"] = BLOCKS[c.block](c, i)
+        self.sites = [n for block in self.blocks for n in block.sites]  # neurons per spiking layer
+        if c.block == "whale":
+            self.parts["membranes"] = MembraneReadout(c)
+        if c.hrm:
+            self.parts["hrm"] = HRM(D, c.hrm)
+        if c.spike_attn:
+            self.parts["spike_attn"] = SpikeAttn(D, c.spike_attn)
+        if c.progsem:
+            self.parts["progsem"] = ProgSem(D, c.progsem, self.identity)
+        if c.kuramoto:
+            self.parts["kuramoto"] = Kuramoto(D, c.kuramoto)
+        if c.moe:
+            neurons = self.sites[-1] if c.block in ("sam", "whale") else D
+            self.parts["moe"] = MoE(D, c.moe, c.moe_width, neurons=neurons)
+        if c.memory:
+            self.parts["memory"] = Memory(D, c.memory)
         if c.block == "spark":
-            self.blocks.append(SparkOutput(c))
-        self.norm = nn.LayerNorm(c.n_hidden) if c.norm else nn.Identity()
-        if c.n_hidden != c.n_embd:
-            self.proj_out = Linear(c.n_hidden, c.n_embd)
+            self.parts["output"] = SparkOutput(c)
+            self.sites += self.parts["output"].sites
+        self.norm = nn.LayerNorm(D) if c.norm else nn.Identity()
+        if c.n_embd != D:
+            self.proj_out = Linear(D, c.n_embd)
+        self.mtp = MTP(D, c.mtp) if c.mtp else None
+        self.jepa = JEPA(D) if c.jepa else None
         # what `observe` keeps; saved with the model, frozen at evaluation
         self.register_buffer("stress", torch.ones(()))
-        self.sites = [n for block in self.blocks for n in block.sites]  # neurons per spiking layer
         self.register_buffer("rate", torch.full((sum(self.sites),), c.rate_target))
+
+    @property
+    def blocks(self):
+        return [part for name, part in self.parts.items() if name.startswith("block")]
+
+    @property
+    def identity(self):
+        """P (neurons of all layers, programs x draws) of neurons set by gene programs, or None."""
+        bridged = [block.modulation.P for block in self.blocks if getattr(block, "modulation", None)]
+        return torch.cat(bridged) if bridged else None
+
+    def adopt(self, scores):
+        """Take the identities of the neurons from a virtual cell: scores (perturbations, programs)
+        as cell_bridge.load_scores returns them, in place of the synthetic screen's."""
+        if self.identity is None:
+            raise ValueError("a cell needs neurons set by gene programs: block=whale, modulation=program")
+        for i, block in enumerate(self.blocks):
+            shuffle = self.config.modulation == "shuffled"
+            block.modulation.P.copy_(identity(scores, self.config.n_hidden, i, shuffle))
+        if self.config.progsem:
+            self.parts["progsem"].P.copy_(self.identity)
 
     def forward(self, tokens, state=None):
         """tokens (B, T) int64; state as returned by an earlier call, or None for silence.
 
         Returns logits (B, T, vocabulary), the state after the last token (a list, an entry per
-        block) and a Report.
+        part) and a Report.
         """
         x, report = self.embed(tokens)
         after = []
-        for block, before in zip(self.blocks, state or [None] * len(self.blocks)):
-            x, now = block(x, before, report)
+        for (name, part), before in zip(self.parts.items(), state or [None] * len(self.parts)):
+            if self.config.checkpointing and torch.is_grad_enabled():
+                y, now = recomputed(part, x, before, report)
+            else:
+                y, now = part(x, before, report)
+            if not torch.is_grad_enabled() and x.shape == y.shape:
+                report.updates[name] = (y - x).norm(dim=-1).mean()
+            x = y
             after.append(now)
+        report.stream = x
         return self.readout(x, report), after, report
 
     def embed(self, tokens):
-        """tokens (B, T) -> what enters the first block (B, T, D), and a fresh Report."""
+        """tokens (B, T) -> what enters the first part (B, T, D), and a fresh Report."""
         report = Report(tokens, self.stress)
         x = self.embedding(tokens)  # (B, T, E)
         if self.config.encoder == "spikes":
@@ -428,7 +568,7 @@ class SpikingLM(nn.Module):
         return x if self.proj_in is None else self.proj_in(x, report), report
 
     def readout(self, x, report):
-        """What leaves the last block (..., D) -> logits (..., vocabulary), by the embedding."""
+        """What leaves the last part (..., D) -> logits (..., vocabulary), by the embedding."""
         x = self.norm(x)
         if self.proj_out is not None:
             x = self.proj_out(x, report)  # (..., E)
@@ -454,6 +594,12 @@ class SpikingLM(nn.Module):
                     pressure = before.mean() - c.rate_target
                     pressure = pressure.clamp(min=0) if c.rate_penalty == "above" else pressure
                 losses["rates"] += 2 * c.rate_weight * (pressure * rate).mean()
+        if self.mtp:
+            losses["mtp"] = self.mtp.loss(
+                report.stream, targets, lambda h: self.readout(h, Report())
+            )
+        if self.jepa:
+            losses["jepa"] = self.jepa.loss(report.stream, report.log)
         return nats, losses
 
     @torch.no_grad()

@@ -3,6 +3,7 @@
     python sample.py --ckpt=out/best.pt --prompt="Once upon a time"
     python sample.py --ckpt=out/best.pt --chat
     python sample.py --ckpt=out/best.pt --eval=some.txt
+    python sample.py --ckpt=out/best.pt --picture=neurons.png
 """
 
 import codecs
@@ -15,6 +16,7 @@ import torch
 
 import config
 import data
+from cell_bridge import DRAWS, PROGRAMS
 from model import build, find_device, load_checkpoint
 
 
@@ -25,6 +27,7 @@ class SampleConfig:
     prompt: str = ""  # text to continue; empty starts a document of its own
     chat: bool = False  # talk: the state is carried from turn to turn
     eval: str = ""  # score this text file instead: nats per token, bits per byte, rates, SynOps
+    picture: str = ""  # draw the neurons into this .png, .pdf or .svg instead (block whale)
     # how
     max_new_tokens: int = 200  # tokens to write; per turn in a chat
     temperature: float = 0.7  # 0 takes the likeliest token every time
@@ -138,6 +141,36 @@ def evaluate(c):
     print(f"float-fed       {score['macs']} multiplications per token")
 
 
+def picture(c):
+    """Draw every neuron of every layer as a dot: its colour is the gene program that it follows
+    most, its area the norm of the recurrent weights that it sends out."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        config.stop("--picture needs matplotlib: pip install matplotlib")
+    blocks = build(load_checkpoint(c.ckpt)).blocks
+    if not all(getattr(block, "modulation", None) for block in blocks):
+        config.stop(f"the neurons of {c.ckpt} have no gene programs: train with block='whale'")
+    figure = Figure(figsize=(5 * len(blocks), 5.6), layout="constrained")
+    for i, (block, axes) in enumerate(zip(blocks, figure.subplots(1, len(blocks), squeeze=False)[0])):
+        P = block.modulation.P
+        program = P.view(len(P), DRAWS, len(PROGRAMS)).mean(1).argmax(1)  # (N,)
+        order = program.argsort(stable=True)
+        weight = block.w_rec.detach().norm(dim=1) if block.w_rec is not None else torch.ones(len(P))
+        n = torch.arange(len(P))  # a sunflower: seed n at sqrt(n), one golden angle further
+        x, y = n.sqrt() * torch.cos(2.39996 * n), n.sqrt() * torch.sin(2.39996 * n)
+        area = 3e4 / len(P) * (weight / weight.max()).square()[order]
+        for k, name in enumerate(PROGRAMS):
+            own = program[order] == k
+            label = f"{name.replace('_', ' ')} ({int(own.sum())})"
+            axes.scatter(x[own], y[own], area[own], f"C{k}", label=label, linewidths=0)
+        axes.set(title=f"layer {i + 1}: {len(P)} neurons", aspect="equal")
+        axes.axis("off")
+        axes.legend(loc="upper center", bbox_to_anchor=(0.5, 0), ncols=2, fontsize=8, markerscale=0.8)
+    figure.savefig(c.picture, dpi=120)
+    print(f"wrote {c.picture}")
+
+
 def main(argv):
     c = config.load(SampleConfig, argv)
     try:
@@ -145,6 +178,8 @@ def main(argv):
             torch.set_num_threads(c.threads)
         if c.eval:
             evaluate(c)
+        elif c.picture:
+            picture(c)
         elif c.chat:
             chat(c)
         else:

@@ -31,6 +31,7 @@ from tqdm import tqdm
 
 import config
 import data
+from cell_bridge import load_scores
 from model import ModelConfig, SpikingLM, find_device, load_checkpoint
 
 
@@ -71,6 +72,7 @@ class TrainConfig(ModelConfig):
     eval_tokens: int = 65536  # held-out tokens scored at most, always the same ones
     sample_tokens: int = 60  # length of the sample printed at an evaluation; 0 prints none
     out_dir: str = "out"  # checkpoint and log
+    cell: str = ""  # file of cell_bridge.py that sets block whale's neurons; empty: synthetic scores
     result: str = ""  # also write a summary of the finished run to this .json file
     init_from: str = "scratch"  # scratch | resume
     # machine
@@ -298,7 +300,7 @@ def next_batch(corpus, curriculum, position, c, run):
 def restore(checkpoint, raw, optimizers, c, tokenizer, curriculum):
     """Put a checkpoint back; ValueError, before anything is touched, if this is another run."""
     old, new = checkpoint["config"], asdict(c)
-    for name in [f.name for f in fields(ModelConfig) if f.name != "backend"] + ["optimizer"]:
+    for name in [f.name for f in fields(ModelConfig) if f.name not in ("backend", "checkpointing")] + ["optimizer"]:
         if old.get(name) != new[name]:
             raise ValueError(
                 f"last.pt was trained with {name}={old.get(name)!r}, not {new[name]!r}: "
@@ -446,7 +448,10 @@ def train(c, run):
     corpus, curriculum = open_corpus(c, run)
 
     torch.manual_seed(c.seed)
-    raw = SpikingLM(c).to(run.device)
+    raw = SpikingLM(c)
+    if c.cell:
+        raw.adopt(load_scores(c.cell)[0])
+    raw = raw.to(run.device)
     optimizers = make_optimizers(c, raw, run.device)
     position = {"step": 0, "phase": 0, "phase_step": 0, "tokens": 0, "history": []}
     position |= {"evaluated": -1, "best": math.inf, "curriculum": curriculum}

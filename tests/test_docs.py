@@ -12,6 +12,7 @@ import pytest
 
 import config
 from bench import COMMANDS, BenchConfig
+from cell_bridge import CellConfig
 from sample import SampleConfig
 from train import TrainConfig
 
@@ -23,14 +24,16 @@ MAY_IMPORT = {
     "lif": set(),
     "data": set(),
     "kernels": {"lif"},
-    "model": {"kernels", "lif"},
-    "train": {"config", "data", "model"},
-    "sample": {"config", "data", "model"},
+    "traits": {"kernels", "lif"},
+    "cell_bridge": {"config"},  # for its command line
+    "model": {"cell_bridge", "kernels", "lif", "traits"},
+    "train": {"cell_bridge", "config", "data", "model"},
+    "sample": {"cell_bridge", "config", "data", "model"},
     # bench times the training step itself, so it takes it from train.py
     "bench": {"config", "data", "kernels", "lif", "model", "train"},
 }
 PACKAGES = {"torch", "numpy", "tiktoken", "requests", "tqdm"}
-OPTIONAL = {"triton", "snntorch", "spikingjelly", "norse"}  # kernels.py guards, bench.py skips
+OPTIONAL = {"triton", "snntorch", "spikingjelly", "norse", "h5py", "matplotlib"}  # where used
 
 
 def imports(path):
@@ -86,6 +89,8 @@ def parse(line, monkeypatch):
         config.load(BenchConfig, argv[1:])
     elif script in ("train.py", "sample.py"):
         config.load(TrainConfig if script == "train.py" else SampleConfig, argv)
+    elif script == "cell_bridge.py":
+        config.load(CellConfig, argv)
     else:
         assert (ROOT / script).exists() and not argv
 

@@ -289,11 +289,11 @@ def test_every_parameter_has_one_optimiser_of_its_kind():
     assert len(lr) == len(names) == sum(
         len(g["params"]) for o in optimizers for g in o.param_groups
     )
-    for name in ("blocks.0.fc_in.weight", "blocks.5.w_rec", "blocks.1.gate.weight"):
+    for name in ("parts.block0.fc_in.weight", "parts.block5.w_rec", "parts.block1.gate.weight"):
         assert lr[name] == ("Muon", c.muon_lr, c.muon_decay), name
     for name in ("embedding.weight", "proj_in.weight", "proj_out.weight"):
         assert lr[name] == ("AdamW", c.lr, c.weight_decay), name
-    for name in ("blocks.0.beta_logit", "blocks.2.b_rec", "blocks.0.norm.weight"):
+    for name in ("parts.block0.beta_logit", "parts.block2.b_rec", "parts.block0.norm.weight"):
         assert lr[name] == ("AdamW", 10 * c.lr, 0.0), name
 
 

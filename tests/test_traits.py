@@ -1,0 +1,533 @@
+"""The traits: the identity at the start, yet awake; causal; whole = token by token; and what each
+is for. `woken` moves the factor that starts at 0, so that nothing here is compared with nothing."""
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from lif import Report
+from traits import HRM, JEPA, MTP, Engram, Kuramoto, Memory, MoE, ProgSem, SpikeAttn, primes_from
+
+D, VOCAB, NEURONS = 24, 50, (16, 20)  # neurons of two layers
+TRAITS = {
+    "engram": lambda: Engram(D, VOCAB, rows=97, heads=2, width=8),
+    "hrm": lambda: HRM(D, steps=2, width=16),
+    "attention": lambda: SpikeAttn(D, heads=3, width=8, chunk=16),
+    "programs of a cell": lambda: ProgSem(D, 5, P=torch.randn(sum(NEURONS), 5), width=8),
+    "programs learned": lambda: ProgSem(D, 5, width=8),
+    "kuramoto": lambda: Kuramoto(D, oscillators=16, steps=2),
+    "moe": lambda: MoE(D, experts=4, width=8, top=2, neurons=NEURONS[-1]),
+    "memory": lambda: Memory(D, neurons=32),
+}
+EACH = list(TRAITS) + ["all"]
+
+
+def build(name):
+    torch.manual_seed(0)
+    return torch.nn.ModuleList(make() for key, make in TRAITS.items() if name in (key, "all"))
+
+
+def woken(traits):
+    with torch.no_grad():
+        for p in traits.parameters():
+            p += 0.2 * torch.randn_like(p)
+    return traits
+
+
+def stream(T, B=2, seed=1):
+    """What a model would give: x (B, T, D), tokens, spikes of the last layer, two membranes."""
+    g = torch.Generator().manual_seed(seed)
+    x = torch.randn(B, T, D, generator=g)
+    tokens = torch.randint(VOCAB, (B, T), generator=g)
+    membranes = [torch.randn(B, T, n, generator=g) for n in NEURONS]
+    return x, tokens, (membranes[-1] > 1).float(), membranes
+
+
+def run(traits, data, states=None):
+    """All traits one after the other -> x, their states, the report."""
+    x, tokens, spikes, membranes = data
+    report, after = Report(tokens, spikes=spikes, membrane=membranes), []
+    for trait, state in zip(traits, states or [None] * len(traits)):
+        x, now = trait(x, state, report)
+        after.append(now)
+    return x, after, report
+
+
+def piece(data, at):
+    x, tokens, spikes, membranes = data
+    return x[:, at], tokens[:, at], spikes[:, at], [m[:, at] for m in membranes]
+
+
+# ---- what holds for each -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("T", [1, 7, 63])
+@pytest.mark.parametrize("name", EACH)
+def test_identity_at_the_start_and_awake(name, T):
+    traits, data = build(name), stream(T)
+    x, _, report = run(traits, data)
+    assert (x - data[0]).abs().max() < 1e-3
+    assert report.rate == []  # which belongs to the layers of the blocks
+    if T == 63:  # slow neurons take a while to fire
+        (x * torch.randn(x.shape)).sum().backward()
+        for trait in traits:
+            assert any(p.grad is not None and p.grad.norm() > 1e-3 for p in trait.parameters())
+
+
+@pytest.mark.parametrize("name", EACH)
+def test_every_parameter_learns_once_woken(name):
+    traits = woken(build(name))
+    x, _, report = run(traits, stream(63, B=4))
+    (x.square().sum() + sum(report.losses.values())).backward()
+    for key, p in traits.named_parameters():
+        assert p.grad is not None and p.grad.abs().sum() > 0, key
+
+
+@pytest.mark.parametrize("T", [1, 7, 63])
+@pytest.mark.parametrize("name", EACH)
+@torch.no_grad()
+def test_whole_equals_split_equals_token_by_token(name, T):
+    traits, data = woken(build(name)), stream(T)
+    whole, last, _ = run(traits, data)
+    if T == 63:
+        assert (whole - data[0]).abs().mean() > 0.02  # awake, or the rest says nothing
+    for cuts in ([1] * T, [T // 3, T - T // 3], [T - T // 4, T // 4]):
+        parts, states, at = [], None, 0
+        for n in filter(None, cuts):
+            x, states, _ = run(traits, piece(data, slice(at, at + n)), states)
+            parts.append(x)
+            at += n
+        torch.testing.assert_close(torch.cat(parts, 1), whole, rtol=1e-5, atol=1e-5)
+    for state, other in zip(states, last):
+        for a, b in zip(state, other, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", EACH)
+def test_causal_by_gradient_and_sequences_apart(name):
+    traits, (x, tokens, spikes, membranes) = woken(build(name)), stream(12)
+    inputs = [y.requires_grad_() for y in (x, spikes, *membranes)]
+    y, _, _ = run(traits, (x, tokens, spikes, membranes))
+    grads = torch.autograd.grad(y[0, 6].square().sum(), inputs, allow_unused=True)
+    for grad in filter(lambda grad: grad is not None, grads):
+        assert (grad[0, 7:] == 0).all() and (grad[1] == 0).all()
+    assert (grads[0][0, 6] != 0).any()
+    if name in ("attention", "memory", "all"):
+        assert (grads[0][0, :6].abs().sum(-1) > 0).all()
+    other = tokens.clone()
+    other[0, 7:] += 1
+    again, _, _ = run(traits, (x, other, spikes, membranes))
+    assert torch.equal(again[0, :7], y[0, :7]) and torch.equal(again[1], y[1])
+
+
+@pytest.mark.parametrize("name", EACH)
+@torch.no_grad()
+def test_state_is_of_one_size_and_training_leaves_no_trace(name):
+    traits = woken(build(name))
+    before = {key: value.clone() for key, value in traits.state_dict().items()}
+    _, short, _ = run(traits, stream(3))
+    _, long, _ = run(traits, stream(63))
+    for a, b in zip(short, long):
+        assert [y.shape for y in a] == [y.shape for y in b]
+    for key, value in traits.state_dict().items():
+        assert torch.equal(value, before[key])
+
+
+@pytest.mark.parametrize("name", EACH)
+def test_bfloat16_autocast_and_meta(name):
+    x, tokens, spikes, membranes = stream(9)
+    half = (x.bfloat16(), tokens, spikes.bfloat16(), membranes)
+    traits = woken(build(name))
+    exact, _, _ = run(traits, (x, tokens, spikes, membranes))
+    with torch.autocast("cpu", torch.bfloat16):
+        y, _, report = run(traits, (x, tokens, spikes, membranes))
+        (y.square().sum() + sum(report.losses.values())).backward()
+    assert (y - exact).abs().mean() < 0.1 * (exact - x).abs().mean() + 1e-3
+    traits.bfloat16()
+    y, state, _ = run(traits, half)
+    y, _, _ = run(traits, half, state)
+    assert y.dtype == torch.bfloat16
+    with torch.device("meta"):
+        assert all(p.is_meta for p in build(name).state_dict().values())
+
+
+@pytest.mark.parametrize("name", EACH)
+def test_the_seed_decides_all(name):
+    a, b = build(name).state_dict(), build(name).state_dict()
+    assert all(torch.equal(a[key], b[key]) for key in a)
+
+
+# multiplications per token of the float-fed matrices, by hand
+MACS = {
+    "engram": 32 * D + 32 * 32 + 32 * D,
+    "hrm": 2 * (2 * D * 16 + 16 * D),
+    "attention": 4 * D * 24,
+    "programs of a cell": 36 * 5 + 5 * 8 + 8 * D,
+    "programs learned": D * 5 + 5 * 8 + 8 * D,
+    "kuramoto": D * 16 + 32 * D,
+    "moe": 20 * 4 + 2 * (2 * D * 8),  # of four experts two
+    "memory": 2 * D * 32,
+}
+
+
+@pytest.mark.parametrize("name", TRAITS)
+def test_work_is_counted(name):
+    _, _, report = run(build(name), stream(63))
+    assert report.macs == MACS[name]
+    if name == "memory":
+        assert report.synapses == [32 * D]
+        assert report.synops[0].item() == pytest.approx(32 * D * report.log["memory_rate"].item())
+    else:
+        assert report.synapses == []
+
+
+# ---- Engram --------------------------------------------------------------------------------------
+
+
+def test_engram_hashes_as_written():
+    engram, heads = Engram(D, VOCAB, rows=97, heads=2, width=8), 2
+    p = primes_from(97, 4)
+    assert p == [97, 101, 103, 107] and primes_from(1 << 16, 1) == [65537]
+    tokens = [7, 0, 49, 7, 0, 49]
+    rows, (last,) = engram.rows_of(torch.tensor([tokens]))
+    m = engram.multiplier.tolist()
+    assert all(k % 2 for k in m) and len(set(m)) == 3
+
+    def int64(n):  # as it wraps
+        return (n + 2**63) % 2**64 - 2**63
+
+    for t in range(6):
+        a, b, c = ([VOCAB, VOCAB] + tokens)[t : t + 3][::-1]
+        pair = int64(a * m[0]) ^ int64(b * m[1])
+        mixes = [pair] * heads + [pair ^ int64(c * m[2])] * heads
+        expected = [sum(p[:i]) + mix % p[i] for i, mix in enumerate(mixes)]
+        assert rows[0, t].tolist() == expected
+    assert last.tolist() == [[0, 49]]
+    assert torch.equal(rows[0, 2], rows[0, 5]) and not torch.equal(rows[0, 1], rows[0, 4])
+
+
+def touched(engram, tokens):
+    """Share of rows that tokens (B, T) touch: of all, and of the poorest table."""
+    hit = torch.zeros(engram.table.num_embeddings, dtype=torch.bool)
+    hit[engram.rows_of(tokens)[0].flatten()] = True
+    tables = hit.float().split(engram.prime.tolist())
+    return hit.float().mean().item(), min(table.mean().item() for table in tables)
+
+
+@torch.no_grad()
+def test_engram_touches_its_rows():
+    torch.manual_seed(0)
+    zipf = 1 / torch.arange(1.0, 4097)
+    tokens = torch.multinomial(zipf, 1_000_000, replacement=True).view(100, -1)
+    share, poorest = touched(Engram(8, 4096, rows=1 << 16, width=1), tokens)
+    assert share > 0.3 and poorest > 0.3
+    # heads of one order collide on different n-grams: two tell most of them apart
+    rows = Engram(8, 4096, rows=1 << 10, width=1).rows_of(tokens[:1])[0][0]  # (T, 4)
+    pairs = torch.stack([tokens[0, :-1], tokens[0, 1:]], -1).unique(dim=0)
+    assert len(pairs) > 5000 and rows[:, 0].unique().numel() < 1100
+    assert len(rows[:, :2].unique(dim=0)) > 0.99 * len(pairs)
+
+
+def test_engram_gate_is_derf_of_the_agreement():
+    engram = Engram(4, VOCAB, rows=97, heads=1, width=2)
+    assert engram.gate(torch.zeros(1)).item() == pytest.approx((1 + math.erf(-1)) / 2)
+    with torch.no_grad():
+        engram.key.weight.zero_()[:, 0] = 1  # every key is along (1, 1, 1, 1) times the first value
+        engram.value.weight.copy_(torch.eye(4))
+        engram.out.weight.copy_(torch.eye(4))
+        engram.table.weight.fill_(1.0)
+        report = Report(torch.zeros(1, 2, dtype=torch.long))
+        x = torch.tensor([[[3.0, 3, 3, 3], [-1, -1, -1, -1]]])  # agrees, disagrees; z = +-sqrt(4)
+        y, _ = engram(x, None, report)
+    for t, z in ((0, 2.0), (1, -2.0)):
+        gate = (1 + math.erf(z - 1)) / 2
+        torch.testing.assert_close(y[0, t] - x[0, t], torch.full((4,), gate))
+
+
+# ---- SpikeAttn -----------------------------------------------------------------------------------
+
+
+def recurrence(q, k, v, S):
+    """q, k, v (B, heads, T, w), S (B, heads, w, w): S = gamma S + k^T v, then q S, one by one."""
+    out = []
+    for t in range(q.shape[2]):
+        for h in range(q.shape[1]):
+            outer = k[:, h, t, :, None] * v[:, h, t, None, :]
+            new = (1 - 2 ** -(3 + h)) * S[:, h] + outer
+            S = torch.cat([S[:, :h], new[:, None], S[:, h + 1 :]], 1)
+        out.append(torch.einsum("bhi,bhij->bhj", q[:, :, t], S))
+    return torch.stack(out, 2), S
+
+
+@pytest.mark.parametrize("T", [1, 7, 63, 130])
+def test_attention_parallel_chunked_and_recurrent_agree(T):
+    torch.manual_seed(0)
+    q, k = ((torch.rand(2, 3, T, 8) < 0.2).float().requires_grad_() for _ in range(2))
+    v, S = torch.randn(2, 3, T, 8, requires_grad=True), torch.randn(2, 3, 8, 8, requires_grad=True)
+    o, last = recurrence(q, k, v, S)
+    d_o, d_S = torch.randn_like(o), torch.randn_like(S)
+    grads = torch.autograd.grad((o * d_o).sum() + (last * d_S).sum(), (q, k, v, S))
+    for chunk in (1, 16, T, 1000):
+        o_c, last_c = SpikeAttn.attend(q, k, v, S, chunk)
+        torch.testing.assert_close(o_c, o, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(last_c, last, rtol=1e-5, atol=1e-5)
+        mine = torch.autograd.grad((o_c * d_o).sum() + (last_c * d_S).sum(), (q, k, v, S))
+        for a, b in zip(mine, grads):
+            torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-4)
+    trait, data = woken(build("attention")), stream(T)
+    outs = []
+    for trait[0].chunk in (1, 16, 1000):
+        outs.append(run(trait, data)[0])
+    for out in outs[1:]:
+        torch.testing.assert_close(out, outs[0], rtol=0, atol=1e-5)
+
+
+def test_attention_queries_and_keys_are_spikes(monkeypatch):
+    trait, seen = build("attention")[0], []
+    attend = trait.attend
+    monkeypatch.setattr(trait, "attend", lambda *a: seen.append(a) or attend(*a))
+    x, tokens, _, _ = stream(63)
+    report = Report(tokens)
+    trait(x, None, report)
+    q, k, v = seen[0][:3]
+    assert set(q.unique().tolist()) == set(k.unique().tolist()) == {0.0, 1.0}
+    assert v.unique().numel() > 1000
+    rate = torch.cat([q, k]).mean().item()
+    assert report.log["attention_rate"].item() == pytest.approx(rate) and 0.05 < rate < 0.3
+    h = F.rms_norm(x, (D,))
+    fires = (F.linear(h, trait.query_key.weight) >= 1).float()  # (B, T, queries and keys)
+    torch.testing.assert_close(q, fires[..., :24].view(2, 63, 3, 8).transpose(1, 2))
+    torch.testing.assert_close(k, fires[..., 24:].view(2, 63, 3, 8).transpose(1, 2))
+
+
+# ---- ProgSem, Kuramoto ---------------------------------------------------------------------------
+
+
+def test_programs_are_read_from_all_membranes():
+    P = torch.zeros(sum(NEURONS), 3)
+    P[0, 0] = P[NEURONS[0] + 2, 1] = 60.0  # program 0: a neuron of layer 1; program 1: of layer 2
+    trait, (x, tokens, _, membranes) = ProgSem(D, 3, P=P), stream(2)
+    for m in membranes:
+        m.zero_()
+    membranes[0][:, 0, 0] = membranes[1][:, 1, 2] = 0.5
+    active = trait.activity(x, Report(tokens, membrane=membranes))[0]
+    at_rest, lifted = ((1 + math.erf(z - 1)) / 2 for z in (0.0, 60 * math.tanh(0.5) / 6))
+    expected = [[lifted, at_rest, at_rest], [at_rest, lifted, at_rest]]
+    torch.testing.assert_close(active, torch.tensor(expected))
+    assert "P" in trait.state_dict() and "P" not in dict(trait.named_parameters())
+    assert "P" in dict(ProgSem(D, 3).named_parameters())
+    torch.testing.assert_close(trait.P, P)
+
+
+def phases_after(trait, x):
+    """The phases of x (B, T, D), each step written with the sum over all pairs."""
+    phase = F.linear(F.rms_norm(x, (D,)), trait.phase.weight)
+    for _ in range(trait.steps):
+        pairs = torch.sin(phase[..., None, :] - phase[..., :, None]).mean(-1)
+        phase = phase + trait.omega + trait.K * pairs
+    return phase
+
+
+@torch.no_grad()
+def test_kuramoto_couples_all_pairs_and_falls_into_step_with_k():
+    trait, data, rhythm = build("kuramoto")[0], stream(63), []
+    for trait.steps in (0, 1, 3):
+        for K in (0.0, 0.5, 1.0, 1.5, 9.0):
+            trait.K.fill_(K)
+            _, _, report = run([trait], data)
+            rhythm.append(report.log["kuramoto_r"].item())
+            if K == 1.5:
+                phase = phases_after(trait, data[0])
+                r = torch.polar(torch.ones_like(phase), phase).mean(-1).abs().mean().item()
+                assert rhythm[-1] == pytest.approx(r, abs=1e-5)
+    assert all(0 <= r <= 1 for r in rhythm)
+    assert len(set(rhythm[:5])) == 1 and rhythm[0] < 0.4  # spread over the circle
+    for r in (rhythm[5:10], rhythm[10:]):
+        assert r[0] < r[1] < r[2] < r[3] == r[4]  # and |K| is at most 1.5
+    assert rhythm[13] > 0.8
+
+
+# ---- MoE -----------------------------------------------------------------------------------------
+
+
+def moe_routed(bias, T=40):
+    trait = MoE(D, experts=4, width=8, top=2, balance=0.01)
+    with torch.no_grad():
+        trait.down.normal_()
+        trait.router.weight.zero_()
+        trait.router.bias.copy_(torch.tensor(bias))
+    return trait
+
+
+def test_moe_computes_the_chosen_experts_and_no_other():
+    torch.manual_seed(0)
+    trait, (x, tokens, _, _) = moe_routed([0.0, 2.0, 1.0, -1.0]), stream(10)
+    y, _ = trait(x, None, Report(tokens))
+    p = torch.tensor([2.0, 1.0]).softmax(0)  # of the two chosen, again a whole
+    h, up, down = F.rms_norm(x, (D,)), trait.up.view(4, 8, D), trait.down.view(4, 8, D)
+    expected = sum(p[i] * F.gelu(h @ up[e].t()) @ down[e] for i, e in enumerate((1, 2)))
+    torch.testing.assert_close(y - x, expected)
+    with torch.no_grad():
+        up[[0, 3]] = math.nan
+    assert torch.equal(trait(x, None, Report(tokens))[0], y)
+
+
+def test_moe_balance_is_least_when_all_share_the_work():
+    torch.manual_seed(0)
+    x, tokens, _, _ = stream(64)
+
+    def loss(spread, bias):
+        trait, report = moe_routed(bias), Report(tokens)
+        with torch.no_grad():
+            trait.router.weight[:, :4] = spread * torch.eye(4)
+        trait(x, None, report)
+        return report.losses["moe"]
+
+    shared, lopsided = loss(1.0, [0.0] * 4), loss(1.0, [3.0, 3.0, 0.0, 0.0])
+    assert shared.item() == pytest.approx(0.01, rel=0.05)
+    # all choices fall on two experts of four, which together have p of nearly 1
+    assert loss(0.0, [9.0, 9.0, 0.0, 0.0]).item() == pytest.approx(0.01 * 4 * 0.5, rel=1e-2)
+    assert lopsided > 1.5 * shared
+    trait, report = moe_routed([2.0, 1.0, 0.0, 0.0]), Report(tokens)
+    trait(x, None, report)
+    report.losses["moe"].backward()
+    g = trait.router.bias.grad
+    assert g[0] > 0 and g[1] > 0 and g[2] < 0 and g[3] < 0  # descent takes from the favourites
+
+
+@torch.no_grad()
+def test_moe_routes_by_a_leaky_trace_of_the_spikes():
+    trait, (x, tokens, spikes, _) = build("moe")[0], stream(63)
+    report = Report(tokens, spikes=spikes)
+    _, (trace, silent) = trait(x, None, report)
+    expected = torch.zeros(2, NEURONS[-1])
+    for t in range(63):
+        expected = 0.9 * expected + 0.1 * spikes[:, t]
+    torch.testing.assert_close(trace, expected)
+    assert (silent == 0).all() and "moe" in report.losses and report.rate == []
+    # without spikes, as in a transformer, the sign of the stream is read
+    binary = MoE(D, experts=4, width=8)
+    a = binary(x, None, Report(tokens))[1][0]
+    b = binary(x, None, Report(tokens, spikes=(x > 0).float()))[1][0]
+    assert torch.equal(a, b) and a.mean() > 0.3
+
+
+# ---- Memory --------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def test_memory_holds_a_write_for_500_tokens():
+    trait = Memory(3, neurons=1)  # channel 0 writes, 1 opens the gate, 2 is what goes on
+    for p in trait.parameters():
+        p.zero_()
+    beta = 0.998
+    trait.beta_logit.fill_(math.log(beta / (1 - beta)))
+    trait.write.weight[0, 0] = 20.0
+    trait.gate.weight[0, 1], trait.gate.bias[:] = 20.0, -10.0
+    trait.read.weight[0, 2] = 1.0
+    talk = torch.tensor([-1.0, -0.8, 1.0]).repeat(1, 900, 1)  # writes, but the gate is shut
+    told = talk.clone()
+    told[0, 100] = torch.tensor([1.0, 1.0, 0.0])  # a name is told
+    erased = told.clone()
+    erased[0, 300] = torch.tensor([-1.0, 1.0, 0.0])  # and taken back
+
+    def spikes(x):
+        report = Report(torch.zeros(x.shape[:2], dtype=torch.long))
+        return (trait(x, None, report)[0] - x)[0, :, 2]
+
+    assert (spikes(talk) == 0).all()
+    s = spikes(told)
+    v = (1 - beta**2) ** 0.5 * 20 * 1.5**0.5  # rms of (1, 1, 0) is sqrt(2/3)
+    until = 100 + int(math.log(v / 0.25) / -math.log(beta))
+    assert until > 650 and (s[:100] == 0).all() and (s[100:until] == 1).all()
+    assert (s[until + 2 :] == 0).all()
+    s = spikes(erased)
+    assert (s[100:300] == 1).all() and (s[300:] == 0).all()
+
+
+def test_memory_neurons_are_slow_and_learn_how_slow():
+    trait, data = woken(build("memory")), stream(63)
+    beta = torch.sigmoid(build("memory")[0].beta_logit)
+    assert beta.min().item() == pytest.approx(0.99) and beta.max().item() == pytest.approx(0.999)
+    x, _, report = run(trait, data)
+    x.square().sum().backward()
+    assert (trait[0].beta_logit.grad != 0).any() and 0.01 < report.log["memory_rate"] < 0.9
+
+
+# ---- MTP, JEPA -----------------------------------------------------------------------------------
+
+
+def test_mtp_predicts_the_right_tokens():
+    torch.manual_seed(0)
+    V, T = 7, 12
+    text = torch.randint(V, (2, T + 4))
+    ahead = [F.one_hot(text[:, k : k + T], V).float() for k in (2, 3)]  # tokens t+2 and t+3
+    h = torch.cat([torch.zeros(2, T, V), *ahead], -1)  # (B, T, 3V)
+    mtp = MTP(3 * V, 2, weight=0.3)
+
+    def readout(h):
+        return 50 * h[..., :V]
+
+    targets = text[:, 1 : T + 1]  # token t+1
+    assert mtp.loss(h, targets, readout).item() == pytest.approx(0.3 * math.log(V), rel=1e-5)
+    with torch.no_grad():
+        for k, W in enumerate(mtp.ahead, 1):
+            W[k * V : (k + 1) * V, :V] = torch.eye(V)
+    assert mtp.loss(h, targets, readout).item() < 1e-6
+    for off in (text[:, :T], text[:, 2 : T + 2]):  # an off-by-one is not what h holds
+        assert mtp.loss(h, off, readout).item() > 1
+    with pytest.raises(ValueError, match="longer than 2"):
+        mtp.loss(h[:, :2], targets[:, :2], readout)
+
+
+def test_mtp_starts_as_the_models_own_readout_and_is_awake():
+    torch.manual_seed(0)
+    mtp, head, h = MTP(D, 2), torch.nn.Linear(D, VOCAB), torch.randn(2, 9, D)
+    targets = torch.randint(VOCAB, (2, 9))
+    loss = mtp.loss(h, targets, head)
+    nats = [
+        F.cross_entropy(head(h[:, :-k]).flatten(0, 1), targets[:, k:].flatten()) for k in (1, 2)
+    ]
+    torch.testing.assert_close(loss, 0.3 * (nats[0] + nats[1]) / 2)
+    loss.backward()
+    assert all(W.grad.abs().sum() > 0 for W in mtp.ahead)
+
+
+def test_jepa_compares_with_the_next_position_and_stops_the_gradient_there():
+    torch.manual_seed(0)
+    jepa, h, log = JEPA(D), torch.randn(2, 9, D, requires_grad=True), {}
+    loss = jepa.loss(h, log)
+    cos = F.cosine_similarity(h[:, :-1], h[:, 1:], dim=-1)
+    torch.testing.assert_close(loss, 0.1 * (1 - cos).mean())  # its gate is 0 at the start
+    (grad,) = torch.autograd.grad(loss, h, retain_graph=True)
+    assert (grad[:, -1] == 0).all() and (grad[:, :-1].abs().sum(-1) > 0).all()
+    expected = torch.autograd.grad(
+        0.1 * (1 - F.cosine_similarity(h[:, :-1], h[:, 1:].detach(), dim=-1)).mean(), h
+    )[0]
+    torch.testing.assert_close(grad, expected)
+    loss.backward()
+    assert jepa.gate.grad != 0
+    spread = h.detach().flatten(0, 1).std(0).mean()
+    torch.testing.assert_close(log["jepa_std"], spread)
+    jepa.loss(torch.ones(2, 9, D), log)
+    assert log["jepa_std"] == 0
+    with pytest.raises(ValueError, match="2 tokens"):
+        jepa.loss(h[:, :1], log)
+
+
+def test_jepa_learns_what_comes_next():
+    torch.manual_seed(0)
+    turn = torch.linalg.qr(torch.randn(D, D))[0]
+    h = [torch.randn(64, D)]
+    for _ in range(3):
+        h.append(h[-1] @ turn)
+    h, jepa = torch.stack(h, 1), JEPA(D, width=64)
+    optimizer, losses = torch.optim.Adam(jepa.parameters(), lr=1e-2), []
+    for _ in range(100):
+        losses.append(jepa.loss(h, {}))
+        losses[-1].backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert losses[0] > 0.08 and losses[-1] < 0.03

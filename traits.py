@@ -1,0 +1,330 @@
+"""Family traits: what may be added between the blocks of any model here, one class each.
+
+`forward(x, state, report) -> (x, state)`, as the blocks of model.py: x (B, T, d) is the continuous
+stream, never spikes; state a tuple of tensors, () where there is nothing to remember, None for
+silence; report a lif.Report. MTP and JEPA are losses, used in training only.
+
+Each starts as the identity, because exactly one factor of what it adds is zero: that factor has a
+gradient at step 0, and once it moves the others have too. Two zeros would never wake. Each is
+causal, and whole = split = token by token. B sequences, T tokens, d width of the stream.
+"""
+
+import math
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+from kernels import lif
+from lif import Linear, Synapse
+
+
+def rms(x):
+    """x (..., n) at a root mean square of 1 over its last dimension (no gain: a matrix follows)."""
+    return F.rms_norm(x, x.shape[-1:], eps=1e-6)
+
+
+def matrix(fan_in, fan_out, spread):
+    """A Linear without bias: for rms(x) its outputs have this standard deviation, at the start."""
+    linear = Linear(fan_in, fan_out, bias=False)
+    nn.init.normal_(linear.weight, std=spread * fan_in**-0.5)
+    return linear
+
+
+class Derf(nn.Module):
+    """A gate, (1 + erf(alpha z + b)) / 2, at the start 0.079 for z = 0 (after arXiv 2512.10938)."""
+
+    def __init__(self, n):
+        super().__init__()
+        self.alpha, self.b = nn.Parameter(torch.ones(n)), nn.Parameter(-torch.ones(n))
+
+    def forward(self, z):
+        return (1 + torch.erf(self.alpha * z + self.b)) / 2
+
+
+def primes_from(n, count):
+    """The first so many primes that are at least n."""
+    primes = []
+    while len(primes) < count:
+        if n > 1 and all(n % k for k in range(2, math.isqrt(n) + 1)):
+            primes.append(n)
+        n += 1
+    return primes
+
+
+class Engram(nn.Module):
+    """N-gram memory (arXiv 2601.07372): the last 2 and 3 tokens are hashed to rows of tables.
+
+        mix_n = XOR over k < n of token[t-k] * m_k           n = 2, 3; m_k odd; int64 wraps
+        e     = rows mix_n mod p, for each n and head        p a prime per table, all different
+        gate  = Derf(<rms(W_k e), rms(x)> / sqrt(d))
+        x     + W_out (gate * W_v e)                         W_out starts at 0
+    All 2 x heads tables, each of about `rows` rows of `width`, are one embedding. Left of the
+    sequence stands a pad token, vocab_size. State: the last two tokens (B, 2).
+    """
+
+    def __init__(self, d, vocab_size, rows, heads=2, width=64):
+        super().__init__()
+        self.pad, self.heads, n = vocab_size, heads, 2 * heads * width
+        odd = [0x1E3779B97F4A7C15, 0x3F58476D1CE4E5B9, 0x14D049BB133111EB]  # but for that, any
+        self.register_buffer("multiplier", torch.tensor(odd))
+        self.register_buffer("prime", torch.tensor(primes_from(rows, 2 * heads)))
+        self.table = nn.Embedding(sum(primes_from(rows, 2 * heads)), width)
+        nn.init.normal_(self.table.weight, std=width**-0.5)  # rows of length 1
+        self.key, self.value, self.out = matrix(n, d, 1), matrix(n, n, 1), matrix(n, d, 0)
+        self.gate = Derf(1)
+
+    def rows_of(self, tokens, state=None):
+        """tokens (B, T) int64 -> rows of the embedding (B, T, 2 heads), pairs first; the state."""
+        past = tokens.new_full((len(tokens), 2), self.pad) if state is None else state[0]
+        tokens = torch.cat([past, tokens], 1)
+        a, b, c = (tokens[:, 2 - k : tokens.shape[1] - k] * self.multiplier[k] for k in range(3))
+        mix = torch.stack([a ^ b, a ^ b ^ c], -1).repeat_interleave(self.heads, -1)
+        first = self.prime.cumsum(0) - self.prime  # where each table begins
+        return first + mix % self.prime, (tokens[:, -2:],)  # % is never negative, unlike in C
+
+    def forward(self, x, state, report):  # (B, T, d) -> (B, T, d)
+        rows, state = self.rows_of(report.tokens, state)
+        e = self.table(rows).flatten(2)
+        z = (rms(self.key(e, report)) * rms(x)).sum(-1, keepdim=True) / math.sqrt(x.shape[-1])
+        return x + self.out(self.gate(z) * self.value(e, report), report), state
+
+
+class HRM(nn.Module):
+    """Iterative refinement (after arXiv 2506.21734), each position for itself.
+
+    h = x, and `steps` times  h + tanh(gate_t) * W_up SiLU(W_down [rms(h); x]);  gates start at 0
+    """
+
+    def __init__(self, d, steps, width=128):
+        super().__init__()
+        self.down, self.up = Linear(2 * d, width), matrix(width, d, 0.02 * width**0.5)
+        self.gate = nn.Parameter(torch.zeros(steps))
+
+    def forward(self, x, state, report):  # (B, T, d) -> (B, T, d)
+        h = x
+        for gate in self.gate.tanh():
+            h = h + gate * self.up(F.silu(self.down(torch.cat([rms(h), x], -1), report)), report)
+        return h, ()
+
+
+class SpikeAttn(nn.Module):
+    """Linear attention whose queries and keys are spikes, in constant time and memory per token.
+
+        S_t = gamma S_{t-1} + k_t^T v_t          q_t, k_t spikes of W_q x, W_k x; v_t = W_v x
+        o_t = rms(q_t S_t)                       gamma = 1 - 2^-(3 + head) (RetNet, 2307.08621)
+        x   + W_out o                            W_out starts at 0
+    The neurons of q and k are memoryless (beta 0, theta 1): S is the only memory. q.k counts common
+    spikes and grows without bound, hence rms. State: S (B, heads, width, width), float32.
+    """
+
+    def __init__(self, d, heads, width=32, chunk=64, backend="auto"):
+        super().__init__()
+        self.heads, self.width, self.chunk, self.backend = heads, width, chunk, backend
+        self.query_key = matrix(d, 2 * heads * width, 1)  # 16% fire: those one deviation up
+        self.value, self.out = matrix(d, heads * width, 1), matrix(heads * width, d, 0)
+
+    def forward(self, x, state, report):  # (B, T, d) -> (B, T, d)
+        h, B, T = rms(x), *x.shape[:2]
+        current = self.query_key(h, report).view(B * T, 1, -1)  # all tokens in one step of lif
+        one = torch.ones_like(current[0, 0])
+        s, _, _ = lif(current, 0 * one, one, surrogate="triangle", backend=self.backend)
+        report.log["attention_rate"] = s.detach().float().mean()
+        q, k, v = (
+            y.float().reshape(B, T, self.heads, self.width).transpose(1, 2)
+            for y in (*s.chunk(2, -1), self.value(h, report))
+        )
+        start = q.new_zeros(B, self.heads, self.width, self.width)
+        o, S = self.attend(q, k, v, start if state is None else state[0], self.chunk)
+        return x + self.out(rms(o).transpose(1, 2).flatten(2).to(x.dtype), report), (S,)
+
+    @staticmethod
+    def attend(q, k, v, S, chunk):
+        """q, k, v (B, heads, T, width), S (B, heads, width, width) -> q_t S_t for all t, S_T.
+
+        In chunks of C tokens i = 0..C-1 (C = T: parallel form, 1: recurrent), S that of before:
+            o_i = gamma^(i+1) q_i S + sum over j <= i of gamma^(i-j) (q_i.k_j) v_j
+            S   = gamma^C S + sum over j of gamma^(C-1-j) k_j^T v_j
+        """
+        gamma = 1 - 2.0 ** -(3 + torch.arange(q.shape[1], device=q.device)[:, None, None])
+        out = []
+        for q_c, k_c, v_c in zip(q.split(chunk, 2), k.split(chunk, 2), v.split(chunk, 2)):
+            C = q_c.shape[2]
+            i = torch.arange(C, device=q.device)[:, None]
+            decay = (gamma ** (i - i.t()).abs()).tril()  # (heads, C, C)
+            out.append(gamma ** (i + 1) * (q_c @ S) + (q_c @ k_c.mT * decay) @ v_c)
+            S = gamma**C * S + (gamma ** (C - 1 - i) * k_c).mT @ v_c
+        return torch.cat(out, 2), S
+
+
+class ProgSem(nn.Module):
+    """Program semantics: each gene program that is active adds what it has come to mean.
+
+        a = f P / sqrt(F)               f (.., F) features of the neurons, P (F, slots) programs
+        x + W_out W_slots Derf(a)       a learned vector per program; W_out starts at 0
+    With P, the virtual cell's identity matrix, f = tanh of all the report's membranes, side by
+    side; without it f = rms(x), and P is learned. Nobody published equations: these are ours.
+    """
+
+    def __init__(self, d, slots, P=None, width=64):
+        super().__init__()
+        self.reads_membranes = P is not None
+        if P is None:
+            self.P = nn.Parameter(torch.randn(d, slots))
+        else:
+            self.register_buffer("P", P.clone())
+        self.gate = Derf(slots)
+        self.slots, self.out = matrix(slots, width, 1), matrix(width, d, 0)
+
+    def activity(self, x, report):
+        """Of each program at each token, in 0..1 (B, T, slots): the trace that can be read."""
+        f = torch.cat(report.membrane, -1).tanh().to(x.dtype) if self.reads_membranes else rms(x)
+        report.macs += self.P.numel()
+        return self.gate(f @ self.P / math.sqrt(len(self.P)))
+
+    def forward(self, x, state, report):  # (B, T, d) -> (B, T, d)
+        return x + self.out(self.slots(self.activity(x, report), report), report), ()
+
+
+class Kuramoto(nn.Module):
+    """Coupled oscillators (after AKOrN, arXiv 2410.13821), those of one position among themselves.
+
+        phase = W rms(x), and `steps` times  phase + omega + K r sin(psi - phase)
+        r e^(i psi) = mean over the oscillators of e^(i phase)
+        x + W_out [cos phase; sin phase]       W_out starts at 0
+    A step is one unit of time; |K| is held to 1.5, as K r >= 2 would overshoot. The mean r is
+    logged, 0 (phases all over the circle, as W starts) to 1 (unison).
+    """
+
+    def __init__(self, d, oscillators, steps=2):
+        super().__init__()
+        self.steps = steps
+        self.phase = matrix(d, oscillators, math.pi / 2)
+        self.omega = nn.Parameter(0.1 * torch.randn(oscillators))
+        self.K = nn.Parameter(torch.tensor(0.8))
+        self.out = matrix(2 * oscillators, d, 0)
+
+    def forward(self, x, state, report):  # (B, T, d) -> (B, T, d)
+        phase, K = self.phase(rms(x), report), self.K.clamp(-1.5, 1.5)
+        for _ in range(self.steps):
+            cos, sin = phase.cos(), phase.sin()
+            pull = sin.mean(-1, keepdim=True) * cos - cos.mean(-1, keepdim=True) * sin
+            phase = phase + self.omega + K * pull  # pull = r sin(psi - phase)
+        cos, sin = phase.cos(), phase.sin()
+        report.log["kuramoto_r"] = torch.hypot(cos.mean(-1), sin.mean(-1)).detach().mean()
+        return x + self.out(torch.cat([cos, sin], -1), report), ()
+
+
+class MoE(nn.Module):
+    """Mixture of experts, of which spikes choose `top` per token (Shazeer 2017, 1701.06538).
+
+        trace_t = 0.9 trace_{t-1} + 0.1 s_t         s the layer that fired last, else 1[x > 0]
+        p       = softmax(W_r rms(trace) + b_r);  the `top` best are computed, no other
+        x       + sum of p_e / (sum of the chosen p) * GELU(rms(x) W_up,e) W_down,e
+    W_down starts at 0. Loss "moe", least (= balance) when all share the work (2101.03961):
+    balance * experts * sum over e of (share of choices that fell on e) * (mean of p_e).
+    neurons: of the layer that fired last, if not d. State: (trace, no spikes), each (B, neurons).
+    """
+
+    def __init__(self, d, experts, width, top=2, neurons=None, balance=0.01, backend="auto"):
+        super().__init__()
+        self.experts, self.top, self.balance, self.backend = experts, top, balance, backend
+        self.router = Linear(neurons or d, experts)
+        self.up = nn.Parameter(torch.randn(experts * width, d) * d**-0.5)
+        self.down = nn.Parameter(torch.zeros(experts * width, d))  # one for all: never without grad
+
+    def forward(self, x, state, report):  # (B, T, d) -> (B, T, d)
+        s = (x > 0).to(x.dtype) if report.spikes is None else report.spikes
+        ones = torch.ones_like(s[0, 0], dtype=torch.float32)
+        _, trace, state = lif(  # a neuron whose threshold is out of reach only leaks
+            0.1 * s, 0.9 * ones, 2 * ones, state=state, reset="none", backend=self.backend
+        )
+        p = self.router(rms(trace).to(x.dtype), report).float().softmax(-1).flatten(0, 1)
+        share, chosen = p.topk(self.top)  # (B T, top)
+        share = share / share.sum(-1, keepdim=True)
+        load = F.one_hot(chosen, self.experts).float().mean((0, 1))
+        loss = self.balance * self.experts * (load * p.mean(0)).sum()
+        report.losses["moe"] = report.losses.get("moe", 0.0) + loss
+
+        h, y = rms(x).flatten(0, 1), torch.zeros_like(x).flatten(0, 1)
+        up, down = self.up.chunk(self.experts), self.down.chunk(self.experts)
+        for e in chosen.unique().tolist():
+            token, rank = (chosen == e).nonzero(as_tuple=True)
+            out = F.gelu(h[token] @ up[e].t()) @ down[e] * share[token, rank, None]
+            y = y.index_add(0, token, out.to(y.dtype))
+        report.macs += self.top * (up[0].numel() + down[0].numel())
+        return x + y.view_as(x), state
+
+
+class Memory(nn.Module):
+    """Persistent memory: slow neurons on the token axis, written through a gate, read as spikes.
+
+        current = sqrt(1 - beta^2) * sigmoid(W_g x) * W_w x        of rms(x), with biases
+        s       = lif(current), beta 0.99 to 0.999 at the start, then learned
+        x       + W_read s                                         W_read starts at 0
+    Without reset: a neuron over theta (0.25) fires at every token until it has leaked below, or a
+    write of the other sign erases it. State: last membrane and spikes, each (B, neurons). All ours.
+    """
+
+    def __init__(self, d, neurons, backend="auto"):
+        super().__init__()
+        self.write, self.gate, self.backend = Linear(d, neurons), Linear(d, neurons), backend
+        self.beta_logit = nn.Parameter(torch.logit(torch.linspace(0.99, 0.999, neurons)))
+        self.read = Synapse(neurons, d, bias=False)
+        nn.init.zeros_(self.read.weight)
+
+    def forward(self, x, state, report):  # (B, T, d) -> (B, T, d)
+        h, beta = rms(x), torch.sigmoid(self.beta_logit.float())  # bfloat16 has no 0.999
+        current = torch.sigmoid(self.gate(h, report)) * self.write(h, report)
+        s, _, state = lif(
+            (1 - beta * beta).sqrt() * current, beta, torch.full_like(beta, 0.25),
+            state=state, surrogate="triangle", reset="none", backend=self.backend,
+        )  # fmt: skip
+        report.log["memory_rate"] = s.detach().mean()
+        return x + self.read(s.to(x.dtype), report), state
+
+
+class MTP(nn.Module):
+    """Multi-token prediction (arXiv 2404.19737): position t also predicts token t+1+k, k = 1..n,
+    by the model's own readout of h + h W_k; W_k starts at 0."""
+
+    def __init__(self, d, n, weight=0.3):
+        super().__init__()
+        self.weight, self.ahead = weight, nn.ParameterList(torch.zeros(d, d) for _ in range(n))
+
+    def loss(self, h, targets, readout):
+        """weight * mean over k of the cross-entropy of token t+1+k, in nats; a scalar.
+
+        h (B, T, d) is what the readout gets; targets (B, T), targets[t] being token t+1;
+        readout (B, *, d) -> logits (B, *, vocabulary). ValueError if T <= n.
+        """
+        n, T = len(self.ahead), targets.shape[1]
+        if T <= n:
+            raise ValueError(f"to predict {n} more tokens takes sequences longer than {n}, not {T}")
+        nats = 0.0
+        for k, W in enumerate(self.ahead, 1):
+            logits = readout(h[:, :-k] + h[:, :-k] @ W).flatten(0, 1)
+            nats = nats + F.cross_entropy(logits.float(), targets[:, k:].flatten())
+        return self.weight * nats / n
+
+
+class JEPA(nn.Module):
+    """Prediction of the next position's representation (arXiv 2301.08243), by
+    pred = h + g W_2 SiLU(W_1 rms(h)); the scalar g starts at 0."""
+
+    def __init__(self, d, width=256, weight=0.1):
+        super().__init__()
+        self.predict = nn.Sequential(nn.Linear(d, width), nn.SiLU(), nn.Linear(width, d))
+        self.weight, self.gate = weight, nn.Parameter(torch.zeros(()))
+
+    def loss(self, h, log):
+        """weight * mean of 1 - cos(pred_t, h_{t+1}), h (B, T >= 2, d); targets have no gradient.
+
+        log["jepa_std"]: deviation of h over positions, mean over d; near 0 if all became alike.
+        """
+        if h.shape[1] < 2:
+            raise ValueError("to predict the next position takes sequences of 2 tokens or more")
+        log["jepa_std"] = h.detach().float().std((0, 1)).mean()
+        pred = (h + self.gate * self.predict(rms(h)))[:, :-1]
+        cos = F.cosine_similarity(pred.float(), h[:, 1:].detach().float(), dim=-1)
+        return self.weight * (1 - cos).mean()
