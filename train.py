@@ -300,7 +300,8 @@ def next_batch(corpus, curriculum, position, c, run):
 def restore(checkpoint, raw, optimizers, c, tokenizer, curriculum):
     """Put a checkpoint back; ValueError, before anything is touched, if this is another run."""
     old, new = checkpoint["config"], asdict(c)
-    for name in [f.name for f in fields(ModelConfig) if f.name not in ("backend", "checkpointing")] + ["optimizer"]:
+    free = ("backend", "checkpointing")  # these change no result
+    for name in [f.name for f in fields(ModelConfig) if f.name not in free] + ["optimizer"]:
         if old.get(name) != new[name]:
             raise ValueError(
                 f"last.pt was trained with {name}={old.get(name)!r}, not {new[name]!r}: "
