@@ -3,7 +3,7 @@
 block = "whale"
 vocab_size = 4096
 n_embd = 256
-n_hidden = 448
+n_hidden = 480
 n_layer = 4
 encoder = "float"
 
@@ -18,7 +18,7 @@ rate_weight = 50.0
 rate_penalty = "below"
 
 # traits
-engram = 4096
+engram = 8192
 hrm = 2
 spike_attn = 4
 progsem = 18

@@ -1,0 +1,47 @@
+# python train.py configs/spikewhale_216m.py
+# SpikeWhale, 216M parameters; more than half of them are rows of the n-gram memory.
+# Meant for a GPU and a large text; on a CPU it is for counting: python bench.py params.
+block = "whale"
+vocab_size = 16512
+n_embd = 1024
+n_hidden = 1488
+n_layer = 4
+encoder = "float"
+
+# neurons: four layers that gene programs set, read out by all their membranes
+modulation = "program"
+beta_low = 0.9
+beta_high = 0.9
+surrogate = "fast_sigmoid"
+slope = 20.0
+rate_target = 0.2
+rate_weight = 50.0
+rate_penalty = "below"
+rec_heads = 1
+
+# traits
+engram = 65536
+engram_heads = 19
+engram_width = 64
+hrm = 2
+spike_attn = 16
+progsem = 18
+kuramoto = 64
+mtp = 2
+jepa = True
+
+# optimiser
+optimizer = "muon"
+lr = 1e-3
+muon_lr = 5e-3
+table_lr = 2.0
+tokens_per_step = 65536
+micro_tokens = 16384
+max_steps = 32000
+warmup_steps = 500
+
+tokenizer = "lengthmax"
+dataset = "auto"
+phases = "stories:512"
+eval_interval = 500
+eval_length = 512
