@@ -518,7 +518,7 @@ def check_plif(x, b, t, a, v, frames):
         raise ValueError(f"x must be ({B}, {T} or {frames.size}, N), got {tuple(x.shape)}")
     N = x.shape[2]
     shape = (N,) if a is None else (B, frames.size, N)
-    for name, y in (("b", b), ("t", t), ("a", a)):
+    for name, y in (("a", a), ("b", b), ("t", t)):
         if y is not None and y.shape != shape:
             raise ValueError(f"{name} must be {shape}, got {tuple(y.shape)}")
     if v is not None and v.shape != (B, N):
