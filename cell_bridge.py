@@ -1,6 +1,6 @@
 """The virtual cell and its bridge: a cell's gene programs set the excitability of neurons.
 
-    gene embedding -> virtual cell -> program scores -> identity P -> Modulation -> theta, beta, gain
+    gene embedding -> virtual cell -> program scores -> P -> Modulation -> theta, beta, gain
 
 This is an experiment that can be ablated (no modulation, P = 0, P shuffled), no claim about
 biology: whether real genes matter to a network is for those controls to say.
@@ -9,15 +9,15 @@ biology: whether real genes matter to a network is for those controls to say.
     python cell_bridge.py --data=pseudobulk.npz        arrays: see read_npz
     python cell_bridge.py --data=cells.h5ad --embedding=esm2.npz
 
-Asked of the cell: knock gene X down, how does expression change? Its answer is validated on
-perturbed genes that it never saw, beside three baselines, and written with its program scores to
-one file (--out) that train.py reads. The gene embedding meant is ESM2-650M, averaged over the
-protein (Lin et al. 2023); the screen meant is the Virtual Cell Challenge's (Roohani et al. 2025),
-whose organisers report that models do not consistently beat such baselines.
-Shapes: G genes read out, n perturbed genes (the pool), N neurons, 6 programs.
+Knock gene X down: how does expression change? The cell's answer is validated on perturbed genes
+that it never saw, beside three baselines, and written to one file (--out) that train.py reads.
+Meant are the Virtual Cell Challenge's screen (H1 cells, CRISPRi; its organisers report that models
+do not consistently beat such baselines) and ESM2-650M embeddings averaged over the protein.
+Shapes: G genes read out, n perturbed genes (the pool), N neurons.
 """
 
 import hashlib
+import io
 import json
 import sys
 import time
@@ -55,10 +55,11 @@ PROGRAMS = {
             TGFBR2 SMAD2 SMAD3 SMAD4 SMAD7 STAT1 STAT3 SOCS3""",
     }.items()
 }
-MARKERS = [gene for genes in PROGRAMS.values() for gene in genes]  # 177 genes, none in two programs
+MARKERS = [gene for symbols in PROGRAMS.values() for gene in symbols]  # 177, none in two programs
 VARIABLE = 2000  # further genes that are read out: G = 2177
-EMBEDDING = 1280  # width of a gene embedding
-DRAWS = 3  # genes behind each neuron: ~150 genes repeat often among N neurons, triples do not
+EMBEDDING = 1280  # width of a gene's embedding
+CONTROL = "non-targeting"  # target_gene of unperturbed cells
+DRAWS = 3  # genes behind each neuron: of ~150 each repeats among N neurons, triples hardly do
 
 
 @dataclass(frozen=True)
@@ -70,73 +71,68 @@ class CellConfig:
     result: str = ""  # also write the validation as JSON
     # training
     holdout: float = 0.2  # share of the perturbed genes that is only used to validate
-    max_steps: int = 200  # at most; how many is chosen by cross-validation on training genes
+    max_steps: int = 200  # at most; cross-validation on the training genes chooses how many
     folds: int = 4  # of that cross-validation
-    learning_rate: float = 1e-3  # of AdamW, all training genes in each step
+    learning_rate: float = 1e-3  # of AdamW; all training genes in each step
     weight_decay: float = 0.1
     seed: int = 1337  # of split and initialisation
-    threads: int = 0  # CPU threads; 0 leaves it to torch
 
     def __post_init__(self):
         if self.data and not self.data.endswith((".npz", ".h5ad")):
             raise ValueError(f"data must be a .npz or .h5ad file, got {self.data}")
         if self.data.endswith(".h5ad") != bool(self.embedding):
             raise ValueError("a .h5ad file needs --embedding=FILE.npz, and nothing else does")
-        if not 0 < self.holdout < 1 or self.max_steps < 1 or self.folds < 2 or self.threads < 0:
-            raise ValueError("0 < holdout < 1, max_steps >= 1, folds >= 2, threads >= 0 must hold")
+        if not 0 < self.holdout < 1 or self.max_steps < 1 or self.folds < 2:
+            raise ValueError("0 < holdout < 1, max_steps >= 1 and folds >= 2 must hold")
 
 
 # ---- the bridge: what model.py uses ----------------------------------------------------------
 
 
 def identity(scores, n, seed, shuffle=False):
-    """scores (pool, 6) -> P (n, DRAWS * 6) float32, column draw * 6 + program.
+    """scores (pool, 6) -> P (n, DRAWS * 6) float32, column draw * 6 + program; seed fixes all.
 
     Each draw gives every neuron one gene of the pool at random; columns are z-scored over the
-    neurons and clipped to +-3. shuffle permutes each column by itself: the control that keeps the
-    distribution of every program and destroys the genes. The same seed gives the same P.
+    neurons, clipped to +-3. shuffle permutes each column by itself: the control that keeps every
+    program's distribution and destroys the genes.
     """
     generator = torch.Generator().manual_seed(seed)
-    scores = torch.as_tensor(scores, dtype=torch.float64)
-    genes = torch.randint(len(scores), (n, DRAWS), generator=generator)
-    P = scores[genes].flatten(1)  # (n, DRAWS, 6) -> (n, DRAWS * 6)
+    gene = torch.randint(len(scores), (n, DRAWS), generator=generator)
+    P = torch.as_tensor(scores, dtype=torch.float64)[gene].flatten(1)  # (n, DRAWS * 6)
     P = (P - P.mean(0)) / P.std(0, correction=0).clamp(min=1e-9)
     if shuffle:
-        P = torch.stack([col[torch.randperm(n, generator=generator)] for col in P.unbind(1)], 1)
+        P = torch.stack([x[torch.randperm(n, generator=generator)] for x in P.unbind(1)], 1)
     return P.clamp(-3, 3).float()
 
 
 class Modulation(nn.Module):
-    """P (N, K) -> threshold theta, decay beta and gain of the feed-forward current, (N,) each.
+    """P (N, DRAWS * 6) -> threshold theta, decay beta, gain of the feed-forward current, each (N,).
 
-    theta = clamp(theta0 exp(P g_theta), 0.25, 3); beta = clamp(sigmoid(logit(beta0) + P g_beta),
-    0.5, 0.97); gain = clamp(gain0 exp(P g_in), 0.3, 3), with learned strengths g (K,). A neuron
-    at a clamp has no gradient until the others' pull brings it back. P = 0: all are alike.
-    theta0, beta0, gain0: a float or (N,), within the clamps, else ValueError. Only the strengths of
-    neuron_identity start non-zero; their size is unpublished and chosen here.
+    The strengths g are learned. Those of neuron_identity start at: lower threshold, longer memory,
+    more drive (sizes unpublished, chosen here), all others at 0. P = 0 leaves neurons alike.
+    theta0, beta0, gain0: float or (N,). Beyond a clamp a neuron gives no gradient, so bases must
+    lie within: ValueError.
     """
-
-    RANGE = {"theta": (0.25, 3.0), "beta": (0.5, 0.97), "gain": (0.3, 3.0)}
-    START = {"g_theta": -0.1, "g_beta": 0.2, "g_in": 0.1}  # sooner, longer, stronger; per neuron
 
     def __init__(self, P, theta0, beta0, gain0=1.0):
         super().__init__()
         self.register_buffer("P", P)
-        for (name, (low, high)), base in zip(self.RANGE.items(), (theta0, beta0, gain0)):
-            base = torch.as_tensor(base, dtype=P.dtype)
+        bases = ("theta0", theta0, 0.25, 3), ("beta0", beta0, 0.5, 0.97), ("gain0", gain0, 0.3, 3)
+        for name, base, low, high in bases:
+            base = torch.as_tensor(base, dtype=torch.float32)
             if not base.is_meta and not ((base >= low) & (base <= high)).all():
-                raise ValueError(f"{name}0 must be in [{low}, {high}], the range of its modulation")
-            self.register_buffer(f"{name}0", base)
-        draws = P.shape[1] // len(PROGRAMS)
-        neuron = torch.tensor([name == "neuron_identity" for name in PROGRAMS] * draws) / draws
-        for name, start in self.START.items():
-            self.register_parameter(name, nn.Parameter(start * neuron.to(P.dtype)))
+                raise ValueError(f"{name} must be in [{low}, {high}], where its modulation stays")
+            self.register_buffer(name, base)
+        start = torch.tensor([name == "neuron_identity" for name in PROGRAMS] * DRAWS) / DRAWS
+        self.g_theta = nn.Parameter(-0.1 * start)
+        self.g_beta = nn.Parameter(0.2 * start)
+        self.g_in = nn.Parameter(0.1 * start)
 
     def forward(self):
         theta = self.theta0 * torch.exp(self.P @ self.g_theta)
         beta = torch.sigmoid(torch.logit(self.beta0) + self.P @ self.g_beta)
         gain = self.gain0 * torch.exp(self.P @ self.g_in)
-        return tuple(x.clamp(*r) for x, r in zip((theta, beta, gain), self.RANGE.values()))
+        return theta.clamp(0.25, 3), beta.clamp(0.5, 0.97), gain.clamp(0.3, 3)
 
 
 def load_scores(path):
@@ -152,7 +148,7 @@ def load_scores(path):
         reason = (str(error) or type(error).__name__).splitlines()[0]
         raise ValueError(f"cannot read the cell {path}: {reason}") from None
     if type(file) is not dict or file.get("programs") != list(PROGRAMS):
-        raise ValueError(f"{path} is no file of cell_bridge.py with its six programs")
+        raise ValueError(f"{path} is no cell of cell_bridge.py with these six programs")
     return file["scores"], file["genes"]
 
 
@@ -161,153 +157,159 @@ def load_scores(path):
 
 @dataclass
 class Screen:
-    """Pseudobulk, log scale: the mean expression of cells in which one gene was perturbed.
+    """Pseudobulk: mean log expression of the cells in which one gene was perturbed.
 
-    ValueError, in one line, for whatever can not be trained on.
+    ValueError, one line, for whatever can not be trained on.
     """
 
     genes: list  # G symbols that are read out
     perturbations: list  # n symbols that were perturbed
-    control: torch.Tensor  # (G,) mean of unperturbed cells; 0 if profiles are fold changes
+    control: torch.Tensor  # (G,) mean of unperturbed cells; 0 if profiles are log fold changes
     profiles: torch.Tensor  # (n, G)
     embedding: torch.Tensor  # (n, 1280) of the perturbed genes
 
     def __post_init__(self):
         G, n = len(self.genes), len(self.perturbations)
-        for name, shape in (
-            ("control", (G,)), ("profiles", (n, G)), ("embedding", (n, EMBEDDING))
-        ):  # fmt: skip
-            value = torch.as_tensor(getattr(self, name), dtype=torch.float32)
-            if tuple(value.shape) != shape:
+        shapes = {"control": (G,), "profiles": (n, G), "embedding": (n, EMBEDDING)}
+        for name, shape in shapes.items():
+            value = torch.from_numpy(np.array(getattr(self, name), dtype=np.float32))
+            if value.shape != shape:
                 raise ValueError(f"{name} must have shape {shape}, it has {tuple(value.shape)}")
             if not value.isfinite().all():
-                raise ValueError(f"{name} holds NaN or infinity; leave such rows or genes out")
+                raise ValueError(f"{name} holds NaN or infinity; leave those genes out")
             setattr(self, name, value)
         if n < 10 or len(set(self.perturbations)) < n or len(set(self.genes)) < G:
-            raise ValueError("at least 10 perturbations are needed, and no gene may be listed twice")
+            raise ValueError("at least 10 perturbed genes are needed, and no gene listed twice")
         for name, symbols in PROGRAMS.items():
             if not set(symbols) & set(self.genes):
                 raise ValueError(f"unknown genes: none is of {name}; HGNC symbols are needed")
+        self.delta = self.profiles - self.control  # (n, G)
+        self.member = membership(self.genes)
 
-    @property
-    def delta(self):  # (n, G)
-        return self.profiles - self.control
+
+def membership(genes):
+    """(G, 6) whose column p averages over the genes of program p: delta @ it = program scores."""
+    member = torch.tensor([[gene in symbols for symbols in PROGRAMS.values()] for gene in genes])
+    return member / member.sum(0)
 
 
 def synthetic_screen(seed=0):
-    """SYNTHETIC, nothing in it was measured: 150 knock-downs of program genes.
+    """SYNTHETIC, nothing in it was measured: 150 knock-downs of program genes, G = 2177.
 
-    Each gene has 6 latent factors: its membership of a program, of random strength, and some
-    cross-talk. They drive delta (rank 6, a response common to all, noise) and, with noise, the
-    embedding: a held-out gene can be predicted, and linearly. Beating the mean here proves only
-    that the code learns.
+    A gene has 6 factors: its membership of a program, of random strength, and some cross-talk.
+    They drive delta (rank 6, a response common to all, noise) and, under noise, the embedding: a
+    held-out gene can be predicted, linearly. Beating the mean here proves only that code learns.
     """
     rng = np.random.default_rng(seed)
     genes = MARKERS + [f"SYNTHETIC{i}" for i in range(VARIABLE)]
-    member = membership(genes).numpy() > 0  # (G, 6)
+    member, G = membership(genes).numpy() > 0, len(genes)
     knocked = rng.permutation(len(MARKERS))[:150]
     factor = member[knocked] * rng.uniform(0.5, 1.5, (150, 1)) + 0.3 * rng.normal(size=(150, 6))
-    effect = 0.3 * rng.normal(size=(6, len(genes))) - member.T  # a knock-down lowers its program
-    control = rng.uniform(0, 3, len(genes))
-    common = 0.5 * rng.normal(size=len(genes)) + member @ rng.uniform(-1, 1, 6)
-    delta = 0.1 * (factor @ effect + common + rng.normal(size=(150, len(genes))))
+    effect = 0.3 * rng.normal(size=(6, G)) - member.T  # a knock-down lowers its program
+    common = 0.5 * rng.normal(size=G) + member @ rng.uniform(-1, 1, 6)
+    control = rng.uniform(0, 3, G)
+    profiles = control + 0.1 * (factor @ effect + common + rng.normal(size=(150, G)))
     embedding = factor @ rng.normal(size=(6, EMBEDDING)) + 4 * rng.normal(size=(150, EMBEDDING))
-    return Screen(genes, [genes[k] for k in knocked], control, control + delta, embedding)
+    return Screen(genes, [genes[k] for k in knocked], control, profiles, embedding)
 
 
 def synthetic_scores(seed=0):
     """The true program scores (150, 6) of the synthetic screen: a pool without any training."""
     screen = synthetic_screen(seed)
-    return screen.delta @ membership(screen.genes)
+    return screen.delta @ screen.member
 
 
 def arrays(path, *names):
-    """The named arrays of an .npz; whatever is wrong with the file is a ValueError."""
+    """The named arrays of an .npz."""
     try:
         with np.load(path, allow_pickle=False) as file:
-            return [file[name] for name in names]
-    except KeyError as error:
-        raise ValueError(f"{path} has no array {error.args[0]}; needed: {', '.join(names)}")
+            found = {name: file[name] for name in names if name in file}
     except Exception as error:  # missing, damaged, pickled
         raise ValueError(f"cannot read {path}: {error}") from None
+    if missing := [name for name in names if name not in found]:
+        raise ValueError(f"{path} has no array {missing[0]}; needed: {', '.join(names)}")
+    return found.values()
 
 
 def read_npz(path):
-    """Screen from arrays genes (G), perturbations (n), control (G), profiles (n, G), embedding."""
+    """Screen from an .npz with the arrays that Screen lists."""
     names = "genes", "perturbations", "control", "profiles", "embedding"
     genes, perturbations, *rest = arrays(path, *names)
     return Screen(genes.tolist(), perturbations.tolist(), *rest)
 
 
 def read_h5ad(path, embedding_path):
-    """Screen from single cells: X of raw counts (CSR), obs target_gene; "non-targeting" = control.
-
-    Read out are the program genes and the 2000 that vary most among control cells: the choice
-    sees no perturbed cell, held out or not. Embeddings by symbol from embedding_path (.npz).
-    """
+    """Screen from single cells: X raw counts (CSR), obs target_gene, and a table of embeddings."""
     try:
         import h5py
     except ImportError:
         raise ValueError("reading .h5ad needs h5py (pip install h5py); .npz does not") from None
-    known, embedding = arrays(embedding_path, "genes", "embedding")
-    row = {gene: i for i, gene in enumerate(known.tolist())}
+    table = arrays(embedding_path, "genes", "embedding")
     try:
         with h5py.File(path) as file:
-            labels, genes, mean, variance = pseudobulk(file)
+            return from_cells(file, *table)
     except (OSError, KeyError) as error:
         raise ValueError(f"cannot read {path} as .h5ad: {error}") from None
-    if "non-targeting" not in labels:
-        raise ValueError(f'{path} has no controls: no cell has target_gene "non-targeting"')
-    perturbations = [label for label in labels if label != "non-targeting"]
-    if unknown := [gene for gene in perturbations if gene not in row]:
-        raise ValueError(f"unknown genes: {embedding_path} has no {', '.join(unknown[:5])}")
-    variance[np.isin(genes, MARKERS)] = np.inf  # program genes first, then by variance
-    chosen = np.argsort(-variance, kind="stable")[: VARIABLE + np.isinf(variance).sum()]
-    mean = dict(zip(labels, mean[:, chosen]))
-    return Screen(
-        [genes[i] for i in chosen], perturbations, mean["non-targeting"],
-        np.stack([mean[p] for p in perturbations]), embedding[[row[p] for p in perturbations]],
-    )  # fmt: skip
 
 
-def pseudobulk(file, rows=256):
-    """labels, genes, mean (labels, G) of log1p(counts per 10^4), its variance (G,) over controls.
+def from_cells(file, known, embedding):
+    """Screen of an open .h5ad; embedding (K, 1280) of the genes known (K).
 
-    Streams `rows` cells at a time: memory does not grow with their number. file: an h5py.File.
+    Read out are the program genes and the 2000 others that vary most among control cells: the
+    choice sees no perturbed cell.
     """
-    X, column, var = file["X"], file["obs"]["target_gene"], file["var"]
-    if not hasattr(X, "keys") or X.attrs.get("encoding-type", "csr_matrix") != "csr_matrix":
-        raise ValueError("X must be stored row by row (CSR); scipy's tocsr() converts it")
 
     def text(dataset):
         return np.array([x.decode() if isinstance(x, bytes) else str(x) for x in dataset[:]])
 
-    is_group = hasattr(column, "keys")  # categorical: a code per cell, -1 for none
-    cells = np.append(text(column["categories"]), "")[column["codes"][:]] if is_group else text(column)
-    labels, code = np.unique(cells, return_inverse=True)
-    genes, start = text(var[var.attrs.get("_index", "_index")]), X["indptr"][:].astype(np.int64)
-    if "" in labels or len(start) != len(cells) + 1:
-        raise ValueError("every cell, a row of X, needs a target_gene")
-    L, G = len(labels), len(genes)
+    column, var, X = file["obs"]["target_gene"], file["var"], file["X"]
+    target = text(column["categories"] if hasattr(column, "keys") else column)
+    if hasattr(column, "keys"):  # categorical; code -1 is no category
+        target = np.append(target, "(no gene)")[column["codes"][:]]
+    labels, code = np.unique(target, return_inverse=True)
+    genes, row = text(var[var.attrs.get("_index", "_index")]), {g: i for i, g in enumerate(known)}
+    if len(known) != len(embedding):
+        raise ValueError(f"{len(embedding)} embeddings for {len(known)} genes: one each is needed")
+    if not hasattr(X, "keys") or X.attrs.get("encoding-type", "csr_matrix") != "csr_matrix":
+        raise ValueError("X must be stored by rows (CSR); scipy's tocsr() converts it")
+    if CONTROL not in labels:
+        raise ValueError(f"no controls: there is no cell whose target_gene is {CONTROL}")
+    if unknown := [label for label in labels if label not in row and label != CONTROL]:
+        raise ValueError(f"unknown genes: the embedding has no {', '.join(unknown[:5])}")
+    is_control = labels == CONTROL
+    mean, variance = pseudobulk(X, code, len(labels), len(genes), is_control.argmax())
+    variance[np.isin(genes, MARKERS)] = np.inf  # program genes first
+    chosen = np.argsort(-variance, kind="stable")[: VARIABLE + np.isinf(variance).sum()]
+    perturbed, mean = labels[~is_control].tolist(), mean[:, chosen]
+    rows = embedding[[row[gene] for gene in perturbed]]
+    return Screen(genes[chosen].tolist(), perturbed, mean[is_control][0], mean[~is_control], rows)
+
+
+def pseudobulk(X, code, L, G, control, rows=256):
+    """Mean (L, G) of log1p(counts per 10^4) by label, its variance (G,) in cells of label control.
+
+    X: CSR group (data, indices, indptr) on disk, read `rows` cells at a time, so that memory does
+    not grow with their number; code: label of each cell.
+    """
+    start = X["indptr"][:].astype(np.int64)
+    if len(start) != len(code) + 1:
+        raise ValueError(f"X has {len(start) - 1} rows, obs {len(code)} cells")
     total, square = np.zeros(L * G), np.zeros(G)
-    for first in range(0, len(cells), rows):
+    for first in range(0, len(code), rows):
         size = np.diff(start[first : first + rows + 1])  # entries of each of these cells
         span = slice(start[first], start[first] + size.sum())
         count, gene = X["data"][span].astype(np.float64), X["indices"][span].astype(np.int64)
         if not (count >= 0).all():
             raise ValueError("X holds NaN or negative values; raw counts are needed")
         cell = np.repeat(np.arange(len(size)), size)
-        depth = np.bincount(cell, count, len(size)).clip(1e-9)  # no division by 0: an empty cell
+        depth = np.bincount(cell, count, len(size)).clip(1e-9)  # 0 where a cell stores only zeros
         value = np.log1p(1e4 * count / depth[cell])
         label = code[first : first + rows][cell]
         total += np.bincount(label * G + gene, value, L * G)
-        control = labels[label] == "non-targeting"
-        square += np.bincount(gene[control], value[control] ** 2, G)
-    number = np.bincount(code, minlength=L)[:, None]
-    mean = total.reshape(L, G) / number
-    control = labels == "non-targeting"
-    variance = square / max(number[control].sum(), 1) - (mean[control] ** 2).sum(0)
-    return labels.tolist(), genes.tolist(), mean, variance
+        square += np.bincount(gene, value**2 * (label == control), G)
+    number = np.bincount(code, minlength=L)
+    mean = total.reshape(L, G) / number[:, None]
+    return mean, square / number[control] - mean[control] ** 2
 
 
 # ---- the virtual cell ------------------------------------------------------------------------
@@ -316,185 +318,152 @@ def pseudobulk(file, rows=256):
 class VirtualCell(nn.Module):
     """embedding (n, 1280) -> delta (n, G); the predicted profile is control + delta.
 
-    Linear, LayerNorm, GELU, Linear; the last starts at zero, so training starts at "no change".
-    Inputs are z-scored and outputs scaled by the training data's statistics, which are buffers.
+    The last layer starts at zero, so training starts at "no change". Inputs are z-scored and the
+    output scaled by statistics of the training data, which are buffers.
     """
 
-    def __init__(self, embedding, delta, hidden=64):
+    def __init__(self, embedding, delta):
         super().__init__()
         std = embedding.std(0, correction=0)
         self.register_buffer("mean", embedding.mean(0))
         self.register_buffer("std", std.clamp(min=1e-3 * std.mean().item() + 1e-12))
         self.register_buffer("scale", delta.square().mean().sqrt())
-        self.net = nn.Sequential(
-            nn.Linear(embedding.shape[1], hidden), nn.LayerNorm(hidden), nn.GELU(),
-            nn.Linear(hidden, delta.shape[1]),
-        )  # fmt: skip
-        nn.init.zeros_(self.net[-1].weight)
-        nn.init.zeros_(self.net[-1].bias)
+        last = nn.Linear(64, delta.shape[1])
+        nn.init.zeros_(last.weight)
+        nn.init.zeros_(last.bias)
+        self.net = nn.Sequential(nn.Linear(EMBEDDING, 64), nn.LayerNorm(64), nn.GELU(), last)
 
     def forward(self, embedding):
         return self.scale * self.net((embedding - self.mean) / self.std)
 
 
-def membership(genes):
-    """(G, 6): column p averages over the genes of program p, so delta @ it = program scores."""
-    member = torch.tensor([[gene in symbols for symbols in PROGRAMS.values()] for gene in genes])
-    return member / member.sum(0)
-
-
-def loss(predicted, true, member):
-    """Mean squared error, program genes counting 5-fold, plus that of the program scores."""
-    error = predicted - true  # (n, G)
+def loss(error, member):
+    """Mean squared error (n, G), program genes counting 5-fold, plus that of program scores."""
     weight = 1 + 4 * (member > 0).any(1)
     return (weight * error**2).mean(0).sum() / weight.sum() + (error @ member).square().mean()
 
 
-def train(embedding, delta, member, steps, c, watch=None):
-    """A cell after so many steps; with watch = (embedding, delta), its loss there before each."""
+def train(x, y, member, steps, c, watch=None):
+    """(cell, its loss before each step on watch = (x, y)) from embeddings x and deltas y."""
     with torch.random.fork_rng():
         torch.manual_seed(c.seed)
-        cell = VirtualCell(embedding, delta)
-    optimizer = torch.optim.AdamW(
-        cell.parameters(), c.learning_rate, weight_decay=c.weight_decay
-    )  # fmt: skip
+        cell = VirtualCell(x, y)
+    adam = torch.optim.AdamW(cell.parameters(), c.learning_rate, weight_decay=c.weight_decay)
     curve = []
     for _ in range(steps):
         if watch:
             with torch.no_grad():
-                curve.append(loss(cell(watch[0]), watch[1], member).item())
-        optimizer.zero_grad()
-        (loss(cell(embedding), delta, member) / cell.scale**2).backward()
-        optimizer.step()
-    return cell.eval(), curve
+                curve.append(loss(cell(watch[0]) - watch[1], member).item())
+        adam.zero_grad()
+        (loss(cell(x) - y, member) / cell.scale**2).backward()
+        adam.step()
+    return cell, curve
 
 
 def ridge(x, y, x_new, member):
     """Ridge regression with intercept: x (n, F), y (n, G), x_new (m, F) -> (m, G).
 
-    Dual form: centred K = x x^T = U diag(e) U^T, fit H y with H = U diag(e / (e + lambda)) U^T.
-    lambda has the least loss over rows left out, whose residual is (y - H y) / (1 - 1/n - H_ii).
+    Dual: with centred x x^T = U diag(e) U^T the fit is H y, H = U diag(e / (e + k)) U^T. The
+    penalty k is the best for rows left out, whose residuals are (y - H y)_i / (1 - 1/n - H_ii).
     """
     x, y, x_new, member = x.double(), y.double(), x_new.double(), member.double()
-    x_mean, y_mean, n = x.mean(0), y.mean(0), len(x)
+    x_mean, y_mean = x.mean(0), y.mean(0)
     x, y = x - x_mean, y - y_mean
     e, U = torch.linalg.eigh(x @ x.T)
     e = e.clamp(min=0)
 
-    def left_out(shrink):
-        H = U @ torch.diag(e / (e + shrink)) @ U.T
-        return loss((y - H @ y) / (1 - 1 / n - H.diagonal())[:, None], 0, member).item()
+    def left_out(k):
+        H = U * (e / (e + k)) @ U.T
+        return loss((y - H @ y) / (1 - 1 / len(x) - H.diagonal())[:, None], member)
 
-    shrink = min(e.mean() * torch.logspace(-4, 4, 33).double(), key=left_out)
-    dual = U @ torch.diag(1 / (e + shrink)) @ (U.T @ y)
-    return (y_mean + (x_new - x_mean) @ x.T @ dual).float()
+    k = min(e.mean() * torch.logspace(-4, 4, 33).double(), key=left_out)
+    return (y_mean + (x_new - x_mean) @ x.T @ (U / (e + k)) @ U.T @ y).float()
 
 
 def pearson(a, b):
-    """Correlation along the last dimension; 0 where one of them is constant."""
-    a, b = a.double(), b.double()
+    """Correlation along the last dimension; 0 where a or b is constant."""
     tiny = 1e-9 * a.norm(dim=-1) * b.norm(dim=-1)  # a constant minus its mean is rounding
     a, b = a - a.mean(-1, keepdim=True), b - b.mean(-1, keepdim=True)
-    product = a.norm(dim=-1) * b.norm(dim=-1)
-    return torch.where(product > tiny, (a * b).sum(-1) / product.clamp(min=1e-300), 0)
+    norm = a.norm(dim=-1) * b.norm(dim=-1)
+    return torch.where(norm > tiny, (a * b).sum(-1) / norm.clamp(min=1e-300), 0)
 
 
 def measure(predicted, true, member):
-    """The metrics of a row of the table; predicted and true delta (n, G) of held-out genes."""
-    p, t = predicted.double() @ member.double(), true.double() @ member.double()  # (n, 6)
+    """A row of the table: {metric: value} of predicted and true delta (n, G) of held-out genes."""
+    predicted, true, member = predicted.double(), true.double(), member.double()
+    p, t = predicted @ member, true @ member  # (n, 6)
     return {
-        "score_r": pearson(p.flatten(), t.flatten()).item(),  # programs and genes pooled
-        "score_r_genes": pearson(p.T, t.T).mean().item(),  # between genes: all that P can use
-        "delta_r": pearson(predicted, true).mean().item(),  # over G, mean of held-out genes
+        "score_r": pearson(p.flatten(), t.flatten()).item(),  # program scores, all pooled
+        "score_r_genes": pearson(p.T, t.T).mean().item(),  # between genes: what P is made of
+        "delta_r": pearson(predicted, true).mean().item(),  # over G, mean of the held-out genes
         "mse": (predicted - true).square().mean().item(),
     }
 
 
 def validate(screen, c):
-    """Train on some perturbed genes, predict the others: (cell, steps, table {row: {metric: x}})."""
-    member, delta = membership(screen.genes), screen.delta
-    order = torch.randperm(len(delta), generator=torch.Generator().manual_seed(c.seed))
-    held = round(c.holdout * len(order))
-    test, learn = order[:held], order[held:]
-    if not held or len(learn) < c.folds:
-        raise ValueError(f"holdout {c.holdout} of {len(order)} genes leaves too few on one side")
+    """Train on some genes, predict the others: (cell, steps, table {row: {metric: value}})."""
+    x, y, member = screen.embedding, screen.delta, screen.member
+    order = torch.randperm(len(y), generator=torch.Generator().manual_seed(c.seed))
+    test, learn = order.tensor_split([round(c.holdout * len(y))])
+    if len(test) < 2 or len(learn) < 2 * c.folds:
+        raise ValueError(f"holdout {c.holdout} of {len(y)} genes leaves too few on one side")
     curves = []
     for fold in range(c.folds):
         inside = torch.arange(len(learn)) % c.folds == fold
         rest, watch = learn[~inside], learn[inside]
-        seen = screen.embedding[watch], delta[watch]
-        curves.append(train(screen.embedding[rest], delta[rest], member, c.max_steps, c, seen)[1])
+        curves.append(train(x[rest], y[rest], member, c.max_steps, c, (x[watch], y[watch]))[1])
     steps = int(np.mean(curves, 0).argmin())
-    x, y, x_test, true = screen.embedding[learn], delta[learn], screen.embedding[test], delta[test]
-    cell, _ = train(x, y, member, steps, c)
+    cell, _ = train(x[learn], y[learn], member, steps, c)
+    z = (x - cell.mean) / cell.std
     with torch.no_grad():
         rows = {
-            "cell": cell(x_test),
-            "no change": torch.zeros_like(true),
-            "mean delta": y.mean(0).expand_as(true),
-            "ridge": ridge((x - cell.mean) / cell.std, y, (x_test - cell.mean) / cell.std, member),
+            "cell": cell(x[test]),
+            "no change": torch.zeros_like(y[test]),
+            "mean delta": y[learn].mean(0).expand(len(test), -1),
+            "ridge": ridge(z[learn], y[learn], z[test], member),
         }
-    return cell, steps, {name: measure(row, true, member) for name, row in rows.items()}
+    return cell, steps, {name: measure(row, y[test], member) for name, row in rows.items()}
 
 
-# ---- the command -----------------------------------------------------------------------------
-
-
-def sha256(blocks):
-    digest = hashlib.sha256()
-    for block in blocks:
-        digest.update(block)
-    return digest.hexdigest()
-
-
-def file_blocks(*paths):
-    """The bytes of the files, one after the other, 1 MB at a time."""
-    for path in filter(None, paths):
-        with open(path, "rb") as file:
-            while block := file.read(1 << 20):
-                yield block
+def write(path, content):
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    Path(path).write_bytes(content)
+    print(f"wrote {path}")
 
 
 def main(argv):
-    c = config.load(CellConfig, argv)
-    began = time.time()
-    if c.threads:
-        torch.set_num_threads(c.threads)
+    c, began = config.load(CellConfig, argv), time.time()
     try:
-        if c.data.endswith(".h5ad"):
+        if c.embedding:
             screen = read_h5ad(c.data, c.embedding)
         else:
             screen = read_npz(c.data) if c.data else synthetic_screen()
         cell, steps, table = validate(screen, c)
-        blocks = file_blocks(c.data, c.embedding) if c.data else [screen.delta.numpy().tobytes()]
-        data = {
-            "name": Path(c.data).name if c.data else "synthetic screen, nothing measured",
-            "sha256": sha256(blocks),  # of the file; of .h5ad and embedding, one after the other
-        }
         with torch.no_grad():
-            scores = cell(screen.embedding) @ membership(screen.genes)
-        Path(c.out).parent.mkdir(parents=True, exist_ok=True)
-        torch.save(
-            {
-                "programs": list(PROGRAMS), "genes": screen.perturbations, "scores": scores,
-                "cell": cell.state_dict(), "table": table, "data": data, "seed": c.seed,
-            },
-            c.out,
-        )  # fmt: skip
-        result = {"what": "the virtual cell on held-out perturbed genes, beside three baselines"}
-        result |= {"data": data, "seed": c.seed, "table": table, "steps": steps}
-        result |= {"seconds": round(time.time() - began, 1)}
+            scores = cell(screen.embedding) @ screen.member
+        digest = hashlib.sha256()  # of the numbers trained on, whatever file held them
+        for part in (screen.control, screen.profiles, screen.embedding):
+            digest.update(part.numpy().tobytes())
+        name = Path(c.data).name if c.data else "synthetic screen, nothing measured"
+        result = {
+            "what": "the virtual cell on held-out perturbed genes, beside three baselines",
+            "data": {"name": name, "sha256": digest.hexdigest()},
+            "seed": c.seed,
+            "table": table,
+        }
+        print(f"{name}: {len(scores)} perturbed genes, {len(screen.genes)} read out, {steps} steps")
+        print(f"{'held out':10}" + "".join(f"{metric:>15}" for metric in table["cell"]))
+        for row, values in table.items():
+            print(f"{row:10}" + "".join(f"{value:15.4g}" for value in values.values()))
+        pool = {"programs": list(PROGRAMS), "genes": screen.perturbations, "scores": scores}
+        file = io.BytesIO()
+        torch.save(pool | {"cell": cell.state_dict()} | result, file)
+        write(c.out, file.getvalue())
         if c.result:
-            Path(c.result).parent.mkdir(parents=True, exist_ok=True)
-            Path(c.result).write_text(json.dumps(result, indent=1) + "\n")
+            result["seconds"] = round(time.time() - began, 1)
+            write(c.result, json.dumps(result, indent=1).encode() + b"\n")
     except (ValueError, OSError) as error:
         config.stop(error)
-    pool, held = len(scores), round(c.holdout * len(scores))
-    print(f"{data['name']}: {pool} perturbed genes, {held} held out, {len(screen.genes)} read out")
-    print(f"{'':10}" + "".join(f"{metric:>15}" for metric in table["cell"]))
-    for name, row in table.items():
-        print(f"{name:10}" + "".join(f"{value:15.4g}" for value in row.values()))
-    print(f"{steps} steps, {result['seconds']} s; wrote {c.out}")
 
 
 if __name__ == "__main__":

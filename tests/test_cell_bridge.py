@@ -1,0 +1,503 @@
+"""cell_bridge.py: programs, P, modulation, screens and their readers, the cell and its baselines."""
+
+import json
+import sys
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+import cell_bridge
+from cell_bridge import (
+    CONTROL,
+    DRAWS,
+    MARKERS,
+    PROGRAMS,
+    CellConfig,
+    Modulation,
+    Screen,
+    VirtualCell,
+    identity,
+    load_scores,
+    main,
+    measure,
+    membership,
+    synthetic_scores,
+    synthetic_screen,
+    validate,
+)
+
+QUICK = CellConfig(max_steps=90, folds=2)
+NEURON = [draw * 6 + 1 for draw in range(3)]  # columns of neuron_identity
+
+
+def test_programs():
+    assert list(PROGRAMS) == [
+        "cell_division", "neuron_identity", "pluripotency", "endocrine", "metabolism",
+        "signaling_identity",
+    ]  # fmt: skip
+    assert len(MARKERS) == len(set(MARKERS)) == 177
+    assert all(gene.isalnum() and gene.isupper() for gene in MARKERS)
+
+
+# ---- identity and modulation -----------------------------------------------------------------
+
+
+def test_each_draw_gives_a_neuron_all_scores_of_one_gene():
+    scores = torch.rand(20, 6, generator=torch.Generator().manual_seed(0))
+    P = identity(scores, 5000, 3)
+    assert P.shape == (5000, 18) and P.dtype == torch.float32
+    assert P.mean(0).abs().max() < 1e-5 and (P.std(0, correction=0) - 1).abs().max() < 1e-5
+    rows = [P[:, 6 * d : 6 * d + 6] for d in range(DRAWS)]
+    assert all(len(row.unique(dim=0)) == 20 for row in rows)  # 20 genes, jointly
+    assert len(P.unique(dim=0)) > 2000  # of 8000 triples: the draws are independent
+
+
+def test_identity_is_its_seed_and_leaves_the_global_generator_alone():
+    scores = synthetic_scores()
+    torch.manual_seed(1)
+    P, after = identity(scores, 50, 7), torch.rand(1)
+    torch.manual_seed(2)
+    assert torch.equal(P, identity(scores, 50, 7)) and not torch.equal(P, identity(scores, 50, 8))
+    torch.manual_seed(1)
+    assert torch.equal(after, torch.rand(1))
+
+
+def test_identity_clips_and_a_constant_column_is_zero():
+    scores = torch.zeros(100, 6)
+    scores[0, 0], scores[:, 1] = 50.0, 0.1
+    P = identity(scores, 2000, 0)
+    assert P[:, 0].max() == 3 and P[:, 0].min() > -1 and P[:, 1].abs().max() < 1e-6
+    assert identity(-scores, 2000, 0)[:, 0].min() == -3
+
+
+def test_shuffle_keeps_every_column_and_destroys_the_genes():
+    scores = synthetic_scores()
+    P, shuffled = identity(scores, 300, 0), identity(scores, 300, 0, shuffle=True)
+    assert torch.allclose(P.sort(0)[0], shuffled.sort(0)[0])
+    genes = {tuple(row) for row in P[:, :6].tolist()}
+    assert sum(tuple(row) in genes for row in shuffled[:, :6].tolist()) < 10
+    assert torch.equal(shuffled, identity(scores, 300, 0, shuffle=True))
+
+
+def test_modulation_by_hand():
+    P = torch.zeros(4, 18)
+    P[0, NEURON], P[1, NEURON], P[2, 0] = 1.0, -3.0, 2.0
+    m = Modulation(P, 1.0, 0.9)
+    with torch.no_grad():
+        m.g_theta[0], m.g_beta[0], m.g_in[0] = 0.25, -0.5, -0.3
+    theta, beta, gain = m()
+    odds = lambda x: 1 / (1 + np.exp(-x) / 9)  # sigmoid(logit(0.9) + x)  # noqa: E731
+    assert theta.tolist() == pytest.approx([np.exp(-0.1), np.exp(0.3), np.exp(0.5), 1])
+    assert beta.tolist() == pytest.approx([odds(0.2), odds(-0.6), odds(-1.0), 0.9])
+    assert gain.tolist() == pytest.approx([np.exp(0.1), np.exp(-0.3), np.exp(-0.6), 1])
+
+
+def test_modulation_starts_from_the_neuron_program_only_and_learns_all():
+    m = Modulation(identity(synthetic_scores(), 200, 0), 1.0, 0.9)
+    for g, total in ((m.g_theta, -0.1), (m.g_beta, 0.2), (m.g_in, 0.1)):
+        assert g.nonzero().flatten().tolist() == NEURON
+        assert g[NEURON].tolist() == pytest.approx([total / 3] * 3)
+    sum(x.square().sum() for x in m()).backward()
+    assert all(g.grad.abs().min() > 0 for g in m.parameters())
+    assert set(m.state_dict()) == {"P", "theta0", "beta0", "gain0", "g_theta", "g_beta", "g_in"}
+
+
+@pytest.mark.parametrize("beta0", [0.9, torch.linspace(0.5, 0.97, 9)])
+def test_without_P_all_neurons_are_what_they_were(beta0):
+    theta, beta, gain = Modulation(torch.zeros(9, 18), 0.7, beta0, 1.3)()
+    assert torch.equal(theta, torch.full((9,), 0.7)) and torch.equal(gain, torch.full((9,), 1.3))
+    assert torch.allclose(beta, torch.as_tensor(beta0).expand(9), atol=1e-6)
+    assert len(beta.unique()) == (1 if isinstance(beta0, float) else 9)
+
+
+def test_modulation_clamps_and_says_when_a_base_lies_outside():
+    P = torch.zeros(2, 18)
+    P[0], P[1] = 3.0, -3.0
+    m = Modulation(P, 1.0, 0.9)
+    with torch.no_grad():
+        for g in m.parameters():
+            g += 1
+    ends = [[round(v, 4) for v in x.tolist()] for x in m()]
+    assert ends == [[3, 0.25], [0.97, 0.5], [3, 0.3]]
+    for bad in ((0.2, 0.9, 1.0), (1.0, 0.98, 1.0), (1.0, 0.9, 3.1)):
+        with pytest.raises(ValueError, match="must be in"):
+            Modulation(P, *bad)
+
+
+# ---- screens and readers ---------------------------------------------------------------------
+
+
+def small_screen(n=12, seed=0):
+    """The arrays of a valid screen with few genes, as a dictionary for np.savez."""
+    rng = np.random.default_rng(seed)
+    genes = [symbols[0] for symbols in PROGRAMS.values()] + ["A1", "A2"]
+    return {
+        "genes": np.array(genes), "perturbations": np.array(MARKERS[:n]),
+        "control": rng.random(8), "profiles": rng.random((n, 8)),
+        "embedding": rng.random((n, 1280)),
+    }  # fmt: skip
+
+
+def test_read_npz(tmp_path):
+    screen = small_screen()
+    np.savez(tmp_path / "a.npz", **screen)
+    read = cell_bridge.read_npz(tmp_path / "a.npz")
+    assert read.genes == screen["genes"].tolist() and read.perturbations == MARKERS[:12]
+    assert np.allclose(read.delta, screen["profiles"] - screen["control"], atol=1e-6)
+    assert np.allclose(read.embedding, screen["embedding"])
+
+
+def without(screen, name):
+    del screen[name]
+
+
+BROKEN = {
+    "no array control": lambda s: without(s, "control"),
+    "no array embedding": lambda s: without(s, "embedding"),
+    "profiles holds NaN": lambda s: s["profiles"].__setitem__((3, 2), np.nan),
+    "control holds NaN or inf": lambda s: s["control"].__setitem__(0, np.inf),
+    "embedding holds NaN": lambda s: s["embedding"].__setitem__((0, 5), np.nan),
+    r"embedding must have shape \(12, 1280\)": lambda s: s.update(embedding=np.ones((12, 640))),
+    r"control must have shape \(8,\)": lambda s: s.update(control=np.zeros(0)),
+    r"profiles must have shape \(12, 8\)": lambda s: s.update(profiles=np.ones((8, 12))),
+    "could not convert": lambda s: s.update(control=np.array(["x"] * 8)),
+    "unknown genes: none is of metabolism": lambda s: s["genes"].__setitem__(4, "ENSG1"),
+    "no gene listed twice": lambda s: s["perturbations"].__setitem__(0, MARKERS[1]),
+    "at least 10": lambda s: s.update({k: v[:9] for k, v in s.items() if len(v) == 12}),
+    "cannot read": lambda s: s.update(profiles=np.array([object()])),
+}
+
+
+@pytest.mark.parametrize("message", BROKEN)
+def test_a_broken_table_is_one_clear_line(tmp_path, message, capsys):
+    screen = small_screen()
+    BROKEN[message](screen)
+    np.savez(tmp_path / "a.npz", **screen)
+    with pytest.raises(ValueError, match=message) as caught:
+        cell_bridge.read_npz(tmp_path / "a.npz")
+    assert "\n" not in str(caught.value)
+    with pytest.raises(SystemExit, match="2"):
+        main([f"--data={tmp_path}/a.npz", f"--out={tmp_path}/out.pt"])
+    assert capsys.readouterr().err.startswith("error: ") and not (tmp_path / "out.pt").exists()
+
+
+def test_missing_and_damaged_files(tmp_path):
+    (tmp_path / "a.npz").write_bytes(b"no zip")
+    for name in ("a.npz", "b.npz"):
+        with pytest.raises(ValueError, match="cannot read"):
+            cell_bridge.read_npz(tmp_path / name)
+
+
+class Node(dict):
+    """What is used of an h5py.Group, in memory."""
+
+    def __init__(self, content, **attrs):
+        super().__init__(content)
+        self.attrs = attrs
+
+
+class Dataset:
+    """What is used of an h5py.Dataset; remembers the most that was read at once."""
+
+    def __init__(self, values):
+        self.values, self.most = np.asarray(values), 0
+
+    def __getitem__(self, key):
+        self.most = max(self.most, len(self.values[key]))
+        return self.values[key]
+
+
+def cells(n=120, categorical=True):
+    """(tree of arrays as in an .h5ad, dense counts (n, G), labels (n), genes): raw counts."""
+    rng = np.random.default_rng(0)
+    genes = [symbols[0] for symbols in PROGRAMS.values()] + [f"A{i}" for i in range(20)]
+    names = [CONTROL] + MARKERS[:10] + ["UNUSED"]
+    codes = np.concatenate([np.arange(11), rng.integers(0, 11, n - 11)])
+    counts = rng.poisson(rng.gamma(0.5, 2, (n, len(genes))))
+    counts[:, 8] = 30 * (codes != 0) * rng.integers(0, 2, n)  # A2 varies, but not in controls
+    counts[5] = 0  # a cell without any count
+    indptr = np.append(0, (counts > 0).sum(1).cumsum())
+    labels = np.array(names)[codes]
+    X = Node(
+        {"data": Dataset(counts[counts > 0].astype(np.float32)),
+         "indices": Dataset(counts.nonzero()[1].astype(np.int32)), "indptr": Dataset(indptr)}
+    )  # fmt: skip
+    X.attrs["encoding-type"] = "csr_matrix"
+    column = Dataset(labels.astype("S"))
+    if categorical:
+        column = Node({"codes": Dataset(codes), "categories": Dataset(np.array(names, "S"))})
+    var = Node({"symbol": Dataset(np.array(genes, "S"))}, _index="symbol")
+    return Node({"X": X, "obs": Node({"target_gene": column}), "var": var}), counts, labels, genes
+
+
+def expected(counts, labels, label):
+    rows = counts[labels == label]
+    return np.log1p(1e4 * rows / np.maximum(rows.sum(1, keepdims=True), 1))
+
+
+def embeddings():
+    known = MARKERS[::-1]
+    return np.array(known), np.arange(len(known))[:, None] + np.zeros(1280)
+
+
+@pytest.mark.parametrize("categorical", [True, False])
+def test_h5ad_is_pseudobulk_of_normalised_cells(monkeypatch, categorical):
+    monkeypatch.setattr(cell_bridge, "VARIABLE", 4)
+    file, counts, labels, genes = cells(categorical=categorical)
+    screen = cell_bridge.from_cells(file, *embeddings())
+    check_screen(screen, counts, labels, genes)
+
+
+def check_screen(screen, counts, labels, genes):
+    control = expected(counts, labels, CONTROL)
+    ranked = sorted(range(6, 26), key=lambda g: -control[:, g].var())[:4]
+    assert set(screen.genes) == set(genes[:6]) | {genes[g] for g in ranked}
+    assert "A2" not in screen.genes  # varies most over all cells: chosen by controls alone
+    at = [genes.index(g) for g in screen.genes]
+    assert np.allclose(screen.control, control.mean(0)[at], atol=1e-5)
+    assert screen.perturbations == sorted(MARKERS[:10])
+    for i, name in enumerate(screen.perturbations):
+        mean = expected(counts, labels, name).mean(0)[at]
+        assert np.allclose(screen.profiles[i], mean, atol=1e-5)
+        assert screen.embedding[i, 0] == MARKERS[::-1].index(name)
+
+
+def test_h5ad_is_streamed():
+    file, counts, labels, _ = cells(3000)
+    X, names = file["X"], np.unique(labels)
+    code = np.searchsorted(names, labels)
+    mean, variance = cell_bridge.pseudobulk(X, code, len(names), 26, 10, rows=7)
+    assert names[10] == CONTROL
+    assert 0 < X["data"].most <= 7 * 26 and 0 < X["indices"].most <= 7 * 26
+    assert np.allclose(mean[3], expected(counts, labels, names[3]).mean(0))
+    assert np.allclose(variance, expected(counts, labels, CONTROL).var(0))
+    again = cell_bridge.pseudobulk(X, code, len(names), 26, 10, rows=5000)
+    assert np.allclose(mean, again[0]) and np.allclose(variance, again[1])
+
+
+def spoil(file, how):
+    codes = file["obs"]["target_gene"]["codes"].values
+    if how == "no controls":
+        codes[codes == 0] = 1
+    if how == "no gene":
+        codes[3] = -1
+    if how == "negative":
+        file["X"]["data"].values[5] = -1
+    if how == "NaN":
+        file["X"]["data"].values[5] = np.nan
+    if how == "CSR":
+        file["X"].attrs["encoding-type"] = "csc_matrix"
+    if how == "119 cells":
+        file["obs"]["target_gene"]["codes"].values = codes[1:]
+
+
+@pytest.mark.parametrize("how", ["no controls", "no gene", "negative", "NaN", "CSR", "119 cells"])
+def test_broken_cells_are_one_clear_line(how):
+    file = cells()[0]
+    spoil(file, how)
+    with pytest.raises(ValueError, match=how):
+        cell_bridge.from_cells(file, *embeddings())
+
+
+def test_embeddings_must_know_every_perturbed_gene_at_the_right_width():
+    known, table = embeddings()
+    with pytest.raises(ValueError, match=f"unknown genes: the embedding has no {MARKERS[0]}"):
+        cell_bridge.from_cells(cells()[0], known[:-1], table[:-1])
+    with pytest.raises(ValueError, match="must have shape"):
+        cell_bridge.from_cells(cells()[0], known, table[:, :640])
+    with pytest.raises(ValueError, match="one each"):
+        cell_bridge.from_cells(cells()[0], known, table[:-1])
+
+
+def test_h5ad_with_h5py(tmp_path, monkeypatch):
+    h5py = pytest.importorskip("h5py")
+    monkeypatch.setattr(cell_bridge, "VARIABLE", 4)
+    tree, counts, labels, genes = cells()
+
+    def write(group, node):
+        for name, child in node.items():
+            if isinstance(child, Node):
+                write(group.create_group(name), child)
+            else:
+                group[name] = child.values
+        group.attrs.update(node.attrs)
+
+    with h5py.File(tmp_path / "a.h5ad", "w") as file:
+        write(file, tree)
+    known, table = embeddings()
+    np.savez(tmp_path / "e.npz", genes=known, embedding=table)
+    screen = cell_bridge.read_h5ad(tmp_path / "a.h5ad", tmp_path / "e.npz")
+    check_screen(screen, counts, labels, genes)
+    (tmp_path / "b.h5ad").write_bytes(b"nothing")
+    for name in ("b.h5ad", "c.h5ad"):
+        with pytest.raises(ValueError, match="cannot read"):
+            cell_bridge.read_h5ad(tmp_path / name, tmp_path / "e.npz")
+
+
+def test_without_h5py_the_message_names_it(monkeypatch):
+    monkeypatch.setitem(sys.modules, "h5py", None)
+    with pytest.raises(ValueError, match="pip install h5py"):
+        cell_bridge.read_h5ad("a.h5ad", "e.npz")
+
+
+# ---- the cell and its baselines --------------------------------------------------------------
+
+
+def test_the_cell_has_223617_parameters_and_starts_at_no_change():
+    screen = synthetic_screen()
+    cell = VirtualCell(screen.embedding, screen.delta)
+    assert screen.delta.shape == (150, 2177)
+    assert sum(p.numel() for p in cell.parameters()) == 223_617
+    assert cell(screen.embedding).abs().max() == 0
+
+
+def test_the_loss_by_hand():
+    genes = ["PCNA", "SYN1", "SOX2", "INS", "HK1", "EGFR", "FOS", "OTHER"]
+    error = torch.tensor([[1.0, 0, 0, 0, 0, 2, -1, 3]])
+    own = (5 * (1 + 4 + 1) + 9) / (7 * 5 + 1)  # 7 genes of programs, weight 5
+    scores = (1**2 + ((2 - 1) / 2) ** 2) / 6  # cell_division 1; signaling_identity the mean of two
+    assert cell_bridge.loss(error, membership(genes)).item() == pytest.approx(own + scores)
+
+
+@pytest.mark.parametrize("n_features", [4, 40])
+def test_ridge_is_the_best_of_all_rows_left_out_one_by_one(n_features):
+    rng = np.random.default_rng(n_features)
+    genes = [symbols[0] for symbols in PROGRAMS.values()]
+    x, x_new = rng.normal(size=(20, n_features)) + 1, rng.normal(size=(5, n_features))
+    y = x[:, :2] @ rng.normal(size=(2, 6)) + 1.5 * rng.normal(size=(20, 6)) + 3
+    member = membership(genes)
+
+    def fit(x, y, k, new):
+        a = x - x.mean(0)
+        w = np.linalg.solve(a.T @ a + k * np.eye(n_features), a.T @ (y - y.mean(0)))
+        return y.mean(0) + (new - x.mean(0)) @ w
+
+    def left_out(k):
+        rest = [np.arange(20) != i for i in range(20)]
+        error = np.concatenate([fit(x[r], y[r], k, x[~r]) - y[~r] for r in rest])
+        return cell_bridge.loss(torch.tensor(error), member.double()).item()
+
+    unit = np.linalg.eigvalsh((x - x.mean(0)) @ (x - x.mean(0)).T).mean()
+    k = min(unit * np.logspace(-4, 4, 33), key=left_out)
+    assert unit * 1e-4 < k < unit * 1e4
+    ours = cell_bridge.ridge(*map(torch.tensor, (x, y, x_new)), member)
+    assert np.allclose(ours, fit(x, y, k, x_new), atol=1e-4)
+
+
+def test_the_metrics():
+    rng = np.random.default_rng(0)
+    genes = [symbols[0] for symbols in PROGRAMS.values()] + ["A", "B"]
+    p, t = rng.normal(size=(2, 9, 8))
+    row = measure(torch.tensor(p), torch.tensor(t), membership(genes))
+    r = lambda a, b: np.corrcoef(a, b)[0, 1]  # noqa: E731
+    assert row["score_r"] == pytest.approx(r(p[:, :6].ravel(), t[:, :6].ravel()))
+    assert row["score_r_genes"] == pytest.approx(
+        np.mean([r(p[:, i], t[:, i]) for i in range(6)]), abs=1e-6
+    )
+    assert row["delta_r"] == pytest.approx(np.mean([r(a, b) for a, b in zip(p, t)]))
+    assert row["mse"] == pytest.approx(((p - t) ** 2).mean())
+    constant = torch.tensor(p[:1]).float().expand(9, -1)
+    assert measure(constant, torch.tensor(t), membership(genes))["score_r_genes"] == 0
+    assert measure(constant * 0, torch.tensor(t), membership(genes))["delta_r"] == 0
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_on_the_synthetic_screen_the_cell_beats_the_mean(seed):
+    _, steps, table = validate(synthetic_screen(seed), replace(QUICK, seed=seed))
+    assert list(table) == ["cell", "no change", "mean delta", "ridge"] and steps > 10
+    cell, nothing, mean, ridge = table.values()
+    assert cell["score_r"] > mean["score_r"] + 0.08
+    assert cell["score_r_genes"] > 0.6 and ridge["score_r_genes"] > 0.6
+    assert mean["score_r_genes"] == 0 and set(list(nothing.values())[:3]) == {0}
+    assert cell["mse"] < 0.98 * mean["mse"] and mean["mse"] < nothing["mse"]
+
+
+def test_nothing_of_the_held_out_genes_is_seen_in_training():
+    """Their profiles as zeros change what is measured, but neither cell nor steps."""
+    screen, c = synthetic_screen(), replace(QUICK, max_steps=20)
+    cell, steps, table = validate(screen, c)
+    order = torch.randperm(150, generator=torch.Generator().manual_seed(c.seed))
+    screen.delta[order[:30]] = 0
+    screen.embedding[order[:30]] *= 10
+    other, other_steps, other_table = validate(screen, c)
+    assert steps == other_steps
+    assert all(torch.equal(a, b) for a, b in zip(cell.parameters(), other.parameters()))
+    assert other_table["no change"]["mse"] == 0 < table["no change"]["mse"]
+
+
+def test_embeddings_of_other_genes_predict_nothing():
+    """With the embedding shuffled over the genes the cell falls back to about the mean."""
+    screen = synthetic_screen()
+    screen.embedding = screen.embedding[torch.randperm(150, generator=torch.Generator())]
+    table = validate(screen, QUICK)[2]
+    assert abs(table["cell"]["score_r_genes"]) < 0.3 and abs(table["ridge"]["score_r_genes"]) < 0.3
+
+
+def test_synthetic_scores_are_those_of_the_screen():
+    screen = synthetic_screen(4)
+    first = [screen.genes.index(gene) for gene in PROGRAMS["endocrine"]]
+    scores = synthetic_scores(4)
+    assert scores.shape == (150, 6) and set(screen.perturbations) < set(MARKERS)
+    assert torch.allclose(scores[:, 3], screen.delta[:, first].mean(1), atol=1e-6)
+    assert torch.equal(scores, synthetic_scores(4)) and not torch.equal(scores, synthetic_scores(5))
+    down = [scores[i, p] - scores[:, p].mean() for i, gene in enumerate(screen.perturbations)
+            for p, symbols in enumerate(PROGRAMS.values()) if gene in symbols]  # fmt: skip
+    assert np.mean(down) < -0.05  # a knock-down lowers its own program
+
+
+# ---- the command and its file ----------------------------------------------------------------
+
+
+def test_command_writes_one_file_that_load_scores_reads(tmp_path, capsys):
+    np.savez(tmp_path / "a.npz", **small_screen(40))
+    argv = [f"--data={tmp_path}/a.npz", f"--out={tmp_path}/new/cell.pt", "--max_steps=9"]
+    main([*argv, f"--result={tmp_path}/r.json", "--seed=5"])
+    printed = capsys.readouterr().out
+    result = json.loads((tmp_path / "r.json").read_text())
+    assert list(result) == ["what", "data", "seed", "table", "seconds"] and result["seed"] == 5
+    assert result["data"]["name"] == "a.npz" and len(result["data"]["sha256"]) == 64
+    assert all(row in printed for row in ("cell", "no change", "mean delta", "ridge"))
+    scores, genes = load_scores(tmp_path / "new" / "cell.pt")
+    assert genes == MARKERS[:40] and scores.shape == (40, 6)
+    file = torch.load(tmp_path / "new" / "cell.pt", weights_only=True)
+    assert file["table"] == result["table"] and file["data"] == result["data"]
+    screen = cell_bridge.read_npz(tmp_path / "a.npz")
+    cell = VirtualCell(screen.embedding, screen.delta)
+    cell.load_state_dict(file["cell"])
+    assert torch.allclose(cell(screen.embedding) @ screen.member, scores, atol=1e-6)
+
+
+class Evil:
+    def __reduce__(self):
+        return print, ("run",)
+
+
+def test_load_scores_refuses_what_is_no_cell(tmp_path, capsys):
+    (tmp_path / "damaged.pt").write_bytes(b"no cell")
+    torch.save({"model": {}}, tmp_path / "foreign.pt")
+    torch.save([1], tmp_path / "list.pt")
+    torch.save({"programs": list(PROGRAMS)[::-1]}, tmp_path / "programs.pt")
+    torch.save({"programs": list(PROGRAMS), "scores": Evil()}, tmp_path / "code.pt")
+    names = {"damaged": "cannot read", "foreign": "no cell", "list": "no cell",
+             "programs": "no cell", "code": "cannot read", "missing": "there is no file"}  # fmt: skip
+    for name, message in names.items():
+        with pytest.raises(ValueError, match=message) as caught:
+            load_scores(tmp_path / f"{name}.pt")
+        assert "\n" not in str(caught.value)
+    assert capsys.readouterr().out == ""
+
+
+@pytest.mark.parametrize(
+    "flag", ["--data=a.csv", "--data=a.h5ad", "--embedding=e.npz", "--holdout=1.0", "--folds=1"]
+)
+def test_wrong_settings_end_in_one_line(flag, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        main([flag])
+    assert capsys.readouterr().err.count("\n") == 1
+
+
+def test_too_few_genes_on_a_side():
+    with pytest.raises(ValueError, match="too few"):
+        validate(Screen(*small_screen().values()), replace(QUICK, holdout=0.05))
