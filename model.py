@@ -316,8 +316,8 @@ class SelectiveNeurons(nn.Module):
         self.w_beta, self.w_alpha, self.w_theta = (Linear(D, D * N) for _ in range(3))
         self.w_gate, self.w_skip = Linear(D, D, bias=False), Linear(D, D, bias=False)
         beta = torch.linspace(0.8, 0.99, N)
-        # resets take what the input brings, theta * rate ~ sqrt(1 - beta^2); the factor, measured on
-        # random weights, makes rates fall from 25% to 8% over a channel
+        # resets take what the input brings, theta * rate ~ sqrt(1 - beta^2); with this factor, found
+        # by measuring random weights, rates fall from 25% to 8% over a channel
         theta = 0.06 * (1 - beta**2).sqrt() / torch.linspace(0.25, 0.08, N)
         with torch.no_grad():
             self.w_in.weight.mul_((1 - beta**2).sqrt().repeat(D)[:, None])
@@ -446,7 +446,8 @@ class SparkOutput(nn.Module):
         B, T, D = x.shape
         frames = Frames(torch.full((B, T), self.k_max, device=x.device), self.k_max)
         leak, v = self.neurons(self.norm(x), state and state[0], frames, report)
-        return self.inhibit(self.w(leak.view(B, T, -1, D).mean(2), report)), (v,)
+        y = self.w(leak.view(B, T, -1, D).mean(2), report)
+        return self.inhibit(y.to(x.dtype)), (v,)  # a norm likes the precision of the stream
 
 
 BLOCKS = {"sam": SamBlock, "whale": WhaleBlock, "spark": SparkBlock, "gpt": GPTBlock}
@@ -626,7 +627,8 @@ class SpikingLM(nn.Module):
         Rows of `length` tokens, each from silence, overlap by one token, so that every token
         after the first is scored once. Returns a dictionary: nats (total), tokens (scored), rate
         (spikes per neuron and token, per layer), synops and synapses (per token: synaptic
-        operations triggered, and their number if all neurons fired), macs (float-fed, per token).
+        operations triggered, and their number if all neurons fired), macs (float-fed, per token),
+        log (what parts say of themselves: the report's, averaged).
         """
         device, n = self.stress.device, len(tokens) - 1
         if n < 1:
@@ -639,7 +641,7 @@ class SpikingLM(nn.Module):
             batches += zip(x.split(max(1, 8192 // length)), y.split(max(1, 8192 // length)))
         if whole < n:
             batches.append((tokens[None, whole:-1], tokens[None, whole + 1 :]))
-        nats, rate, synops = 0.0, 0, 0.0
+        nats, rate, synops, macs, log = 0.0, 0, 0.0, 0, {}
         for x, y in batches:
             logits, _, report = self(x)
             nats += F.cross_entropy(
@@ -647,13 +649,17 @@ class SpikingLM(nn.Module):
             ).item()
             rate = rate + x.numel() * torch.tensor([r.mean().item() for r in report.rate])
             synops += x.numel() * sum(s.item() for s in report.synops)
+            macs += x.numel() * report.macs
+            for name, value in report.log.items():
+                log[name] = log.get(name, 0.0) + float(value) * x.numel() / n
         return {
             "nats": nats,
             "tokens": n,
             "rate": (rate / n).tolist(),
             "synops": synops / n,
             "synapses": sum(report.synapses),
-            "macs": report.macs,
+            "macs": round(macs / n),
+            "log": log,
         }
 
     @torch.no_grad()

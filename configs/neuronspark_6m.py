@@ -1,6 +1,6 @@
 # python train.py configs/neuronspark_6m.py
-# NeuronSpark (arXiv 2603.16148) at the size of sam_6m.py and gpt_6m.py, 6.03M parameters. Frames
-# cost what layers cost, so there are 4 of them at most, not 16, to be within reach of two CPU cores.
+# NeuronSpark (arXiv 2603.16148) at the size of sam_6m.py and gpt_6m.py, 6.03M parameters. A frame
+# costs as much as all layers of those, so there are 4 at most, not 16: two CPU cores are slow.
 # Expect losses to fall.
 block = "spark"
 vocab_size = 4096

@@ -1,6 +1,7 @@
 """NeuronSpark: the fast path against a slow transcription; kernels; frames that are not run."""
 
 import json
+import math
 import os
 import re
 import subprocess
@@ -17,7 +18,7 @@ import torch
 import config
 import kernels
 from lif import Frames, Report, lif_torch, plif_torch
-from model import SelectiveNeurons, SpikingLM
+from model import SelectiveNeurons, SpikingLM, recomputed
 from train import TrainConfig
 
 DEVICE = "cpu" if kernels.INTERPRETED or not kernels.HAS_TRITON else "cuda"
@@ -172,7 +173,8 @@ def test_equals_the_equations_frame_by_frame(adaptive):
 def test_frames_are_packed():
     frames = Frames(torch.tensor([[2, 1, 3], [1, 1, 1]]), 4)
     assert frames.size == 6 and frames.per_token == 9 / 6
-    assert frames.token.tolist()[0] == [0, 0, 1, 2, 2, 2] and frames.token[1, :3].tolist() == [0, 1, 2]
+    assert frames.token.tolist()[0] == [0, 0, 1, 2, 2, 2]
+    assert frames.token[1, :3].tolist() == [0, 1, 2]
     assert frames.nth.tolist()[0] == [0, 1, 0, 0, 1, 2]
     assert frames.live.sum(1).tolist() == [6, 3]
     x = torch.randn(2, 3, 5)
@@ -249,6 +251,17 @@ def test_ponder_cost_pulls_frames_down_and_is_the_same_in_pieces():
         optimizer.step()
         optimizer.zero_grad()
     assert model(tokens)[2].log["frames 0"] < 0.6 * report.log["frames 0"]
+
+
+def test_score_averages_what_is_logged_over_tokens():
+    model = thoughtful(settings()).eval()
+    tokens = torch.randint(30, (31,))
+    with torch.no_grad():
+        rows = tokens[:24].view(2, 12), tokens[None, 24:30]
+        log = [model(x)[2].log["E[K] 1"].item() for x in rows]
+    score = model.score(tokens.numpy(), 12)
+    assert score["log"]["E[K] 1"] == pytest.approx((24 * log[0] + 6 * log[1]) / 30)
+    assert {f"{what} {i}" for what in ("E[K]", "frames") for i in range(2)} == set(score["log"])
 
 
 # ---- neurons: against lif_torch, and the kernels -------------------------------------------------
@@ -447,6 +460,17 @@ def test_checkpointing_is_bit_identical_and_counts_once(name):
     assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))
 
 
+def test_recomputation_sees_the_report_as_it_was():
+    def reads(x, state, report):
+        return (x * report.spikes).exp(), state
+
+    report, x = Report(spikes=torch.tensor(2.0)), torch.tensor(0.5, requires_grad=True)
+    y, _ = recomputed(reads, x, None, report)
+    report.spikes = torch.tensor(3.0)  # of a later part
+    y.backward()
+    assert x.grad.item() == pytest.approx(2 * math.e)
+
+
 @needs_triton
 def test_compiles_for_gpus():
     """All forms for sm_90 and sm_80: no register spills, loads that run ahead of their use."""
@@ -481,7 +505,8 @@ def compile_all():
             if name in constants:
                 signature[name] = "constexpr"
             elif name.startswith("p_"):
-                signature[name] = "*i64" if name == "p_ends" else "*" + (dtype if per_frame else "fp32")
+                kind = dtype if per_frame else "i64" if name == "p_ends" else "fp32"
+                signature[name] = "*" + kind
             else:
                 signature[name] = "fp32" if name == "slope" else "i32"
         constants = {name: x for name, x in constants.items() if name in signature}
