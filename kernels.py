@@ -1,4 +1,4 @@
-"""The scan of lif.py in Triton, for the GPU; and `lif`, which chooses between the two.
+"""The scans of lif.py in Triton, for the GPU; and `lif` and `plif`, which choose between the two.
 
     pre = beta * v + I + s W            # charge
     s   = 1 if pre >= theta else 0      # fire

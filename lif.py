@@ -25,7 +25,8 @@ A step has no useful derivative, so backward puts a surrogate g(u) in its place 
 Zenke 2019, arXiv 1901.09948). As u = pre - theta, the threshold receives -g.
 
 `lif_torch` is this scan in plain PyTorch: the reference, and the path for CPU and MPS.
-kernels.py has it in Triton. `python lif.py` draws a few neurons in the terminal.
+`plif_torch` runs neurons that take several steps, called frames, within a token.
+kernels.py has both in Triton. `python lif.py` draws a few neurons in the terminal.
 
 Between neurons stand two kinds of matrices, and the class says what they cost: a `Synapse` is fed
 binary spikes, a `Linear` floats. Both count into the `Report` of the forward pass.
@@ -409,13 +410,12 @@ class _Plif(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, b, t, a, v0, frames, slope):
-        B, F_, N = x.shape
+        B, size, N = x.shape
+        C = max(1, 131072 // (B * N))
+        ctx.blocks = [slice(start, min(start + C, size)) for start in range(0, size, C)]
         membrane, v_all, rate = torch.empty_like(x), torch.empty_like(x), x.new_zeros(N)
+        spikes = x.new_empty(B, min(C, size), N)  # of one block
         v, live = v0, frames.live.to(x.dtype)
-        ctx.blocks = [
-            slice(i, min(i + C, F_)) for C in [max(1, 131072 // (B * N))] for i in range(0, F_, C)
-        ]
-        spikes = x.new_empty(B, min(F_, ctx.blocks[0].stop), N)
         for now in ctx.blocks:
             n = now.stop - now.start
             beta, alpha, theta = _parameters(b, t, a, now)
