@@ -503,6 +503,7 @@ BARE |= dict(memory=0, mtp=0, jepa=False)
 ABLATION = {
     "bare": {},
     "bridge": {"modulation": "program"},
+    "two-sided penalty": {"rate_penalty": "both"},
     "bridge, P shuffled": {"modulation": "shuffled"},
     "engram": {"engram": 512, "engram_heads": 1},
     "hrm": {"hrm": 2},

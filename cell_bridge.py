@@ -71,7 +71,7 @@ class CellConfig:
     result: str = ""  # also write the validation as JSON
     # training
     holdout: float = 0.2  # share of the perturbed genes that is only used to validate
-    max_steps: int = 200  # at most; cross-validation on the training genes chooses how many
+    max_steps: int = 150  # at most; cross-validation on the training genes chooses how many
     folds: int = 4  # of that cross-validation
     learning_rate: float = 1e-3  # of AdamW; all training genes in each step
     weight_decay: float = 0.1

@@ -146,8 +146,7 @@ class SpikeAttn(nn.Module):
             o_i = gamma^(i+1) q_i S + sum over j <= i of gamma^(i-j) (q_i.k_j) v_j
             S   = gamma^C S + sum over j of gamma^(C-1-j) k_j^T v_j
         """
-        gamma = 1 - 2.0 ** -(3 + torch.arange(q.shape[1], device=q.device)[:, None, None])
-        out = []
+        gamma, out = 1 - 2.0 ** -(3 + torch.arange(q.shape[1], device=q.device)[:, None, None]), []
         for q_c, k_c, v_c in zip(q.split(chunk, 2), k.split(chunk, 2), v.split(chunk, 2)):
             C = q_c.shape[2]
             i = torch.arange(C, device=q.device)[:, None]
@@ -259,25 +258,26 @@ class MoE(nn.Module):
 class Memory(nn.Module):
     """Persistent memory: slow neurons on the token axis, written through a gate, read as spikes.
 
-        current = sqrt(1 - beta^2) * sigmoid(W_g x) * W_w x        of rms(x), with biases
-        s       = lif(current), beta 0.99 to 0.999 at the start, then learned
-        x       + W_read s                                         W_read starts at 0
-    Without reset: a neuron over theta (0.25) fires at every token until it has leaked below, or a
-    write of the other sign erases it. State: last membrane and spikes, each (B, neurons). All ours.
+        g   = sigmoid(W_g rms(x) + b)            b from -2 to -6: the slower, the less is written
+        pre = beta (1 - g) v + g W_w rms(x)      beta 0.99 to 0.999 at the start, then learned
+        x   + W_read 1[pre >= 0.05]              W_read starts at 0
+    An open gate overwrites, a closed one leaves beta alone to forget. Without reset a neuron fires
+    at every token for as long as it remembers. State: (v, s), each (B, neurons). All this is ours.
     """
 
     def __init__(self, d, neurons, backend="auto"):
         super().__init__()
-        self.write, self.gate, self.backend = Linear(d, neurons), Linear(d, neurons), backend
+        self.write, self.gate, self.backend = matrix(d, neurons, 1), Linear(d, neurons), backend
+        self.gate.bias.data = torch.linspace(-2, -6, neurons)
         self.beta_logit = nn.Parameter(torch.logit(torch.linspace(0.99, 0.999, neurons)))
         self.read = Synapse(neurons, d, bias=False)
         nn.init.zeros_(self.read.weight)
 
     def forward(self, x, state, report):  # (B, T, d) -> (B, T, d)
         h, beta = rms(x), torch.sigmoid(self.beta_logit.float())  # bfloat16 has no 0.999
-        current = torch.sigmoid(self.gate(h, report)) * self.write(h, report)
+        gate = torch.sigmoid(self.gate(h, report).float())
         s, _, state = lif(
-            (1 - beta * beta).sqrt() * current, beta, torch.full_like(beta, 0.25),
+            gate * self.write(h, report), beta * (1 - gate), torch.full_like(beta, 0.05),
             state=state, surrogate="triangle", reset="none", backend=self.backend,
         )  # fmt: skip
         report.log["memory_rate"] = s.detach().mean()

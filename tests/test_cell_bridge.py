@@ -1,4 +1,4 @@
-"""cell_bridge.py: programs, P, modulation, screens and their readers, the cell and its baselines."""
+"""cell_bridge.py: programs, P, modulation, screens and readers, the cell beside its baselines."""
 
 import json
 import sys
@@ -28,7 +28,7 @@ from cell_bridge import (
     validate,
 )
 
-QUICK = CellConfig(max_steps=90, folds=2)
+QUICK = CellConfig(max_steps=70, folds=2)
 NEURON = [draw * 6 + 1 for draw in range(3)]  # columns of neuron_identity
 
 
@@ -217,12 +217,14 @@ def cells(n=120, categorical=True):
     codes = np.concatenate([np.arange(11), rng.integers(0, 11, n - 11)])
     counts = rng.poisson(rng.gamma(0.5, 2, (n, len(genes))))
     counts[:, 8] = 30 * (codes != 0) * rng.integers(0, 2, n)  # A2 varies, but not in controls
-    counts[5] = 0  # a cell without any count
-    indptr = np.append(0, (counts > 0).sum(1).cumsum())
+    counts[5:7] = 0  # cells without any count:
+    stored = counts > 0
+    stored[5, :3] = True  # one of them stores its zeros
+    indptr = np.append(0, stored.sum(1).cumsum())
     labels = np.array(names)[codes]
     X = Node(
-        {"data": Dataset(counts[counts > 0].astype(np.float32)),
-         "indices": Dataset(counts.nonzero()[1].astype(np.int32)), "indptr": Dataset(indptr)}
+        {"data": Dataset(counts[stored].astype(np.float32)),
+         "indices": Dataset(stored.nonzero()[1].astype(np.int32)), "indptr": Dataset(indptr)}
     )  # fmt: skip
     X.attrs["encoding-type"] = "csr_matrix"
     column = Dataset(labels.astype("S"))
@@ -403,6 +405,15 @@ def test_the_metrics():
     assert measure(constant * 0, torch.tensor(t), membership(genes))["delta_r"] == 0
 
 
+def test_training_is_its_seed_and_leaves_the_global_generator_alone():
+    screen = synthetic_screen()
+    x, y, state = screen.embedding[:20], screen.delta[:20], torch.get_rng_state()
+    runs = [cell_bridge.train(x, y, screen.member, 2, replace(QUICK, seed=s))[0] for s in (0, 0, 1)]
+    first, same, other = (cell.net[0].weight for cell in runs)
+    assert torch.equal(first, same) and not torch.allclose(first, other, atol=0.01)
+    assert torch.equal(state, torch.get_rng_state())
+
+
 @pytest.mark.parametrize("seed", [0, 1])
 def test_on_the_synthetic_screen_the_cell_beats_the_mean(seed):
     _, steps, table = validate(synthetic_screen(seed), replace(QUICK, seed=seed))
@@ -428,10 +439,11 @@ def test_nothing_of_the_held_out_genes_is_seen_in_training():
 
 
 def test_embeddings_of_other_genes_predict_nothing():
-    """With the embedding shuffled over the genes the cell falls back to about the mean."""
+    """With the embedding shuffled over the genes the cell stops early, at about the mean."""
     screen = synthetic_screen()
     screen.embedding = screen.embedding[torch.randperm(150, generator=torch.Generator())]
-    table = validate(screen, QUICK)[2]
+    _, steps, table = validate(screen, QUICK)
+    assert 0 < steps < 50
     assert abs(table["cell"]["score_r_genes"]) < 0.3 and abs(table["ridge"]["score_r_genes"]) < 0.3
 
 
@@ -480,8 +492,10 @@ def test_load_scores_refuses_what_is_no_cell(tmp_path, capsys):
     torch.save([1], tmp_path / "list.pt")
     torch.save({"programs": list(PROGRAMS)[::-1]}, tmp_path / "programs.pt")
     torch.save({"programs": list(PROGRAMS), "scores": Evil()}, tmp_path / "code.pt")
-    names = {"damaged": "cannot read", "foreign": "no cell", "list": "no cell",
-             "programs": "no cell", "code": "cannot read", "missing": "there is no file"}  # fmt: skip
+    names = {
+        "damaged": "cannot read", "foreign": "no cell", "list": "no cell", "programs": "no cell",
+        "code": "cannot read", "missing": "there is no file",
+    }  # fmt: skip
     for name, message in names.items():
         with pytest.raises(ValueError, match=message) as caught:
             load_scores(tmp_path / f"{name}.pt")

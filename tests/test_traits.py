@@ -183,6 +183,14 @@ def test_work_is_counted(name):
         assert report.synapses == []
 
 
+@pytest.mark.parametrize("trait", [SpikeAttn, MoE, Memory])
+def test_a_backend_asked_for_is_not_replaced(trait):
+    x, tokens, _, _ = stream(3)
+    args = (4, 8) if trait is MoE else (4,)
+    with pytest.raises(ValueError, match="unknown backend"):
+        trait(D, *args, backend="none such")(x, None, Report(tokens))
+
+
 # ---- Engram --------------------------------------------------------------------------------------
 
 
@@ -234,7 +242,7 @@ def test_engram_gate_is_derf_of_the_agreement():
     engram = Engram(4, VOCAB, rows=97, heads=1, width=2)
     assert engram.gate(torch.zeros(1)).item() == pytest.approx((1 + math.erf(-1)) / 2)
     with torch.no_grad():
-        engram.key.weight.zero_()[:, 0] = 1  # every key is along (1, 1, 1, 1) times the first value
+        engram.key.weight.zero_()[:, 0] = 3  # every key is along (1, 1, 1, 1)
         engram.value.weight.copy_(torch.eye(4))
         engram.out.weight.copy_(torch.eye(4))
         engram.table.weight.fill_(1.0)
@@ -290,8 +298,12 @@ def test_attention_queries_and_keys_are_spikes(monkeypatch):
     monkeypatch.setattr(trait, "attend", lambda *a: seen.append(a) or attend(*a))
     x, tokens, _, _ = stream(63)
     report = Report(tokens)
+    trait.out.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
     trait(x, None, report)
     q, k, v = seen[0][:3]
+    size = seen[1].view(2, 63, 3, 8).square().mean(-1)  # of what the heads say
+    asked = q[:, :, 20:].amax(-1).transpose(1, 2)  # a head without a query says nothing
+    torch.testing.assert_close(size[:, 20:], asked, rtol=0, atol=0.02)
     assert set(q.unique().tolist()) == set(k.unique().tolist()) == {0.0, 1.0}
     assert v.unique().numel() > 1000
     rate = torch.cat([q, k]).mean().item()
@@ -307,13 +319,13 @@ def test_attention_queries_and_keys_are_spikes(monkeypatch):
 
 def test_programs_are_read_from_all_membranes():
     P = torch.zeros(sum(NEURONS), 3)
-    P[0, 0] = P[NEURONS[0] + 2, 1] = 60.0  # program 0: a neuron of layer 1; program 1: of layer 2
+    P[0, 0] = P[NEURONS[0] + 2, 1] = 6.0  # program 0: a neuron of layer 1; program 1: of layer 2
     trait, (x, tokens, _, membranes) = ProgSem(D, 3, P=P), stream(2)
     for m in membranes:
         m.zero_()
     membranes[0][:, 0, 0] = membranes[1][:, 1, 2] = 0.5
     active = trait.activity(x, Report(tokens, membrane=membranes))[0]
-    at_rest, lifted = ((1 + math.erf(z - 1)) / 2 for z in (0.0, 60 * math.tanh(0.5) / 6))
+    at_rest, lifted = ((1 + math.erf(z - 1)) / 2 for z in (0.0, 6 * math.tanh(0.5) / 6))
     expected = [[lifted, at_rest, at_rest], [at_rest, lifted, at_rest]]
     torch.testing.assert_close(active, torch.tensor(expected))
     assert "P" in trait.state_dict() and "P" not in dict(trait.named_parameters())
@@ -424,26 +436,25 @@ def test_memory_holds_a_write_for_500_tokens():
         p.zero_()
     beta = 0.998
     trait.beta_logit.fill_(math.log(beta / (1 - beta)))
-    trait.write.weight[0, 0] = 20.0
+    trait.write.weight[0, 0] = 0.2
     trait.gate.weight[0, 1], trait.gate.bias[:] = 20.0, -10.0
     trait.read.weight[0, 2] = 1.0
-    talk = torch.tensor([-1.0, -0.8, 1.0]).repeat(1, 900, 1)  # writes, but the gate is shut
+    talk = torch.tensor([-1.0, -0.8, 1.0]).repeat(1, 1200, 1)  # writes, but the gate is shut
     told = talk.clone()
     told[0, 100] = torch.tensor([1.0, 1.0, 0.0])  # a name is told
-    erased = told.clone()
-    erased[0, 300] = torch.tensor([-1.0, 1.0, 0.0])  # and taken back
+    replaced = told.clone()
+    replaced[0, 300] = torch.tensor([0.1, 1.0, 1.0])  # and then a lesser one
 
     def spikes(x):
         report = Report(torch.zeros(x.shape[:2], dtype=torch.long))
         return (trait(x, None, report)[0] - x)[0, :, 2]
 
     assert (spikes(talk) == 0).all()
-    s = spikes(told)
-    v = (1 - beta**2) ** 0.5 * 20 * 1.5**0.5  # rms of (1, 1, 0) is sqrt(2/3)
-    until = 100 + int(math.log(v / 0.25) / -math.log(beta))
-    assert until > 650 and (s[:100] == 0).all() and (s[100:until] == 1).all()
-    assert (s[until + 2 :] == 0).all()
-    s = spikes(erased)
+    s, v = spikes(told), 0.2 * 1.5**0.5  # rms of (1, 1, 0) is sqrt(2/3)
+    until = 100 + int(math.log(v / 0.05) / -math.log(beta))
+    assert until > 700 and (s[:100] == 0).all() and (s[100 : until - 3] == 1).all()
+    assert (s[until + 3 :] == 0).all()
+    s = spikes(replaced)
     assert (s[100:300] == 1).all() and (s[300:] == 0).all()
 
 
