@@ -362,11 +362,13 @@ class Pondered(nn.Module):
     """x + r - mean(r), r = W_o sum_k lambda_k f_k(leak(PLIF(RMSNorm(x)))), over frames k.
 
     How long a token ponders is known before its first frame, unlike in the paper, where p_k comes
-    from frame k and all K frames are always run: here p = sigmoid(w . RMSNorm(x) + b) is the
-    probability to halt after any of them. E[K] = sum_k (1-p)^(k-1) up to K is how many frames such
-    a token expects to run, and so many it runs, rounded; a frame's weight fades in while E[K] goes
-    from k - 1/2 to k, so that what comes out is continuous in p. lambda_k ~ p (1-p)^(k-1) over the
-    frames that run, in sum 1. In the others the neurons stand still. With `adaptive` off all K run.
+    from frame k and all K frames are always run: here p = sigmoid(w . RMSNorm(x) / sqrt(D) + b) is
+    the probability to halt after any of them (the root keeps Adam's steps small: the cost, which is
+    there from the first step, must not win before frames prove useful). E[K] = sum_k (1-p)^(k-1) up
+    to K is how many frames such a token expects to run, and so many it runs, rounded up; the last
+    counts by the fraction: what comes out is continuous in p, and says whether more frames would
+    help. lambda_k ~ p (1-p)^(k-1) over the frames that run, in sum 1. In the others the neurons
+    stand still. With `adaptive` off all K run, as in the paper.
     """
 
     def __init__(self, config, inner):
@@ -377,7 +379,7 @@ class Pondered(nn.Module):
         self.neurons = PLIF(D, 0.5, config)
         self.inner = inner(config)
         self.sites = [D, self.inner.sites]
-        self.w_halt = nn.Parameter(torch.empty(D).uniform_(-1, 1) / math.sqrt(D))
+        self.w_halt = nn.Parameter(torch.empty(D).uniform_(-1, 1))
         self.b_halt = nn.Parameter(torch.full((1,), -3.5))
         self.w_o = Linear(D, D, bias=False)
 
@@ -394,12 +396,12 @@ class Pondered(nn.Module):
         """h (B, T, D) -> the Frames to run, lambda (B, T, K), E[K] (B, T)."""
         K = self.config.k_max
         k = torch.arange(K, device=h.device)
-        logit = (h * self.w_halt).sum(-1, keepdim=True) + self.b_halt  # (B, T, 1)
+        logit = (h * self.w_halt).sum(-1, keepdim=True) / math.sqrt(h.shape[-1]) + self.b_halt
         reached = torch.exp(k * F.logsigmoid(-logit))  # (1-p)^(k-1): frame k is reached
         expected = reached.sum(-1)
         if self.config.adaptive:
-            count = (expected.detach() - 0.5).ceil().long()
-            reached = reached * (2 * (expected.unsqueeze(-1) - k) - 1).clamp(0, 1)
+            count = expected.detach().ceil().long()
+            reached = reached * (expected.unsqueeze(-1) - k).clamp(0, 1)
         else:
             count = torch.full_like(expected, K, dtype=torch.long)
         return Frames(count, K), reached / reached.sum(-1, keepdim=True), expected
@@ -427,7 +429,7 @@ class SparkBlock(nn.Module):
         ponder = report.losses.get("ponder", 0.0)
         report.losses["ponder"] = ponder + self.weight * expected  # E[K], mean over layers
         report.log[f"E[K] {self.index}"] = expected.detach()
-        report.log[f"frames {self.index}"] = run  # E[K] rounded token by token
+        report.log[f"frames {self.index}"] = run  # E[K], rounded up token by token
         return x, tuple(after)
 
 

@@ -42,7 +42,7 @@ def thoughtful(c, seed=0):
     model = SpikingLM(c).double()
     for name, p in model.named_parameters():
         if "halt" in name:
-            p.data += 1.5 if name.endswith("b_halt") else torch.randn_like(p)
+            p.data += 1.5 if name.endswith("b_halt") else 4 * torch.randn_like(p)
         if "embedding" in name:
             p.data *= 50  # so that the stream varies
     return model
@@ -95,12 +95,13 @@ def transcription(model, tokens):
         v = v_inner = 0.0
         for frames in stream:
             h = [rms(x, p[name + ".norm.weight"]) for x in frames]
-            halt = torch.sigmoid(h[0] @ p[name + ".w_halt"] + p[name + ".b_halt"])[0]
+            halt = h[0] @ p[name + ".w_halt"] / D**0.5 + p[name + ".b_halt"]
+            halt = torch.sigmoid(halt)[0]
             reached = [(1 - halt) ** k for k in range(K)]
             E_K = sum(reached)
             expected.append(E_K)
             if c.adaptive:
-                fade = [min(max(2 * (E_K - k) - 1, 0 * E_K), 0 * E_K + 1) for k in range(K)]
+                fade = [min(max(E_K - k, 0 * E_K), 0 * E_K + 1) for k in range(K)]
                 weight = [r * f for r, f in zip(reached, fade)]
             else:
                 weight = reached
@@ -163,8 +164,8 @@ def test_equals_the_equations_frame_by_frame(adaptive):
         torch.testing.assert_close(got[name] / scale, p.grad / scale, rtol=0, atol=1e-6, msg=name)
     for rate in report.rate:
         assert 0.02 < rate.mean() < 0.9
-    counts = torch.stack(expected).round()
-    assert counts.unique().tolist() == [1, 2, 3, 4, 5]  # tokens of all kinds
+    counts = torch.stack(expected).ceil()
+    assert counts.unique().tolist() == [2, 3, 4, 5]  # tokens of all kinds
 
 
 # ---- frames --------------------------------------------------------------------------------------
@@ -187,7 +188,8 @@ def test_frames_are_packed():
 
 def test_frames_that_a_token_does_not_need_are_not_computed():
     model, seen = thoughtful(settings()), []
-    block = model.parts["block1"].halves[0]
+    block, after = model.parts["block1"].halves
+    after.w_halt.data.zero_()  # the half behind it runs what it runs
     block.inner.w_in.register_forward_hook(lambda m, i, out: seen.append(i[0].shape[1]))
     tokens = torch.randint(30, (1, 40))
     _, _, report = model(tokens)
@@ -200,7 +202,7 @@ def test_frames_that_a_token_does_not_need_are_not_computed():
     # operations: per frame the four maps into the block, its gate and W_out; per token the rest
     D, N = 12, 3
     assert patient.macs - hasty.macs == 4 * (5 * D * D * N + D * D)
-    assert abs(report.log["E[K] 1"] - report.log["frames 1"]) < 0.5
+    assert report.log["E[K] 1"] < report.log["frames 1"] < report.log["E[K] 1"] + 1
 
 
 def test_state_is_that_of_the_last_frame_that_ran():
