@@ -49,6 +49,9 @@ class BenchConfig(TrainConfig):
     against: str = "configs/gpt_6m.py"  # train, generate: the transformer to compare with
     tokens: int = 2000  # generate: tokens from the first to the last measurement
     threads: int = 2  # CPU threads of PyTorch
+    gpus: int = 0  # params: plan a run of train.py on so many GPUs; 0 plans none
+    gpu_flops: float = 4e14  # params: what a GPU reaches per second in bfloat16 matrix products
+    gpu_link: float = 1e11  # params: bytes per second at which a GPU exchanges gradients
     variants: str = ""  # ablate: only those whose names contain one of these words
     seeds: int = 2  # ablate: runs per variant
     save: bool = True  # write the result to results/
@@ -493,7 +496,63 @@ def params(c, run):
     print(f"{'total':12s} {total:14,d} = {total / 1e6:.2f}M")
     spike_fed = sum(report.synapses)
     print(f"per token: {spike_fed:,d} spike-fed synapses, {report.macs:,d} float multiplications")
-    return {"parameters": total, "groups": groups, "synapses": spike_fed, "macs": report.macs}
+    result = {"parameters": total, "groups": groups, "synapses": spike_fed, "macs": report.macs}
+    return result | ({"plan": plan(c, model, spike_fed + report.macs)} if c.gpus else {})
+
+
+def plan(c, model, macs):
+    """What a step of train.py takes on each of so many GPUs, to be read before they are rented.
+
+    Weights, gradients and optimiser states are float32. Activations are those that a forward pass
+    of micro_tokens saves for backward, in bfloat16 where they enter matrices, counted on the meta
+    device. Time: 6 operations per multiplication and token (8 with checkpointing), then a ring that
+    sends every gradient twice; nothing overlaps and nothing else takes time, so it is a floor.
+    """
+    total = sum(p.numel() for p in model.parameters())
+    per_parameter = {"AdamW": 8, "Muon": 4}  # bytes of state: two averages, or one
+    states = sum(
+        per_parameter[type(optimizer).__name__] * p.numel()
+        for optimizer in make_optimizers(c, model, torch.device("cpu"))
+        for group in optimizer.param_groups
+        for p in group["params"]
+    )
+    gigabytes = {"weights": 4 * total, "gradients": 4 * total, "optimiser": states}
+    for name, checkpointing in (("activations", False), ("activations, checkpointing", True)):
+        gigabytes[name] = activation_bytes(replace(c, checkpointing=checkpointing))
+    gigabytes = {name: size / 1e9 for name, size in gigabytes.items()}
+    compute = (8 if c.checkpointing else 6) * macs * c.tokens_per_step / c.gpus / c.gpu_flops
+    moved = 2 * (c.gpus - 1) / c.gpus * 4 * total
+    seconds = {"compute": compute, "all-reduce": moved / c.gpu_link}
+    print(f"\nper GPU of {c.gpus}, {c.micro_tokens} tokens at a time:")
+    for name, size in gigabytes.items():
+        print(f"  {name:28s} {size:9.2f} GB")
+    print(f"  {'all-reduce per step':28s} {moved / 1e9:9.2f} GB")
+    took = sum(seconds.values())
+    print(f"  a step of {c.tokens_per_step:,d} tokens takes at least {took:.2f} s", end="")
+    print(f" ({', '.join(f'{name} {t:.2f}' for name, t in seconds.items())}), all GPUs together")
+    print(f"  {c.tokens_per_step / took:,.0f} tokens/s; {c.max_steps} steps in {took * c.max_steps / 3600:,.1f} h")
+    return {"gpus": c.gpus, "gigabytes": gigabytes, "all_reduce_bytes": moved, "seconds": seconds}
+
+
+def activation_bytes(settings):
+    """Bytes that one forward pass of micro_tokens keeps for its backward."""
+    length = min(settings.longest(), settings.micro_tokens)
+    with torch.device("meta"):
+        model = SpikingLM(settings).bfloat16()
+        tokens = torch.zeros(settings.micro_tokens // length, length, dtype=torch.long)
+        own = {p.untyped_storage()._cdata for p in model.parameters()}
+        kept = {}  # storages, kept alive so that none takes another's place
+
+        def keep(x):
+            storage = x.untyped_storage()
+            if storage._cdata not in own:
+                kept[storage._cdata] = storage
+            return x
+
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
+            logits, _, report = model(tokens)
+            model.loss(logits, tokens, report)
+    return sum(storage.nbytes() for storage in kept.values())
 
 
 # ---- ablate: whole training runs, one ingredient apart -------------------------------------------
