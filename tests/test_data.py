@@ -805,7 +805,8 @@ def test_prepare_a_stream(rows_server, tmp_path, monkeypatch):
 
 
 def test_copies_of_held_out_documents_leave_the_sample(rows_server, tmp_path, monkeypatch):
-    monkeypatch.setitem(globals(), "row", lambda name, i: f"Copy {i % 40}. " + "word " * (i % 40))
+    copy = lambda name, i: f"Copy {i % 40}. " + "long word " * (i % 40)  # noqa: E731
+    monkeypatch.setitem(globals(), "row", copy)
     bases = dict.fromkeys(data.BASES, rows_server.url)
     prepared = data.prepare("stream:a/math/four", "byte", 0, tmp_path, bases=bases)
     held, sample = (set(texts_of(s, prepared.tokenizer))
