@@ -364,7 +364,7 @@ class SnnTorchSam(SpikingLM):
                 spikes.append(s)
                 gate = nn.functional.linear(h, block.gate.weight, block.gate.bias)
                 x = x + torch.sigmoid(gate) * s
-            logits.append(self.readout(x, report))
+            logits.append(self.readout(x, None, report)[0])
         report.rate = [
             torch.stack(spikes[i :: c.n_layer]).mean((0, 1)) for i in range(c.n_layer)
         ]

@@ -344,6 +344,73 @@ def check(current, beta, theta, w_rec, state, reset, reset_grad, clamp):
     return reset == "soft", bool(reset_grad), float(clamp)
 
 
+# ---- populations ------------------------------------------------------------------------------
+# Neurons that share one membrane and differ in their threshold: their spikes say how large it is.
+
+
+class _Population(torch.autograd.Function):
+    """(v, theta, levels) -> what the population sends (B, T, N), spikes per population (N,)."""
+
+    @staticmethod
+    def forward(ctx, v, theta, levels, surrogate, slope, dtype):
+        ctx.save_for_backward(v, theta, levels)
+        ctx.surrogate, ctx.slope = surrogate, slope
+        sent, rate = torch.empty_like(v, dtype=dtype), torch.zeros_like(levels[0, 0])
+        rungs = levels.diff(dim=1, prepend=torch.zeros_like(levels[:, :1]))  # from level to level
+        for rows in _in_cache(v):
+            q, reached = torch.zeros_like(v[rows]), torch.empty_like(v[rows])
+            for side, rung in zip((v[rows], -v[rows]), rungs):
+                for k in range(len(theta)):
+                    torch.ge(side, theta[k], out=reached)  # faster than a mask
+                    q.addcmul_(reached, rung[k])
+                    if k == 0:
+                        rate += reached.sum((0, 1))
+            sent[rows] = q
+        return sent, rate / (v.shape[0] * v.shape[1])
+
+    @staticmethod
+    def backward(ctx, d_sent, d_rate):
+        v, theta, levels = ctx.saved_tensors
+        d_v, d_rungs = torch.empty_like(v), torch.zeros_like(levels)
+        rungs = levels.diff(dim=1, prepend=torch.zeros_like(levels[:, :1]))
+        d_rate = d_rate / (v.shape[0] * v.shape[1])
+        for rows in _in_cache(v):
+            d_q, total = d_sent[rows].to(v.dtype), torch.zeros_like(v[rows])
+            reached = torch.empty_like(total)
+            for sign, rung, d_rung in zip((1, -1), rungs, d_rungs):
+                for k in range(len(theta)):
+                    u = torch.add(-theta[k], v[rows], alpha=sign)
+                    d_rung[k] += torch.ge(u, 0, out=reached).mul_(d_q).sum((0, 1))
+                    d_s = d_q * rung[k] + d_rate if k == 0 else d_q * rung[k]
+                    total.addcmul_(d_s, ctx.surrogate.grad(u, ctx.slope), value=sign)
+            d_v[rows] = total
+        d_levels = d_rungs - F.pad(d_rungs[:, 1:], (0, 0, 0, 1))
+        return d_v, None, d_levels, None, None, None
+
+
+def _in_cache(v):
+    """Slices over the sequences of v (B, T, N), of about 128k elements each."""
+    n = max(1, 131072 // v[0].numel())
+    return [slice(i, i + n) for i in range(0, len(v), n)]
+
+
+def population(v, theta, levels, surrogate="triangle", slope=None, dtype=None):
+    """The spikes of N populations of neurons that watch one membrane each, v (B, T, N).
+
+        s_k = 1[theta_k <= v < theta_k+1]        lateral inhibition: only the highest one reached
+        sent = sum over k of levels_k * s_k      so at most one spike per population and step
+    theta (K,) ascends. levels (sides, K, N): what a spike of each neuron weighs; with two sides the
+    second one's neurons watch -v. The gradient passes each threshold by the surrogate; the sum of
+    these bumps is nearly straight where slope * theta spacing is nearly 1.
+
+    Returns sent (B, T, N), in `dtype` or v's, and the spikes per population and step (N,), gradient
+    included.
+    """
+    chosen = surrogate_named(surrogate)
+    slope = chosen.slope if slope is None else slope
+    return _Population.apply(v, theta, levels, chosen, slope, dtype or v.dtype)
+
+
 # ---- neurons that run several frames within a token (NeuronSpark, arXiv 2603.16148) ------------
 #
 #     symbol   row form (N,)   step form (B, F, N)       F frames, all those of a sequence's tokens
@@ -585,8 +652,33 @@ class Linear(nn.Linear):
         return super().forward(x)
 
 
+EVENT_RATE = 0.5  # above it reading all rows in order is as fast (in float32; else never)
+
+
+def deliver(s, weight, report):
+    """What spikes s (..., fan_in) bring through weight (fan_in, fan_out): s W, (..., fan_out).
+
+    One token without gradient reads only the rows of the neurons that fired. A row is read by one
+    thread, so there are as many bags of rows as threads.
+    """
+    fired = s.detach() != 0
+    report.fed_by_spikes(fired.flatten(0, -2).float().mean(0), weight.shape[1])
+    if s.numel() == len(weight) and not torch.is_grad_enabled():
+        active = fired.flatten().nonzero()[:, 0]
+        if len(active) < EVENT_RATE * len(weight) or weight.dtype != s.dtype:
+            bags = torch.get_num_threads() if len(active) >= 64 else 1
+            start = torch.arange(bags, device=active.device) * len(active) // bags
+            level = s.flatten()[active].to(weight.dtype)
+            rows = F.embedding_bag(active, weight, start, mode="sum", per_sample_weights=level)
+            return rows.to(s.dtype).sum(0).view(*s.shape[:-1], -1)
+    return F.linear(s.to(weight.dtype), weight.t()).to(s.dtype)
+
+
 class Synapse(nn.Module):
-    """A matrix that may only be fed binary spikes, stored one row per presynaptic neuron."""
+    """A matrix that may only be fed spikes, stored one row per presynaptic neuron.
+
+    Spikes are 0 or 1. Those of a `population`, whose neurons share a row, come times their level.
+    """
 
     def __init__(self, fan_in, fan_out, bias=True):
         super().__init__()
@@ -594,9 +686,9 @@ class Synapse(nn.Module):
         self.weight = nn.Parameter(torch.empty(fan_in, fan_out).uniform_(-bound, bound))
         self.bias = nn.Parameter(torch.empty(fan_out).uniform_(-bound, bound)) if bias else None
 
-    def forward(self, s, report):  # (..., fan_in) of 0 and 1 -> (..., fan_out)
-        report.fed_by_spikes(s.detach().flatten(0, -2).float().mean(0), self.weight.shape[1])
-        return F.linear(s, self.weight.t(), self.bias)
+    def forward(self, s, report):  # spikes (..., fan_in) -> (..., fan_out)
+        y = deliver(s, self.weight, report)
+        return y if self.bias is None else y + self.bias
 
 
 # ---- a picture --------------------------------------------------------------------------------

@@ -17,14 +17,15 @@ from torch.utils.checkpoint import checkpoint
 
 from cell_bridge import Modulation, identity, synthetic_scores
 from kernels import lif, plif
-from lif import SURROGATES, Frames, Linear, Report, Synapse
+from lif import SURROGATES, Frames, Linear, Report, Synapse, deliver, population
 from traits import HRM, JEPA, MTP, Engram, Kuramoto, Memory, MoE, ProgSem, SpikeAttn
 
 
 @dataclass(frozen=True)
 class ModelConfig:
     # model
-    block: str = "sam"  # sam: Real Sam | whale: SpikeWhale | spark: NeuronSpark | gpt: the control
+    # sam: Real Sam | whale: SpikeWhale | spark: NeuronSpark | snn: population codes | gpt: control
+    block: str = "sam"
     vocab_size: int = 4096  # tokens the embedding has room for; the tokenizer may use fewer
     n_embd: int = 256  # width of the tied embedding
     n_hidden: int = 512  # width of the residual stream = neurons per block
@@ -49,8 +50,13 @@ class ModelConfig:
     # firing rate
     rate_target: float = 0.1  # spikes per neuron and token that the penalty pulls towards
     rate_weight: float = 10.0  # weight of the penalty (rate - target)^2, summed over layers
-    rate_penalty: str = "both"  # both: of a layer off target | above it | below: of a neuron below
+    # both: of a layer off target | above it | below: of a neuron below | mean: of all layers above
+    rate_penalty: str = "both"
     homeostasis: float = 0.0  # sam V3: thresholds move by this * (rate - target) per step; 0 is off
+    # snn
+    levels: int = 3  # neurons of a population, at thresholds theta, 2 theta, ...; 1 is plain spikes
+    head: str = "float"  # what the readout's matrix is fed: float | spikes, of one more population
+    spikes: bool = True  # False: the float twin, the same block with graded signals
     # whale
     modulation: str = "program"  # neurons set by gene programs | shuffled: a control | none: all equal
     spike_input_gain: float = 2.5  # scale of the input synapses of layers fed by spikes, at the start
@@ -82,8 +88,9 @@ class ModelConfig:
         for name, allowed in (
             ("block", tuple(BLOCKS)),
             ("encoder", ("spikes", "float")),
+            ("head", ("float", "spikes")),
             ("residual", ("gated", "plain", "none")),
-            ("rate_penalty", ("both", "above", "below")),
+            ("rate_penalty", ("both", "above", "below", "mean")),
             ("modulation", ("program", "shuffled", "none")),
             ("surrogate", tuple(SURROGATES)),
             ("backend", ("auto", "triton", "torch")),
@@ -92,10 +99,8 @@ class ModelConfig:
                 raise ValueError(
                     f"{name} must be one of {', '.join(allowed)}, got {getattr(self, name)!r}"
                 )
-        for name in (
-            "vocab_size", "n_embd", "n_hidden", "n_layer", "n_head", "d_ff", "window",
-            "n_state", "k_max",
-        ):  # fmt: skip
+        at_least_1 = "vocab_size n_embd n_hidden n_layer n_head d_ff window n_state k_max levels"
+        for name in at_least_1.split():
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
         heads = "n_head" if self.block == "gpt" else "rec_heads"
@@ -228,6 +233,63 @@ class MembraneReadout(nn.Module):
 
     def forward(self, x, state, report):  # -> (B, T, n_embd)
         return self.mix(torch.tanh(torch.cat(report.membrane, -1)), report), None
+
+
+class Population(nn.Module):
+    """n leaky membranes without reset, each watched by neurons at thresholds theta, 2 theta, ...
+
+        v = beta * v' + sqrt(1 - beta^2) * (g z + b);  sends the spikes of lif.population(v)
+    signed: as many neurons again watch -v. The float twin sends v itself, or relu(v) if unsigned.
+    """
+
+    def __init__(self, n, config, signed):
+        super().__init__()
+        c, self.config, self.signed = config, config, signed
+        self.gain, self.bias = nn.Parameter(torch.ones(n)), nn.Parameter(torch.zeros(n))
+        beta = torch.linspace(c.beta_low, c.beta_high, n)[torch.randperm(n)]
+        self.beta_logit = nn.Parameter(torch.logit(beta))
+        if c.spikes:
+            self.register_buffer("theta", c.theta * torch.arange(1, c.levels + 1))
+            middle = (self.theta + c.theta / 2).repeat_interleave(n)  # of each interval of v
+            self.levels = nn.Parameter(torch.cat([middle, -middle]) if signed else middle)
+
+    def forward(self, z, state, report):  # (B, T, n) -> (B, T, n); state as of `lif`
+        c = self.config
+        beta = torch.sigmoid(self.beta_logit)
+        current = (1 - beta**2).sqrt() * torch.addcmul(self.bias, self.gain, z)
+        _, v, state = lif(
+            current, beta, torch.ones_like(beta), state=state, reset="none", backend=c.backend
+        )
+        if not c.spikes:
+            return (v if self.signed else F.relu(v)).to(z.dtype), state
+        levels = self.levels.view(1 + self.signed, c.levels, -1)
+        sent, rate = population(v, self.theta, levels, c.surrogate, c.slope, z.dtype)
+        report.rate.append(rate)
+        report.spikes = sent
+        return sent, state
+
+
+class SNNBlock(nn.Module):
+    """Fully spike-driven: floats live in membranes, norms and the stream, spikes cross matrices.
+
+    a = population(x / rms(x));  h = population(W_in a);  x + W_out h
+    """
+
+    def __init__(self, config, index):
+        super().__init__()
+        c, D, N = config, config.n_hidden, config.d_ff
+        self.sites = [D, N] if c.spikes else []
+        self.a, self.h = Population(D, c, signed=True), Population(N, c, signed=False)
+        matrix = Synapse if c.spikes else Linear
+        self.w_in, self.w_out = matrix(D, N, bias=False), matrix(N, D, bias=False)
+        nn.init.normal_(self.w_in.weight, std=D**-0.5)
+        nn.init.normal_(self.w_out.weight, std=0.5 / math.sqrt(c.n_layer * N))
+
+    def forward(self, x, state, report):  # (B, T, D) -> (B, T, D)
+        of_a, of_h = (None, None) if state is None else (state[:2], state[2:])
+        a, of_a = self.a(F.rms_norm(x, x.shape[-1:]), of_a, report)
+        h, of_h = self.h(self.w_in(a, report), of_h, report)
+        return x + self.w_out(h, report), of_a + of_h
 
 
 class GPTBlock(nn.Module):
@@ -452,7 +514,8 @@ class SparkOutput(nn.Module):
         return self.inhibit(y.to(x.dtype)), (v,)  # a norm likes the precision of the stream
 
 
-BLOCKS = {"sam": SamBlock, "whale": WhaleBlock, "spark": SparkBlock, "gpt": GPTBlock}
+BLOCKS = {"sam": SamBlock, "whale": WhaleBlock, "spark": SparkBlock}
+BLOCKS |= {"snn": SNNBlock, "gpt": GPTBlock}
 
 
 def recomputed(part, x, state, report):
@@ -481,6 +544,14 @@ class SpikingLM(nn.Module):
         self.embedding = nn.Embedding(c.vocab_size, c.n_embd)
         # bits of a spike code flip too easily near 0; a float embedding starts as GPT-2's does
         nn.init.normal_(self.embedding.weight, std=1 / 16 if c.encoder == "spikes" else 0.02)
+        self.head = None
+        if c.head == "spikes":
+            if c.n_embd != D:
+                raise ValueError("head=spikes needs n_embd equal to the width of the stream")
+            self.head = Population(D, c, signed=True)
+            # tied, but in memory a row per neuron of the head: what generation reads
+            weight = self.embedding.weight.data.t().contiguous().t()
+            self.embedding.weight = nn.Parameter(weight)
         self.proj_in = self.proj_out = None
         if c.encoder == "spikes":
             self.proj_in = Synapse(c.n_embd, D)
@@ -499,16 +570,16 @@ class SpikingLM(nn.Module):
         if c.hrm:
             self.parts["hrm"] = HRM(D, c.hrm)
         if c.spike_attn:
-            self.parts["spike_attn"] = SpikeAttn(D, c.spike_attn)
+            self.parts["spike_attn"] = SpikeAttn(D, c.spike_attn, backend=c.backend)
         if c.progsem:
             self.parts["progsem"] = ProgSem(D, c.progsem, self.identity)
         if c.kuramoto:
             self.parts["kuramoto"] = Kuramoto(D, c.kuramoto)
         if c.moe:
-            neurons = self.sites[-1] if c.block in ("sam", "whale") else D
-            self.parts["moe"] = MoE(D, c.moe, c.moe_width, neurons=neurons)
+            neurons = self.sites[-1] if self.sites and c.block != "spark" else D
+            self.parts["moe"] = MoE(D, c.moe, c.moe_width, neurons=neurons, backend=c.backend)
         if c.memory:
-            self.parts["memory"] = Memory(D, c.memory)
+            self.parts["memory"] = Memory(D, c.memory, c.backend)
         if c.block == "spark":
             self.parts["output"] = SparkOutput(c)
             self.sites += self.parts["output"].sites
@@ -519,6 +590,7 @@ class SpikingLM(nn.Module):
         self.jepa = JEPA(D) if c.jepa else None
         # what `observe` keeps; saved with the model, frozen at evaluation
         self.register_buffer("stress", torch.ones(()))
+        self.sites += [D] if self.head is not None else []
         self.register_buffer("rate", torch.full((sum(self.sites),), c.rate_target))
 
     @property
@@ -546,11 +618,11 @@ class SpikingLM(nn.Module):
         """tokens (B, T) int64; state as returned by an earlier call, or None for silence.
 
         Returns logits (B, T, vocabulary), the state after the last token (a list, an entry per
-        part) and a Report.
+        part and one for the readout) and a Report.
         """
         x, report = self.embed(tokens)
-        after = []
-        for (name, part), before in zip(self.parts.items(), state or [None] * len(self.parts)):
+        state, after = state or [None] * (len(self.parts) + 1), []
+        for (name, part), before in zip(self.parts.items(), state):
             if self.config.checkpointing and torch.is_grad_enabled():
                 y, now = recomputed(part, x, before, report)
             else:
@@ -560,7 +632,8 @@ class SpikingLM(nn.Module):
             x = y
             after.append(now)
         report.stream = x
-        return self.readout(x, report), after, report
+        logits, now = self.readout(x, state[-1], report)
+        return logits, after + [now], report
 
     def embed(self, tokens):
         """tokens (B, T) -> what enters the first part (B, T, D), and a fresh Report."""
@@ -570,13 +643,16 @@ class SpikingLM(nn.Module):
             x = spike_encode(x)
         return x if self.proj_in is None else self.proj_in(x, report), report
 
-    def readout(self, x, report):
-        """What leaves the last part (..., D) -> logits (..., vocabulary), by the embedding."""
+    def readout(self, x, state, report):
+        """What leaves the last part (..., D) -> logits (..., vocabulary) by the embedding, state."""
         x = self.norm(x)
+        if self.head is not None:
+            s, state = self.head(x, state, report)
+            return deliver(s, self.embedding.weight.t(), report), state
         if self.proj_out is not None:
             x = self.proj_out(x, report)  # (..., E)
         report.macs += self.embedding.weight.numel()
-        return F.linear(x, self.embedding.weight)
+        return F.linear(x, self.embedding.weight), ()
 
     def loss(self, logits, targets, report):
         """Cross-entropy in nats per token (alone the basis of bits per byte), and a dictionary of
@@ -591,7 +667,9 @@ class SpikingLM(nn.Module):
         if report.rate and c.rate_weight:
             losses["rates"] = 0.0
             for rate, before in zip(report.rate, self.rate.split(self.sites)):
-                if c.rate_penalty == "below":  # per neuron (SpikeWhale): none may die
+                if c.rate_penalty == "mean":  # one budget for all: the optimiser allots it
+                    pressure = (self.rate_mean() - c.rate_target).clamp(min=0) / len(self.sites)
+                elif c.rate_penalty == "below":  # per neuron (SpikeWhale): none may die
                     pressure = (before - c.rate_target).clamp(max=0)
                 else:  # of the layer (Real Sam)
                     pressure = before.mean() - c.rate_target
@@ -599,11 +677,15 @@ class SpikingLM(nn.Module):
                 losses["rates"] += 2 * c.rate_weight * (pressure * rate).mean()
         if self.mtp:
             losses["mtp"] = self.mtp.loss(
-                report.stream, targets, lambda h: self.readout(h, Report())
+                report.stream, targets, lambda h: self.readout(h, None, Report())[0]
             )
         if self.jepa:
             losses["jepa"] = self.jepa.loss(report.stream, report.log)
         return nats, losses
+
+    def rate_mean(self):
+        """Mean of the layers' rates at the step before."""
+        return torch.stack([rate.mean() for rate in self.rate.split(self.sites)]).mean()
 
     @torch.no_grad()
     def observe(self, nats, rates):
