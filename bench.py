@@ -5,6 +5,7 @@
     python bench.py generate configs/sam_6m.py    generation: ours and a transformer
     python bench.py params configs/sam_6m.py      parameters and operations per token
     python bench.py frames configs/neuronspark_6m.py --k_max=16   what skipped frames save
+    python bench.py tokens --dataset=my.txt       bytes per token: length-max beside BPE
     python bench.py ablate configs/spikewhale_6m.py --dataset=my.txt   what each ingredient is worth
 
 All contestants of a comparison run in one process, taking turns round by round, so that a slow
@@ -32,6 +33,7 @@ import torch
 import torch.nn as nn
 
 import config
+import data
 import train as trainer
 from kernels import lif
 from lif import lif_torch
@@ -555,6 +557,24 @@ def activation_bytes(settings):
     return sum(storage.nbytes() for storage in kept.values())
 
 
+# ---- tokens: what a tokenizer saves -----------------------------------------------------------
+
+
+def tokens(c, run):
+    """Bytes per token of held-out text, by tokenizers trained on the rest with one vocabulary."""
+    rows = {}
+    for kind in ("bpe", "lengthmax"):
+        start = time.perf_counter()
+        corpus = data.prepare(c.dataset, kind, c.vocab_size, c.data_dir)
+        made = time.perf_counter() - start
+        text = corpus.tokenizer.decode(corpus.heldout.tolist())
+        n = len(corpus.heldout) - int((corpus.heldout == corpus.tokenizer.end).sum())
+        rows[kind] = {"vocab_size": corpus.tokenizer.vocab_size, "tokens": n, "seconds": made}
+        rows[kind]["bytes_per_token"] = len(text.encode()) / n
+        print(f"{kind:10s} {rows[kind]['bytes_per_token']:.3f} bytes per token, ready in {made:.1f} s")
+    return {"data": {"name": corpus.name, "sha256": corpus.sha256}, "tokenizers": rows}
+
+
 # ---- ablate: whole training runs, one ingredient apart -------------------------------------------
 
 BARE = dict(modulation="none", engram=0, hrm=0, spike_attn=0, progsem=0, kuramoto=0, moe=0)
@@ -625,7 +645,7 @@ def ablate(c, run):
 # ---- command line -----------------------------------------------------------------------------
 
 COMMANDS = {"scan": scan, "train": train, "generate": generate, "frames": frames}
-COMMANDS |= {"params": params, "ablate": ablate}
+COMMANDS |= {"params": params, "ablate": ablate, "tokens": tokens}
 
 
 def main(argv):

@@ -43,7 +43,7 @@ class TrainConfig(ModelConfig):
     # data
     dataset: str = "auto"  # auto | real_sam (download) | nursery (built in) | .txt, .jsonl, folder
     data_dir: str = "data"  # where downloads and token caches live
-    tokenizer: str = "bpe"  # bpe | byte | char | gpt2
+    tokenizer: str = "bpe"  # bpe | lengthmax | byte | char | gpt2
     phases: str = "words:8 phrases:16 sentences:32 stories:64 conversations:64"  # name:length ...
     rehearse: float = 0.0  # share of a batch drawn from the phase before
     # optimiser
@@ -87,7 +87,7 @@ class TrainConfig(ModelConfig):
         for name, allowed in (
             ("init_from", ("scratch", "resume")),
             ("optimizer", ("adamw", "muon")),
-            ("tokenizer", ("bpe", "byte", "char", "gpt2")),
+            ("tokenizer", ("bpe", "lengthmax", "byte", "char", "gpt2")),
             ("device", ("auto", "cpu", "cuda", "mps")),
             ("dtype", ("auto", "float32", "bfloat16")),
         ):
