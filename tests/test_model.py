@@ -113,7 +113,7 @@ def test_gpt_attends_to_its_window_and_no_further():
     assert differs.tolist() == [5 <= t <= 8 for t in range(12)]
 
 
-@pytest.mark.parametrize("name", ["sam_6m.py", "gpt_6m.py"])
+@pytest.mark.parametrize("name", ["sam_6m.py", "snn_6m.py", "gpt_6m.py"])
 def test_generation_keeps_its_state_small_and_equals_the_forward(name):
     model = model_of(shrunk(name))
     prompt = torch.randint(50, (1, 5))
