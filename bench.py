@@ -4,6 +4,7 @@
     python bench.py train configs/sam_6m.py       training: ours, snnTorch, a transformer
     python bench.py generate configs/sam_6m.py    generation: ours and a transformer
     python bench.py params configs/sam_6m.py      parameters and operations per token
+    python bench.py frames configs/neuronspark_6m.py --k_max=16   what skipped frames save
     python bench.py ablate configs/spikewhale_6m.py --dataset=my.txt   what each ingredient is worth
 
 All contestants of a comparison run in one process, taking turns round by round, so that a slow
@@ -44,7 +45,7 @@ class BenchConfig(TrainConfig):
     rounds: int = 9  # timed rounds per contestant
     warmup: int = 2  # rounds before them
     shapes: str = ""  # scan: BxTxN,BxTxN,... instead of the usual
-    length: int = 64  # train: tokens of a sequence
+    length: int = 64  # train, frames: tokens of a sequence
     against: str = "configs/gpt_6m.py"  # train, generate: the transformer to compare with
     tokens: int = 2000  # generate: tokens from the first to the last measurement
     threads: int = 2  # CPU threads of PyTorch
@@ -127,6 +128,7 @@ SHAPES = [(32, 64, 512), (16, 256, 512), (4, 1024, 1024)]  # (B, T, N)
 SHAPES_GPU = SHAPES + [(16, 1024, 2048)]
 BETA, THETA, SLOPE = 0.875, 1.0, 2.0
 OURS = "ours"
+FIXED = "all frames, always"
 
 
 class PlainSpike(torch.autograd.Function):
@@ -362,7 +364,7 @@ class SnnTorchSam(SpikingLM):
                 spikes.append(s)
                 gate = nn.functional.linear(h, block.gate.weight, block.gate.bias)
                 x = x + torch.sigmoid(gate) * s
-            logits.append(self.readout(x, report))
+            logits.append(self.readout(x, None, report)[0])
         report.rate = [
             torch.stack(spikes[i :: c.n_layer]).mean((0, 1)) for i in range(c.n_layer)
         ]
@@ -430,6 +432,47 @@ def generate(c, run):
         print(f" {rows[name]['late_ms_per_token']:10.2f}")
     late = max(drawn, c.tokens)
     return {"what": "ms per token, batch 1, random weights", "late": late, "contestants": rows}
+
+
+# ---- frames: does the cost fall with them? ----------------------------------------------------
+
+
+def frames(c, run):
+    """Forward time where tokens expect to run half of k_max frames, against all of them always."""
+    if c.block != "spark":
+        raise ValueError("frames needs neurons that run several: a config of block spark")
+    models, tokens = {}, torch.randint(c.vocab_size, (c.micro_tokens // c.length, c.length))
+    tokens = tokens.to(run.device)
+    for name, adaptive in ((FIXED, False), (OURS, True)):  # the same weights
+        torch.manual_seed(c.seed)
+        models[name] = SpikingLM(replace(c, adaptive=adaptive)).to(run.device).eval()
+    impatience = [p for name, p in models[OURS].named_parameters() if name.endswith("b_halt")]
+
+    @torch.no_grad()
+    def forward(name):
+        return models[name](tokens)[2]
+
+    def mean(log, what):
+        return float(sum(v for k, v in log.items() if k.startswith(what)) / c.n_layer)
+
+    low, high = -10.0, 10.0
+    for _ in range(12):  # bisect
+        for p in impatience:
+            p.data.fill_((low + high) / 2)
+        log = forward(OURS).log
+        is_slow = mean(log, "E[K]") > c.k_max / 2
+        low, high = ((low + high) / 2, high) if is_slow else (low, (low + high) / 2)
+    runs = {name: partial(forward, name) for name in models}
+    rows = summary(take_turns(runs, c.rounds, c.warmup, run.device), FIXED)
+    rows[OURS]["E[K]"], rows[OURS]["frames"] = mean(log, "E[K]"), mean(log, "frames")
+    for name in models:
+        rows[name]["macs"] = forward(name).macs
+    print(f"\n{tuple(tokens.shape)} tokens, E[K] {mean(log, 'E[K]'):.2f} of {c.k_max} frames")
+    print(f"  {'':22s} median ms    ratio   float multiplications per token")
+    for name, row in rows.items():
+        print(f"  {name:22s} {row['median_ms']:9.1f} {row['ratio']:8.3f} {row['macs']:16,d}")
+    what = "one forward pass, random weights; ratio of times to all frames"
+    return {"what": what, "contestants": rows, "batch": list(tokens.shape), "k_max": c.k_max}
 
 
 # ---- params: what a config costs --------------------------------------------------------------
@@ -522,7 +565,8 @@ def ablate(c, run):
 
 # ---- command line -----------------------------------------------------------------------------
 
-COMMANDS = {"scan": scan, "train": train, "generate": generate, "params": params, "ablate": ablate}
+COMMANDS = {"scan": scan, "train": train, "generate": generate, "frames": frames}
+COMMANDS |= {"params": params, "ablate": ablate}
 
 
 def main(argv):

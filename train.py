@@ -267,6 +267,7 @@ def evaluate(raw, corpus, phase, length, c, run):
         "synops": score["synops"],
         "synapses": score["synapses"],
         "stress": raw.stress.item(),
+        "log": score["log"],
     }
     if corpus.entropy_bits is not None and len(heldout) == len(corpus.heldout):
         line["entropy_bpb"] = corpus.entropy_bits / corpus.heldout_bytes
@@ -300,7 +301,8 @@ def next_batch(corpus, curriculum, position, c, run):
 def restore(checkpoint, raw, optimizers, c, tokenizer, curriculum):
     """Put a checkpoint back; ValueError, before anything is touched, if this is another run."""
     old, new = checkpoint["config"], asdict(c)
-    for name in [f.name for f in fields(ModelConfig) if f.name != "backend"] + ["optimizer"]:
+    free = ("backend", "checkpointing")  # these change no result
+    for name in [f.name for f in fields(ModelConfig) if f.name not in free] + ["optimizer"]:
         if old.get(name) != new[name]:
             raise ValueError(
                 f"last.pt was trained with {name}={old.get(name)!r}, not {new[name]!r}: "
@@ -538,6 +540,7 @@ def train(c, run):
 def in_words(line, minutes_left):
     """One line of words for one evaluation."""
     entropy = line.get("entropy_bpb")
+    ponder = [x for name, x in line["log"].items() if name.startswith("E[K]")]  # per layer
     parts = [
         f"{line['step']:6d} {line['phase']}",
         f"train {line['train']:.3f}" if line["train"] else "",
@@ -546,6 +549,7 @@ def in_words(line, minutes_left):
         + (f" (entropy {entropy:.3f} + {line['above_entropy']:.3f})" if entropy else ""),
         "rate " + " ".join(f"{100 * r:.0f}" for r in line["rate"]) + "%" if line["rate"] else "",
         f"stress {line['stress']:.2f}",
+        "E[K] " + " ".join(f"{x:.1f}" for x in ponder) if ponder else "",
         f"{line['tokens_per_s']:.0f} tokens/s" if line["train"] else "",
         f"{minutes_left:.0f} min left" if line["train"] else "",
     ]

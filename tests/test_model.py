@@ -14,8 +14,8 @@ from model import ModelConfig, SpikingLM, pick, spike_encode
 from train import TrainConfig
 
 CONFIGS = sorted(p.name for p in Path(__file__).parent.parent.glob("configs/*.py"))
-ONE_PER_BLOCK = [c for c in CONFIGS if c in ("sam_6m.py", "gpt_6m.py", "spikewhale_6m.py")]
-SMALL = dict(vocab_size=50, n_embd=16, n_layer=2, n_head=2, d_ff=24)
+ONE_PER_BLOCK = ["sam_6m.py", "spikewhale_6m.py", "neuronspark_6m.py", "gpt_6m.py"]
+SMALL = dict(vocab_size=50, n_embd=16, n_layer=2, n_head=2, d_ff=24, n_state=2, k_max=3)
 
 
 def shrunk(name, **more):
@@ -242,6 +242,56 @@ def test_twin_of_snn_is_the_same_block_with_floats():
     check_causal(twin)
     _, _, report = twin(torch.randint(50, (1, 5)))
     assert report.rate == report.synops == [] and report.macs > 0
+    with torch.no_grad():  # and its populations send what the spikes stand for: v, or relu(v)
+        for of_spikes, of_twin in zip(*((m.blocks[0].a, m.blocks[0].h) for m in (spiking, twin))):
+            of_spikes.load_state_dict(of_twin.state_dict(), strict=False)
+            z = torch.randn(2, 9, of_twin.gain.numel())
+            error = of_spikes(z, None, Report())[0] - of_twin(z, None, Report())[0]
+            assert error[error.abs() < 0.81].numel() > 0.97 * error.numel()  # theta is 0.8
+
+
+# ---- events: one token reads only the rows of the neurons that fired ----------------------------
+
+
+@pytest.mark.parametrize("dtype, near", [(torch.float32, 1e-6), (torch.bfloat16, 2e-2)])
+@pytest.mark.parametrize("fired", [0, 1, 37, 150, 199])
+def test_events_equal_the_dense_product(dtype, near, fired):
+    torch.manual_seed(fired)
+    synapse, s = Synapse(200, 31).to(dtype), torch.zeros(1, 1, 200)
+    s[0, 0, torch.randperm(200)[:fired]] = torch.rand(fired) + 0.5  # levels of populations
+    report, reports = Report(), Report()
+    with torch.no_grad():
+        events, dense = synapse(s, report), synapse(s.expand(2, 1, 200), reports)[:1]
+    torch.testing.assert_close(events, dense, rtol=near, atol=near)
+    assert report.synops[0] == pytest.approx(fired * 31) == reports.synops[0]
+    torch.testing.assert_close(
+        events[0, 0], s[0, 0] @ synapse.weight.float() + synapse.bias.float(), rtol=near, atol=near
+    )
+
+
+def test_events_touch_no_other_row():
+    synapse, s = Synapse(64, 8), torch.zeros(1, 1, 64)
+    s[0, 0, 5] = 1
+    with torch.no_grad():
+        synapse.weight[torch.arange(64) != 5] = math.nan
+        assert synapse(s, Report()).isfinite().all()
+
+
+def test_a_spiking_head_is_fed_by_spikes_and_tied():
+    model = model_of(shrunk("snn_6m.py", head="spikes", n_embd=16, n_hidden=16))
+    tokens = torch.randint(50, (2, 20))
+    logits, _, report = model(tokens)
+    assert report.macs == 0  # nothing is fed by floats
+    assert len(report.rate) == len(model.sites) == 2 * 2 + 1
+    assert not any(p.shape == (16, 50) for p in model.parameters())
+    assert model.embedding.weight.t().is_contiguous()  # what generation reads, row by row
+    logits.square().sum().backward()
+    assert model.embedding.weight.grad.abs().sum() > 0
+    again = SpikingLM(model.config)
+    again.load_state_dict(model.state_dict())
+    assert torch.equal(again(tokens)[0], logits) and again.embedding.weight.t().is_contiguous()
+    check_state(model)
+    check_causal(model)
 
 
 # ---- environment, diversity, homeostasis ---------------------------------------------------------
