@@ -356,13 +356,12 @@ class _Population(torch.autograd.Function):
         ctx.save_for_backward(v, theta, levels)
         ctx.surrogate, ctx.slope = surrogate, slope
         sent, rate = torch.empty_like(v, dtype=dtype), torch.zeros_like(levels[0, 0])
-        rungs = levels.diff(dim=1, prepend=torch.zeros_like(levels[:, :1]))  # from level to level
         for rows in _in_cache(v):
-            q, reached = torch.zeros_like(v[rows]), torch.empty_like(v[rows])
-            for side, rung in zip((v[rows], -v[rows]), rungs):
+            q = torch.zeros_like(v[rows])
+            for sign, level in zip((1, -1), levels):
                 for k in range(len(theta)):
-                    torch.ge(side, theta[k], out=reached)  # faster than a mask
-                    q.addcmul_(reached, rung[k])
+                    reached = sign * v[rows] >= theta[k]
+                    q = torch.where(reached, level[k], q)  # in place of the neuron's below
                     if k == 0:
                         rate += reached.sum((0, 1))
             sent[rows] = q
@@ -372,7 +371,7 @@ class _Population(torch.autograd.Function):
     def backward(ctx, d_sent, d_rate):
         v, theta, levels = ctx.saved_tensors
         d_v, d_rungs = torch.empty_like(v), torch.zeros_like(levels)
-        rungs = levels.diff(dim=1, prepend=torch.zeros_like(levels[:, :1]))
+        rungs = levels.diff(dim=1, prepend=torch.zeros_like(levels[:, :1]))  # from level to level
         d_rate = d_rate / (v.shape[0] * v.shape[1])
         for rows in _in_cache(v):
             d_q, total = d_sent[rows].to(v.dtype), torch.zeros_like(v[rows])

@@ -48,7 +48,7 @@ class ModelConfig:
     stress_gain: float = 0.3  # kappa: gain = 1 + kappa * stress * factor; 0 switches stress off
     stress_decay: float = 0.99  # stress is this moving average, per step, of loss / ln(vocabulary)
     # firing rate
-    rate_target: float = 0.1  # spikes per neuron and token that the penalty pulls towards
+    rate_target: float = 0.1  # spikes per neuron (snn: population) and token, for the penalty
     rate_weight: float = 10.0  # weight of the penalty (rate - target)^2, summed over layers
     # both: of a layer off target | above it | below: of a neuron below | mean: of all layers above
     rate_penalty: str = "both"
