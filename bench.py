@@ -4,6 +4,8 @@
     python bench.py train configs/sam_6m.py       training: ours, snnTorch, a transformer
     python bench.py generate configs/sam_6m.py    generation: ours and a transformer
     python bench.py params configs/sam_6m.py      parameters and operations per token
+    python bench.py frames configs/neuronspark_6m.py --k_max=16   what skipped frames save
+    python bench.py tokens --dataset=my.txt       bytes per token: length-max beside BPE
     python bench.py ablate configs/spikewhale_6m.py --dataset=my.txt   what each ingredient is worth
     python bench.py resume                        training killed at random moments and resumed
 
@@ -48,10 +50,13 @@ class BenchConfig(TrainConfig):
     rounds: int = 9  # timed rounds per contestant
     warmup: int = 2  # rounds before them
     shapes: str = ""  # scan: BxTxN,BxTxN,... instead of the usual
-    length: int = 64  # train: tokens of a sequence
+    length: int = 64  # train, frames: tokens of a sequence
     against: str = "configs/gpt_6m.py"  # train, generate: the transformer to compare with
     tokens: int = 2000  # generate: tokens from the first to the last measurement
     threads: int = 2  # CPU threads of PyTorch
+    gpus: int = 0  # params: plan a run of train.py on so many GPUs; 0 plans none
+    gpu_flops: float = 4e14  # params: what a GPU reaches per second in bfloat16 matrix products
+    gpu_link: float = 1e11  # params: bytes per second at which a GPU exchanges gradients
     variants: str = ""  # ablate: only those whose names contain one of these words
     seeds: int = 2  # ablate: runs per variant
     trials: int = 50  # resume: runs that are killed
@@ -132,6 +137,7 @@ SHAPES = [(32, 64, 512), (16, 256, 512), (4, 1024, 1024)]  # (B, T, N)
 SHAPES_GPU = SHAPES + [(16, 1024, 2048)]
 BETA, THETA, SLOPE = 0.875, 1.0, 2.0
 OURS = "ours"
+FIXED = "all frames, always"
 
 
 class PlainSpike(torch.autograd.Function):
@@ -367,7 +373,7 @@ class SnnTorchSam(SpikingLM):
                 spikes.append(s)
                 gate = nn.functional.linear(h, block.gate.weight, block.gate.bias)
                 x = x + torch.sigmoid(gate) * s
-            logits.append(self.readout(x, report))
+            logits.append(self.readout(x, None, report)[0])
         report.rate = [
             torch.stack(spikes[i :: c.n_layer]).mean((0, 1)) for i in range(c.n_layer)
         ]
@@ -437,6 +443,47 @@ def generate(c, run):
     return {"what": "ms per token, batch 1, random weights", "late": late, "contestants": rows}
 
 
+# ---- frames: does the cost fall with them? ----------------------------------------------------
+
+
+def frames(c, run):
+    """Forward time where tokens expect to run half of k_max frames, against all of them always."""
+    if c.block != "spark":
+        raise ValueError("frames needs neurons that run several: a config of block spark")
+    models, tokens = {}, torch.randint(c.vocab_size, (c.micro_tokens // c.length, c.length))
+    tokens = tokens.to(run.device)
+    for name, adaptive in ((FIXED, False), (OURS, True)):  # the same weights
+        torch.manual_seed(c.seed)
+        models[name] = SpikingLM(replace(c, adaptive=adaptive)).to(run.device).eval()
+    impatience = [p for name, p in models[OURS].named_parameters() if name.endswith("b_halt")]
+
+    @torch.no_grad()
+    def forward(name):
+        return models[name](tokens)[2]
+
+    def mean(log, what):
+        return float(sum(v for k, v in log.items() if k.startswith(what)) / c.n_layer)
+
+    low, high = -10.0, 10.0
+    for _ in range(12):  # bisect
+        for p in impatience:
+            p.data.fill_((low + high) / 2)
+        log = forward(OURS).log
+        is_slow = mean(log, "E[K]") > c.k_max / 2
+        low, high = ((low + high) / 2, high) if is_slow else (low, (low + high) / 2)
+    runs = {name: partial(forward, name) for name in models}
+    rows = summary(take_turns(runs, c.rounds, c.warmup, run.device), FIXED)
+    rows[OURS]["E[K]"], rows[OURS]["frames"] = mean(log, "E[K]"), mean(log, "frames")
+    for name in models:
+        rows[name]["macs"] = forward(name).macs
+    print(f"\n{tuple(tokens.shape)} tokens, E[K] {mean(log, 'E[K]'):.2f} of {c.k_max} frames")
+    print(f"  {'':22s} median ms    ratio   float multiplications per token")
+    for name, row in rows.items():
+        print(f"  {name:22s} {row['median_ms']:9.1f} {row['ratio']:8.3f} {row['macs']:16,d}")
+    what = "one forward pass, random weights; ratio of times to all frames"
+    return {"what": what, "contestants": rows, "batch": list(tokens.shape), "k_max": c.k_max}
+
+
 # ---- params: what a config costs --------------------------------------------------------------
 
 
@@ -455,7 +502,81 @@ def params(c, run):
     print(f"{'total':12s} {total:14,d} = {total / 1e6:.2f}M")
     spike_fed = sum(report.synapses)
     print(f"per token: {spike_fed:,d} spike-fed synapses, {report.macs:,d} float multiplications")
-    return {"parameters": total, "groups": groups, "synapses": spike_fed, "macs": report.macs}
+    result = {"parameters": total, "groups": groups, "synapses": spike_fed, "macs": report.macs}
+    return result | ({"plan": plan(c, model, spike_fed + report.macs)} if c.gpus else {})
+
+
+def plan(c, model, macs):
+    """What a step of train.py takes on each of so many GPUs, to be read before they are rented.
+
+    Weights, gradients and optimiser states are float32. Activations are those that a forward pass
+    of micro_tokens saves for backward, in bfloat16 where they enter matrices, counted on the meta
+    device. Time: 6 operations per multiplication and token (8 with checkpointing), then a ring that
+    sends every gradient twice; nothing overlaps and nothing else takes time, so it is a floor.
+    """
+    total = sum(p.numel() for p in model.parameters())
+    per_parameter = {"AdamW": 8, "Muon": 4}  # bytes of state: two averages, or one
+    states = sum(
+        per_parameter[type(optimizer).__name__] * p.numel()
+        for optimizer in make_optimizers(c, model, torch.device("cpu"))
+        for group in optimizer.param_groups
+        for p in group["params"]
+    )
+    gigabytes = {"weights": 4 * total, "gradients": 4 * total, "optimiser": states}
+    for name, checkpointing in (("activations", False), ("activations, checkpointing", True)):
+        gigabytes[name] = activation_bytes(replace(c, checkpointing=checkpointing))
+    gigabytes = {name: size / 1e9 for name, size in gigabytes.items()}
+    compute = (8 if c.checkpointing else 6) * macs * c.tokens_per_step / c.gpus / c.gpu_flops
+    moved = 2 * (c.gpus - 1) / c.gpus * 4 * total
+    seconds = {"compute": compute, "all-reduce": moved / c.gpu_link}
+    print(f"\nper GPU of {c.gpus}, {c.micro_tokens} tokens at a time:")
+    for name, size in gigabytes.items():
+        print(f"  {name:28s} {size:9.2f} GB")
+    print(f"  {'all-reduce per step':28s} {moved / 1e9:9.2f} GB")
+    took = sum(seconds.values())
+    print(f"  a step of {c.tokens_per_step:,d} tokens takes at least {took:.2f} s", end="")
+    print(f" ({', '.join(f'{name} {t:.2f}' for name, t in seconds.items())}), all GPUs together")
+    print(f"  {c.tokens_per_step / took:,.0f} tokens/s; {c.max_steps} steps in {took * c.max_steps / 3600:,.1f} h")
+    return {"gpus": c.gpus, "gigabytes": gigabytes, "all_reduce_bytes": moved, "seconds": seconds}
+
+
+def activation_bytes(settings):
+    """Bytes that one forward pass of micro_tokens keeps for its backward."""
+    length = min(settings.longest(), settings.micro_tokens)
+    with torch.device("meta"):
+        model = SpikingLM(settings).bfloat16()
+        tokens = torch.zeros(settings.micro_tokens // length, length, dtype=torch.long)
+        own = {p.untyped_storage()._cdata for p in model.parameters()}
+        kept = {}  # storages, kept alive so that none takes another's place
+
+        def keep(x):
+            storage = x.untyped_storage()
+            if storage._cdata not in own:
+                kept[storage._cdata] = storage
+            return x
+
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
+            logits, _, report = model(tokens)
+            model.loss(logits, tokens, report)
+    return sum(storage.nbytes() for storage in kept.values())
+
+
+# ---- tokens: what a tokenizer saves -----------------------------------------------------------
+
+
+def tokens(c, run):
+    """Bytes per token of held-out text, by tokenizers trained on the rest with one vocabulary."""
+    rows = {}
+    for kind in ("bpe", "lengthmax"):
+        start = time.perf_counter()
+        corpus = data.prepare(c.dataset, kind, c.vocab_size, c.data_dir)
+        made = time.perf_counter() - start
+        text = corpus.tokenizer.decode(corpus.heldout.tolist())
+        n = len(corpus.heldout) - int((corpus.heldout == corpus.tokenizer.end).sum())
+        rows[kind] = {"vocab_size": corpus.tokenizer.vocab_size, "tokens": n, "seconds": made}
+        rows[kind]["bytes_per_token"] = len(text.encode()) / n
+        print(f"{kind:10s} {rows[kind]['bytes_per_token']:.3f} bytes per token, ready in {made:.1f} s")
+    return {"data": {"name": corpus.name, "sha256": corpus.sha256}, "tokenizers": rows}
 
 
 # ---- ablate: whole training runs, one ingredient apart -------------------------------------------
@@ -592,8 +713,8 @@ def resume(c, run):
 
 # ---- command line -----------------------------------------------------------------------------
 
-COMMANDS = {"scan": scan, "train": train, "generate": generate, "params": params}
-COMMANDS |= {"ablate": ablate, "resume": resume}
+COMMANDS = {"scan": scan, "train": train, "generate": generate, "frames": frames}
+COMMANDS |= {"params": params, "ablate": ablate, "tokens": tokens, "resume": resume}
 
 
 def main(argv):

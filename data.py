@@ -3,7 +3,8 @@
     source -> documents -> train | held-out -> pieces -> streams  END piece END piece END ...
 
 Read from leaf to root: tokenizers, the nursery (a built-in corpus whose entropy is known),
-downloads, files, phases, the cache behind `prepare`, and `batch`, which every step calls.
+downloads, files, phases, streamed mixtures, the cache behind `prepare`, and `batch`, which every
+step calls.
 A document is a string: one that begins with "You: " is a conversation, any other a story.
 """
 
@@ -856,8 +857,6 @@ def fetch_page(name: str, page: int, bases=BASES, attempts=12, timeout=30.0, pau
 
 def sample_mixture(mixture: list[Source], bases=BASES):
     """(training sample, held-out documents, {"mixture": the sources with their pages})."""
-    if not online(bases):
-        raise DataError("no network to stream from: connect, or train on a --dataset=PATH of text")
     train, held, sources = [], [], []
     for source in mixture:
         _, pages = fetch_page(source.name, 0, bases)
@@ -875,7 +874,10 @@ def sample_mixture(mixture: list[Source], bases=BASES):
             if documents is held:
                 source = replace(source, held=read)
         sources.append(astuple(source))
-    return _without(train, held), held, {"mixture": sources}
+    train = _without(train, held)
+    if not train:
+        raise DataError("what is left to learn of the stream is held out: use a larger source")
+    return train, held, {"mixture": sources}
 
 
 class Stream:
@@ -887,13 +889,11 @@ class Stream:
     Stream goes on with the batches that this one would give. Raises DataError.
     """
 
-    def __init__(
-        self, mixture, tokenizer, seed, rank=0, world=1, position=None, fetch=fetch_page
-    ):
+    def __init__(self, mixture, tokenizer, seed, rank=0, world=1, position=None, fetch=fetch_page):
         self.mixture, self.tokenizer, self.seed = mixture, tokenizer, seed
         self.rank, self.world, self.fetch = rank, world, fetch
-        self.run = [[s.name, s.weight, s.pages, s.held] for s in mixture], seed, rank, world
-        self.run = json.loads(json.dumps(self.run))  # what a position belongs to
+        self.run = [list(map(astuple, mixture)), seed, rank, world]  # what a position belongs to
+        self.run = json.loads(json.dumps(self.run))  # as JSON gives it back
         position = position or {"run": self.run, "read": [[0, 0, 0] for _ in mixture], "skip": 0}
         if position["run"] != self.run:
             raise DataError(
@@ -971,7 +971,7 @@ class Data:
     """A prepared corpus. A stream is a 1-D uint16 or uint32 memmap END text END text ... END."""
 
     name: str  # nursery, real_sam, or the name of the file or folder
-    sha256: str  # of the source files (nursery: of its grammar, sizes and seed)
+    sha256: str  # of the source files (nursery: grammar, sizes and seed; stream: its mixture)
     tokenizer: Tokenizer
     train: dict[str, np.memmap]  # phase -> stream; a phase that the source lacks is missing
     valid: dict[str, np.memmap]  # the same of held-out documents
@@ -1022,6 +1022,8 @@ def find_source(dataset: str, data_dir: Path, seed: int, log, bases):
     """(name, checksum, read) of a dataset; read() -> train, held-out documents, facts of Data."""
     if dataset.startswith(STREAM):
         mixture = parse_mixture(dataset.removeprefix(STREAM))
+        if not online(bases):
+            raise DataError("no network to stream from: connect, or use --dataset=PATH of a text")
         name = "+".join(source.name.split("/")[1] for source in mixture)
         return name, sha256(repr(mixture)), functools.partial(sample_mixture, mixture, bases)
     folder = data_dir / "real_sam"

@@ -25,19 +25,21 @@ A step has no useful derivative, so backward puts a surrogate g(u) in its place 
 Zenke 2019, arXiv 1901.09948). As u = pre - theta, the threshold receives -g.
 
 `lif_torch` is this scan in plain PyTorch: the reference, and the path for CPU and MPS.
-kernels.py has it in Triton. `python lif.py` draws a few neurons in the terminal.
+`plif_torch` runs neurons that take several steps, called frames, within a token.
+kernels.py has both in Triton. `python lif.py` draws a few neurons in the terminal.
 
 Between neurons stand two kinds of matrices, and the class says what they cost: a `Synapse` is fed
 binary spikes, a `Linear` floats. Both count into the `Report` of the forward pass.
 """
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Callable, NamedTuple
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from torch.autograd.function import once_differentiable
 
 # ---- surrogates -------------------------------------------------------------------------------
 
@@ -342,6 +344,253 @@ def check(current, beta, theta, w_rec, state, reset, reset_grad, clamp):
     return reset == "soft", bool(reset_grad), float(clamp)
 
 
+# ---- populations ------------------------------------------------------------------------------
+# Neurons that share one membrane and differ in their threshold: their spikes say how large it is.
+
+
+class _Population(torch.autograd.Function):
+    """(v, theta, levels) -> what the population sends (B, T, N), spikes per population (N,)."""
+
+    @staticmethod
+    def forward(ctx, v, theta, levels, surrogate, slope, dtype):
+        ctx.save_for_backward(v, theta, levels)
+        ctx.surrogate, ctx.slope = surrogate, slope
+        sent, rate = torch.empty_like(v, dtype=dtype), torch.zeros_like(levels[0, 0])
+        for rows in _in_cache(v):
+            q = torch.zeros_like(v[rows])
+            for sign, level in zip((1, -1), levels):
+                for k in range(len(theta)):
+                    reached = sign * v[rows] >= theta[k]
+                    q = torch.where(reached, level[k], q)  # in place of the neuron's below
+                    if k == 0:
+                        rate += reached.sum((0, 1))
+            sent[rows] = q
+        return sent, rate / (v.shape[0] * v.shape[1])
+
+    @staticmethod
+    def backward(ctx, d_sent, d_rate):
+        v, theta, levels = ctx.saved_tensors
+        d_v, d_rungs = torch.empty_like(v), torch.zeros_like(levels)
+        rungs = levels.diff(dim=1, prepend=torch.zeros_like(levels[:, :1]))  # from level to level
+        d_rate = d_rate / (v.shape[0] * v.shape[1])
+        for rows in _in_cache(v):
+            d_q, total = d_sent[rows].to(v.dtype), torch.zeros_like(v[rows])
+            reached = torch.empty_like(total)
+            for sign, rung, d_rung in zip((1, -1), rungs, d_rungs):
+                for k in range(len(theta)):
+                    u = torch.add(-theta[k], v[rows], alpha=sign)
+                    d_rung[k] += torch.ge(u, 0, out=reached).mul_(d_q).sum((0, 1))
+                    d_s = d_q * rung[k] + d_rate if k == 0 else d_q * rung[k]
+                    total.addcmul_(d_s, ctx.surrogate.grad(u, ctx.slope), value=sign)
+            d_v[rows] = total
+        d_levels = d_rungs - F.pad(d_rungs[:, 1:], (0, 0, 0, 1))
+        return d_v, None, d_levels, None, None, None
+
+
+def _in_cache(v):
+    """Slices over the sequences of v (B, T, N), of about 128k elements each."""
+    n = max(1, 131072 // v[0].numel())
+    return [slice(i, i + n) for i in range(0, len(v), n)]
+
+
+def population(v, theta, levels, surrogate="triangle", slope=None, dtype=None):
+    """The spikes of N populations of neurons that watch one membrane each, v (B, T, N).
+
+        s_k = 1[theta_k <= v < theta_k+1]        lateral inhibition: only the highest one reached
+        sent = sum over k of levels_k * s_k      so at most one spike per population and step
+    theta (K,) ascends. levels (sides, K, N): what a spike of each neuron weighs; with two sides the
+    second one's neurons watch -v. The gradient passes each threshold by the surrogate; the sum of
+    these bumps is nearly straight where slope * theta spacing is nearly 1.
+
+    Returns sent (B, T, N), in `dtype` or v's, and the spikes per population and step (N,), gradient
+    included.
+    """
+    chosen = surrogate_named(surrogate)
+    slope = chosen.slope if slope is None else slope
+    return _Population.apply(v, theta, levels, chosen, slope, dtype or v.dtype)
+
+
+# ---- neurons that run several frames within a token (NeuronSpark, arXiv 2603.16148) ------------
+#
+#     symbol   row form (N,)   step form (B, F, N)       F frames, all those of a sequence's tokens
+#     beta     sigmoid(b)      sigmoid(b)                decay
+#     alpha    1 - beta        softplus(a)               what the input is worth
+#     theta    t               0.1 + |t|                 threshold
+#
+#     pre = beta * v + alpha * x      # charge
+#     s   = 1 if pre >= theta else 0  # fire
+#     v   = pre - theta * s           # reset
+#
+# What such a neuron passes on is its membrane v (step form), or the leak of it, (1 - beta) * v
+# (row form): floats. Spikes act through the reset alone, and the surrogate's gradient with them.
+
+
+class Frames:
+    """Which frames run: token t of sequence b has count[b, t] of them, its neurons then stand still
+    until the next token. They follow each other without gaps, padded to F at the end.
+
+    count (B, T) int64, at least 1; most, the largest that a count can be.
+    """
+
+    def __init__(self, count, most):
+        ends = count.cumsum(1)  # (B, T)
+        B, T = count.shape
+        self.count, self.length = count, ends[:, -1]  # (B,) frames of a sequence
+        # on the meta device there are no numbers: as many frames as there can be
+        size, total = T * most, B * T * most
+        if not count.is_meta:
+            size, total = torch.stack([self.length.max(), self.length.sum()]).tolist()
+        self.size, self.per_token = size, total / (B * T)
+        step = torch.arange(size, device=count.device).expand(B, size).contiguous()
+        self.token = torch.searchsorted(ends, step, right=True).clamp(max=T - 1)  # (B, F)
+        self.nth = (step - (ends - count).gather(1, self.token)).clamp(max=most - 1)  # of its token
+        self.live = step < self.length[:, None]  # (B, F), False in the padding
+
+    def unroll(self, x):
+        """A value per token (B, T, N), held for its frames: (B, F, N)."""
+        return x.gather(1, self.token[..., None].expand(-1, -1, x.shape[-1]))
+
+    def pool(self, y, weight):
+        """Weighted sums over each token's frames: y (B, F, N), weight (B, T, most) -> (B, T, N)."""
+        B, T, most = weight.shape
+        w = weight.flatten(1).gather(1, self.token * most + self.nth) * self.live  # (B, F)
+        row = torch.arange(B, device=y.device)[:, None] * T + self.token
+        pooled = y.new_zeros(B * T, y.shape[-1])
+        y = (y * w[..., None].to(y.dtype)).flatten(0, 1)
+        return pooled.index_add(0, row.flatten(), y).view(B, T, -1)
+
+
+def _parameters(b, t, a, now):
+    """beta, alpha, theta of these frames."""
+    beta = torch.sigmoid(_at(b, now))
+    if a is None:
+        return beta, 1 - beta, t
+    return beta, F.softplus(a[:, now]), _at(t, now).abs().add_(0.1)
+
+
+class _Plif(torch.autograd.Function):
+    """(x (B,F,N), b, t, a, v0 (B,N)) -> passed on (B,F,N), rate (N,), v (B,N).
+
+    All that is elementwise is done in blocks of about 128k elements, which stay in cache.
+    """
+
+    @staticmethod
+    def forward(ctx, x, b, t, a, v0, frames, slope):
+        B, size, N = x.shape
+        C = max(1, 131072 // (B * N))
+        ctx.blocks = [slice(start, min(start + C, size)) for start in range(0, size, C)]
+        membrane, v_all, rate = torch.empty_like(x), torch.empty_like(x), x.new_zeros(N)
+        spikes = x.new_empty(B, min(C, size), N)  # of one block
+        v, live = v0, frames.live.to(x.dtype)
+        for now in ctx.blocks:
+            n = now.stop - now.start
+            beta, alpha, theta = _parameters(b, t, a, now)
+            steps = zip(
+                (alpha * x[:, now]).unbind(1), _steps(beta, n), _steps(theta, n),
+                membrane[:, now].unbind(1), spikes.unbind(1), v_all[:, now].unbind(1),
+            )  # fmt: skip
+            for I_t, beta_t, theta_t, pre, s, v_t in steps:
+                torch.addcmul(I_t, beta_t, v, out=pre)  # charge
+                torch.ge(pre, theta_t, out=s)  # fire
+                v = torch.addcmul(pre, theta_t, s, value=-1, out=v_t)  # reset
+            rate += torch.einsum("bf,bfn->n", live[:, now], spikes[:, :n])
+        last = (frames.length - 1)[:, None, None].expand(-1, 1, N)
+        v = v_all.gather(1, last).squeeze(1)
+        ctx.save_for_backward(x, b, t, a, v0, membrane, v_all)
+        ctx.frames, ctx.slope = frames, slope
+        ctx.set_materialize_grads(False)
+        rate /= live.sum()
+        return v_all if a is not None else (1 - torch.sigmoid(b)) * v_all, rate, v
+
+    # Backward, from the last frame to the first; a dash marks what belongs to the frame before:
+    #   d_v   = d_out * (1 - beta, or 1) + beta_after * d_pre_after      (and d_v of the last frame)
+    #   d_pre = d_v + g * (d_s - theta * d_v),   d_s = d_rate / number of frames
+    #   d_theta = -s * d_v - g * (d_s - theta * d_v) = (1 - s) * d_v - d_pre
+    #   d_beta = d_pre * v',  d_alpha = d_pre * x,  d_x = alpha * d_pre
+    # In the row form alpha = 1 - beta, and so is the leak: d_beta -= d_pre * x + d_out * v.
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, d_out, d_rate, d_last):
+        x, b, t, a, v0, membrane, v_all = ctx.saved_tensors
+        row, frames, k = a is None, ctx.frames, ctx.slope
+        d_x, d_b, d_t = torch.empty_like(x), torch.zeros_like(b), torch.zeros_like(t)
+        d_a = None if row else torch.empty_like(a)
+        carry = torch.zeros_like(v0)  # beta_after * d_pre_after
+        for now in reversed(ctx.blocks):
+            n = now.stop - now.start
+            x_now, pre, live = x[:, now], membrane[:, now], frames.live[:, now, None]
+            beta, alpha, theta = _parameters(b, t, a, now)
+            s = (pre >= theta).to(x.dtype)
+            g = torch.sigmoid((pre - theta).mul_(k))
+            g.addcmul_(g, g, value=-1).mul_(k)
+            through = 1 - theta * g
+            if d_out is None:
+                d_v = torch.zeros_like(pre)
+            else:
+                d_v = alpha * d_out[:, now] if row else d_out[:, now].clone()
+            if d_last is not None:
+                step = torch.arange(now.start, now.stop, device=x.device)
+                d_v += (frames.length[:, None] == step + 1)[..., None] * d_last[:, None]
+            d_v[:, -1] += carry
+
+            d_pre = d_v * through
+            if d_rate is not None:
+                d_pre += g * live * (d_rate / frames.live.sum())
+            through[:, :-1] *= _at(beta, slice(1, n))
+            d_pre_t, through_t = d_pre.unbind(1), through.unbind(1)
+            for i in reversed(range(n - 1)):
+                d_pre_t[i].addcmul_(through_t[i], d_pre_t[i + 1])
+
+            d_v[:, :-1].addcmul_(_at(beta, slice(1, n)), d_pre[:, 1:])
+            carry = (beta if row else beta[:, 0]) * d_pre_t[0]
+            torch.mul(alpha, d_pre, out=d_x[:, now])
+            first = v0 if now.start == 0 else v_all[:, now.start - 1]
+            d_beta = d_pre * before(first, v_all[:, now])
+            d_alpha = x_now * d_pre
+            if row:
+                d_beta -= d_alpha
+                if d_out is not None:
+                    d_beta.addcmul_(d_out[:, now], v_all[:, now], value=-1)
+            else:
+                torch.mul(d_alpha, torch.sigmoid(a[:, now]), out=d_a[:, now])
+            d_theta = d_v.addcmul_(s, d_v, value=-1).sub_(d_pre)
+            _accumulate(d_b, d_beta.mul_(beta * (1 - beta)), now)
+            _accumulate(d_t, d_theta if row else d_theta.mul_(t[:, now].sign()), now)
+        return d_x, d_b, d_t, d_a, carry, None, None
+
+
+def plif_torch(x, b, t, a=None, v=None, *, frames, slope=4.0):
+    """Run N parametric leaky neurons over the frames of a batch; the equations stand above.
+
+    x: (B, F, N), an input per frame; or (B, T, N), one per token, held for the token's frames.
+    b, t: (N,), the row form; or, together with a, (B, F, N), the step form. v: (B, N) or None.
+    frames: a Frames of count (B, T). slope: of the surrogate, a sigmoid.
+
+    Returns what is passed on (B, F, N), meaningless in the padding; the rate (N,), spikes per frame
+    that runs; and the membrane (B, N) after each sequence's last frame; in float32.
+    """
+    check_plif(x, b, t, a, v, frames)
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    x = x.to(dtype) if x.shape[1] == frames.size else frames.unroll(x.to(dtype))
+    v = x.new_zeros(x.shape[0], x.shape[2]) if v is None else v.to(dtype)
+    a = None if a is None else a.to(dtype)
+    return _Plif.apply(x, b.to(dtype), t.to(dtype), a, v, frames, slope)
+
+
+def check_plif(x, b, t, a, v, frames):
+    """ValueError if the arguments do not fit each other."""
+    B, T = frames.count.shape
+    if x.dim() != 3 or x.shape[0] != B or x.shape[1] not in (T, frames.size):
+        raise ValueError(f"x must be ({B}, {T} or {frames.size}, N), got {tuple(x.shape)}")
+    N = x.shape[2]
+    shape = (N,) if a is None else (B, frames.size, N)
+    for name, y in (("a", a), ("b", b), ("t", t)):
+        if y is not None and y.shape != shape:
+            raise ValueError(f"{name} must be {shape}, got {tuple(y.shape)}")
+    if v is not None and v.shape != (B, N):
+        raise ValueError(f"v must be {(B, N)}, got {tuple(v.shape)}")
+
+
 # ---- synapses ---------------------------------------------------------------------------------
 
 
@@ -365,6 +614,22 @@ class Report:
     losses: dict = field(default_factory=dict)  # name -> scalar that training adds to the loss
     log: dict = field(default_factory=dict)  # name -> scalar that is worth a look
 
+    def fresh(self):
+        """A report for one part: what the pass is about is here, nothing is counted yet."""
+        empty = dict(rate=[], synops=[], synapses=[], macs=0, updates={}, losses={}, log={})
+        return replace(self, membrane=list(self.membrane), **empty)
+
+    def add(self, part):
+        """Count what a part has counted in a fresh report."""
+        self.spikes, self.membrane = part.spikes, part.membrane
+        self.rate += part.rate
+        self.synops += part.synops
+        self.synapses += part.synapses
+        self.macs += part.macs
+        self.log |= part.log
+        for name, loss in part.losses.items():
+            self.losses[name] = self.losses.get(name, 0.0) + loss
+
     def fired(self, spikes):
         """Note the spikes (B, T, N) of a layer; returns its rate (N,), gradient included."""
         self.spikes = spikes
@@ -380,13 +645,39 @@ class Report:
 class Linear(nn.Linear):
     """A matrix fed by floats: every weight costs a multiplication at every token."""
 
-    def forward(self, x, report):
-        report.macs += self.weight.numel()
+    def forward(self, x, report, times=1):
+        """times: how often per token it is applied, on average."""
+        report.macs += round(times * self.weight.numel())
         return super().forward(x)
 
 
+EVENT_RATE = 0.5  # above it reading all rows in order is as fast (in float32; else never)
+
+
+def deliver(s, weight, report):
+    """What spikes s (..., fan_in) bring through weight (fan_in, fan_out): s W, (..., fan_out).
+
+    One token without gradient reads only the rows of the neurons that fired. A row is read by one
+    thread, so there are as many bags of rows as threads.
+    """
+    fired = s.detach() != 0
+    report.fed_by_spikes(fired.flatten(0, -2).float().mean(0), weight.shape[1])
+    if s.numel() == len(weight) and not torch.is_grad_enabled():
+        active = fired.flatten().nonzero()[:, 0]
+        if len(active) < EVENT_RATE * len(weight) or weight.dtype != s.dtype:
+            bags = torch.get_num_threads() if len(active) >= 64 else 1
+            start = torch.arange(bags, device=active.device) * len(active) // bags
+            level = s.flatten()[active].to(weight.dtype)
+            rows = F.embedding_bag(active, weight, start, mode="sum", per_sample_weights=level)
+            return rows.to(s.dtype).sum(0).view(*s.shape[:-1], -1)
+    return F.linear(s.to(weight.dtype), weight.t()).to(s.dtype)
+
+
 class Synapse(nn.Module):
-    """A matrix that may only be fed binary spikes, stored one row per presynaptic neuron."""
+    """A matrix that may only be fed spikes, stored one row per presynaptic neuron.
+
+    Spikes are 0 or 1. Those of a `population`, whose neurons share a row, come times their level.
+    """
 
     def __init__(self, fan_in, fan_out, bias=True):
         super().__init__()
@@ -394,9 +685,9 @@ class Synapse(nn.Module):
         self.weight = nn.Parameter(torch.empty(fan_in, fan_out).uniform_(-bound, bound))
         self.bias = nn.Parameter(torch.empty(fan_out).uniform_(-bound, bound)) if bias else None
 
-    def forward(self, s, report):  # (..., fan_in) of 0 and 1 -> (..., fan_out)
-        report.fed_by_spikes(s.detach().flatten(0, -2).float().mean(0), self.weight.shape[1])
-        return F.linear(s, self.weight.t(), self.bias)
+    def forward(self, s, report):  # spikes (..., fan_in) -> (..., fan_out)
+        y = deliver(s, self.weight, report)
+        return y if self.bias is None else y + self.bias
 
 
 # ---- a picture --------------------------------------------------------------------------------

@@ -14,17 +14,19 @@ from dataclasses import dataclass, fields
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
 
 from cell_bridge import Modulation, identity, synthetic_scores
-from kernels import lif
-from lif import SURROGATES, Linear, Report, Synapse
+from kernels import lif, plif
+from lif import SURROGATES, Frames, Linear, Report, Synapse, deliver, population
 from traits import HRM, JEPA, MTP, Engram, Kuramoto, Memory, MoE, ProgSem, SpikeAttn
 
 
 @dataclass(frozen=True)
 class ModelConfig:
     # model
-    block: str = "sam"  # sam: Real Sam's | whale: SpikeWhale's | gpt: causal attention, the control
+    # sam: Real Sam | whale: SpikeWhale | spark: NeuronSpark | snn: population codes | gpt: control
+    block: str = "sam"
     vocab_size: int = 4096  # tokens the embedding has room for; the tokenizer may use fewer
     n_embd: int = 256  # width of the tied embedding
     n_hidden: int = 512  # width of the residual stream = neurons per block
@@ -41,15 +43,21 @@ class ModelConfig:
     slope: float = 1.0  # its slope
     reset_grad: bool = True  # let the gradient flow through the reset too
     backend: str = "auto"  # the scan: auto | triton | torch
+    checkpointing: bool = False  # backward computes a part's inner values again: less memory
     # neuron diversity and environment (Real Sam)
     diversity: float = 0.4  # sigma of the log-normal factor that each neuron answers stress with
     stress_gain: float = 0.3  # kappa: gain = 1 + kappa * stress * factor; 0 switches stress off
     stress_decay: float = 0.99  # stress is this moving average, per step, of loss / ln(vocabulary)
     # firing rate
-    rate_target: float = 0.1  # spikes per neuron and token that the penalty pulls towards
+    rate_target: float = 0.1  # spikes per neuron (snn: population) and token, for the penalty
     rate_weight: float = 10.0  # weight of the penalty (rate - target)^2, summed over layers
-    rate_penalty: str = "both"  # both: of a layer off target | above it | below: of a neuron below
+    # both: of a layer off target | above it | below: of a neuron below | mean: of all layers above
+    rate_penalty: str = "both"
     homeostasis: float = 0.0  # sam V3: thresholds move by this * (rate - target) per step; 0 is off
+    # snn
+    levels: int = 3  # neurons of a population, at thresholds theta, 2 theta, ...; 1 is plain spikes
+    head: str = "float"  # what the readout's matrix is fed: float | spikes, of one more population
+    spikes: bool = True  # False: the float twin, the same block with graded signals
     # whale
     modulation: str = "program"  # neurons set by gene programs | shuffled: a control | none: all equal
     spike_input_gain: float = 2.5  # scale of the input synapses of layers fed by spikes, at the start
@@ -69,15 +77,21 @@ class ModelConfig:
     jepa: bool = False  # training predicts the next hidden state
     # gpt
     n_head: int = 8  # attention heads
-    d_ff: int = 1112  # width of the feed-forward part
+    d_ff: int = 1112  # width of the feed-forward part, here and in spark
     window: int = 512  # tokens that attention sees: the present one and those before it
+    # spark
+    n_state: int = 8  # hidden neurons per channel
+    k_max: int = 16  # frames within a token, at most
+    adaptive: bool = True  # a token runs as many frames as it expects to need; else always k_max
+    ponder_weight: float = 0.01  # weight of E[K], the frames that a token expects to run
 
     def __post_init__(self):
         for name, allowed in (
             ("block", tuple(BLOCKS)),
             ("encoder", ("spikes", "float")),
+            ("head", ("float", "spikes")),
             ("residual", ("gated", "plain", "none")),
-            ("rate_penalty", ("both", "above", "below")),
+            ("rate_penalty", ("both", "above", "below", "mean")),
             ("modulation", ("program", "shuffled", "none")),
             ("surrogate", tuple(SURROGATES)),
             ("backend", ("auto", "triton", "torch")),
@@ -86,14 +100,14 @@ class ModelConfig:
                 raise ValueError(
                     f"{name} must be one of {', '.join(allowed)}, got {getattr(self, name)!r}"
                 )
-        at_least_1 = "vocab_size n_embd n_hidden n_layer n_head d_ff window engram_heads engram_width"
-        for name in (at_least_1 + " moe_width").split():
+        at_least_1 = "vocab_size n_embd n_hidden n_layer n_head d_ff window n_state k_max levels"
+        for name in (at_least_1 + " engram_heads engram_width moe_width").split():
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
         for name in "engram hrm spike_attn progsem kuramoto moe memory mtp".split():
             if not 0 <= getattr(self, name) < 2**31:
                 raise ValueError(f"{name} must be at least 0 and below 2**31")
-        for name in ("n_layer", "hrm", "mtp", "engram_heads"):
+        for name in ("n_layer", "k_max", "hrm", "mtp", "engram_heads"):
             if getattr(self, name) > 1000:
                 raise ValueError(f"{name} must be at most 1000, got {getattr(self, name)}")
         heads = "n_head" if self.block == "gpt" else "rec_heads"
@@ -228,6 +242,63 @@ class MembraneReadout(nn.Module):
         return self.mix(torch.tanh(torch.cat(report.membrane, -1)), report), None
 
 
+class Population(nn.Module):
+    """n leaky membranes without reset, each watched by neurons at thresholds theta, 2 theta, ...
+
+        v = beta * v' + sqrt(1 - beta^2) * (g z + b);  sends the spikes of lif.population(v)
+    signed: as many neurons again watch -v. The float twin sends v itself, or relu(v) if unsigned.
+    """
+
+    def __init__(self, n, config, signed):
+        super().__init__()
+        c, self.config, self.signed = config, config, signed
+        self.gain, self.bias = nn.Parameter(torch.ones(n)), nn.Parameter(torch.zeros(n))
+        beta = torch.linspace(c.beta_low, c.beta_high, n)[torch.randperm(n)]
+        self.beta_logit = nn.Parameter(torch.logit(beta))
+        if c.spikes:
+            self.register_buffer("theta", c.theta * torch.arange(1, c.levels + 1))
+            middle = (self.theta + c.theta / 2).repeat_interleave(n)  # of each interval of v
+            self.levels = nn.Parameter(torch.cat([middle, -middle]) if signed else middle)
+
+    def forward(self, z, state, report):  # (B, T, n) -> (B, T, n); state as of `lif`
+        c = self.config
+        beta = torch.sigmoid(self.beta_logit)
+        current = (1 - beta**2).sqrt() * torch.addcmul(self.bias, self.gain, z)
+        _, v, state = lif(
+            current, beta, torch.ones_like(beta), state=state, reset="none", backend=c.backend
+        )
+        if not c.spikes:
+            return (v if self.signed else F.relu(v)).to(z.dtype), state
+        levels = self.levels.view(1 + self.signed, c.levels, -1)
+        sent, rate = population(v, self.theta, levels, c.surrogate, c.slope, z.dtype)
+        report.rate.append(rate)
+        report.spikes = sent
+        return sent, state
+
+
+class SNNBlock(nn.Module):
+    """Fully spike-driven: floats live in membranes, norms and the stream, spikes cross matrices.
+
+    a = population(x / rms(x));  h = population(W_in a);  x + W_out h
+    """
+
+    def __init__(self, config, index):
+        super().__init__()
+        c, D, N = config, config.n_hidden, config.d_ff
+        self.sites = [D, N] if c.spikes else []
+        self.a, self.h = Population(D, c, signed=True), Population(N, c, signed=False)
+        matrix = Synapse if c.spikes else Linear
+        self.w_in, self.w_out = matrix(D, N, bias=False), matrix(N, D, bias=False)
+        nn.init.normal_(self.w_in.weight, std=D**-0.5)
+        nn.init.normal_(self.w_out.weight, std=0.5 / math.sqrt(c.n_layer * N))
+
+    def forward(self, x, state, report):  # (B, T, D) -> (B, T, D)
+        of_a, of_h = (None, None) if state is None else (state[:2], state[2:])
+        a, of_a = self.a(F.rms_norm(x, x.shape[-1:]), of_a, report)
+        h, of_h = self.h(self.w_in(a, report), of_h, report)
+        return x + self.w_out(h, report), of_a + of_h
+
+
 class GPTBlock(nn.Module):
     """The control: causal attention with rotary positions (Su et al. 2021, arXiv 2104.09864), GELU.
 
@@ -285,7 +356,186 @@ def rotate(x, position):
     return torch.cat([a * cos - b * sin, a * sin + b * cos, x[..., 2 * half :]], -1)
 
 
-BLOCKS = {"sam": SamBlock, "whale": WhaleBlock, "gpt": GPTBlock}
+class PLIF(nn.Module):
+    """Parametric LIF neurons, theirs the decay and the threshold; they pass on their leak."""
+
+    def __init__(self, n, theta, config):
+        super().__init__()
+        self.backend = config.backend
+        self.w = nn.Parameter(0.5 * torch.randn(n))  # decay sigmoid(w)
+        self.theta = nn.Parameter(theta * (0.5 + torch.rand(n)))
+
+    def forward(self, x, v, frames, report):  # (B, T or F, n) -> (B, F, n)
+        leak, rate, v = plif(x, self.w, self.theta, v=v, frames=frames, backend=self.backend)
+        report.rate.append(rate)
+        return leak, v
+
+
+class SelectiveNeurons(nn.Module):
+    """N hidden neurons per channel, whose decay, gain and threshold hang on the input.
+
+    y = (W_out v) * sigmoid(W_g z) + W_s z, summed over frames; v the membranes after the reset.
+    """
+
+    def __init__(self, config):
+        super().__init__()
+        c, D, N = config, config.n_hidden, config.n_state
+        self.backend, self.sites = c.backend, D * N
+        self.w_in, self.w_out = Linear(D, D * N, bias=False), Linear(D * N, D, bias=False)
+        self.w_beta, self.w_alpha, self.w_theta = (Linear(D, D * N) for _ in range(3))
+        self.w_gate, self.w_skip = Linear(D, D, bias=False), Linear(D, D, bias=False)
+        beta = torch.linspace(0.8, 0.99, N)
+        # resets take what the input brings, theta * rate ~ sqrt(1 - beta^2); with this factor, found
+        # by measuring random weights, rates fall from 25% to 8% over a channel
+        theta = 0.06 * (1 - beta**2).sqrt() / torch.linspace(0.25, 0.08, N)
+        with torch.no_grad():
+            self.w_in.weight.mul_((1 - beta**2).sqrt().repeat(D)[:, None])
+            for w in (self.w_beta, self.w_alpha, self.w_theta):
+                w.weight.mul_(0.1)
+            self.w_beta.bias.copy_(torch.logit(beta).repeat(D) + 0.1 * torch.randn(D * N))
+            self.w_alpha.bias.fill_(0.5413)  # softplus of it is 1
+            self.w_theta.bias.copy_(theta.repeat(D) - 0.1)
+
+    def forward(self, z, v, frames, weight, report):  # (B, F, D) -> (B, T, D)
+        k = frames.per_token
+        v_all, rate, v = plif(
+            self.w_in(z, report, k), self.w_beta(z, report, k), self.w_theta(z, report, k),
+            self.w_alpha(z, report, k), v, frames=frames, backend=self.backend,
+        )  # fmt: skip
+        report.rate.append(rate)
+        y = self.w_out(v_all, report, k) * torch.sigmoid(self.w_gate(z, report, k))
+        return frames.pool(y, weight) + self.w_skip(frames.pool(z, weight), report), v
+
+
+class SpikingFFN(nn.Module):
+    """y = W_down (leak(W_gate z) * leak(W_up z)) + W_skip z, summed over frames before W."""
+
+    def __init__(self, config):
+        super().__init__()
+        D, H = config.n_hidden, config.d_ff
+        self.sites = 2 * H
+        self.w_gate, self.w_up = Linear(D, H, bias=False), Linear(D, H, bias=False)
+        self.w_down, self.w_skip = Linear(H, D, bias=False), Linear(D, D, bias=False)
+        self.neurons = PLIF(2 * H, 0.15, config)
+
+    def forward(self, z, v, frames, weight, report):  # (B, F, D) -> (B, T, D)
+        k = frames.per_token
+        x = torch.cat([self.w_gate(z, report, k), self.w_up(z, report, k)], -1)
+        leak, v = self.neurons(x, v, frames, report)
+        gate, up = leak.chunk(2, -1)
+        y = self.w_down(frames.pool(gate * up, weight), report)
+        return y + self.w_skip(frames.pool(z, weight), report), v
+
+
+class Pondered(nn.Module):
+    """x + r - mean(r), r = W_o sum_k lambda_k f_k(leak(PLIF(RMSNorm(x)))), over frames k.
+
+    How long a token ponders is known before its first frame, unlike in the paper, where p_k comes
+    from frame k and all K frames are always run: here p = sigmoid(w . RMSNorm(x) / sqrt(D) + b) is
+    the probability to halt after any of them (the root keeps Adam's steps small: the cost, which is
+    there from the first step, must not win before frames prove useful). E[K] = sum_k (1-p)^(k-1) up
+    to K is how many frames such a token expects to run, and so many it runs, rounded up; the last
+    counts by the fraction: what comes out is continuous in p, and says whether more frames would
+    help. lambda_k ~ p (1-p)^(k-1) over the frames that run, in sum 1. In the others the neurons
+    stand still. With `adaptive` off all K run, as in the paper.
+    """
+
+    def __init__(self, config, inner):
+        super().__init__()
+        D = config.n_hidden
+        self.config = config
+        self.norm = nn.RMSNorm(D, eps=1e-6)
+        self.neurons = PLIF(D, 0.5, config)
+        self.inner = inner(config)
+        self.sites = [D, self.inner.sites]
+        self.w_halt = nn.Parameter(torch.empty(D).uniform_(-1, 1))
+        self.b_halt = nn.Parameter(torch.full((1,), -3.5))
+        self.w_o = Linear(D, D, bias=False)
+
+    def forward(self, x, state, report):  # (B, T, D) -> (B, T, D)
+        v, v_inner = state or (None, None)
+        h = self.norm(x)
+        frames, weight, expected = self.ponder(h)
+        z, v = self.neurons(h, v, frames, report)
+        y, v_inner = self.inner(z, v_inner, frames, weight, report)
+        r = self.w_o(y, report)
+        return x + (r - r.mean(-1, keepdim=True)), (v, v_inner), expected, frames.per_token
+
+    def ponder(self, h):
+        """h (B, T, D) -> the Frames to run, lambda (B, T, K), E[K] (B, T)."""
+        K = self.config.k_max
+        k = torch.arange(K, device=h.device)
+        logit = (h * self.w_halt).sum(-1, keepdim=True) / math.sqrt(h.shape[-1]) + self.b_halt
+        reached = torch.exp(k * F.logsigmoid(-logit))  # (1-p)^(k-1): frame k is reached
+        expected = reached.sum(-1)
+        if self.config.adaptive:
+            count = expected.detach().ceil().long()
+            reached = reached * (expected.unsqueeze(-1) - k).clamp(0, 1)
+        else:
+            count = torch.full_like(expected, K, dtype=torch.long)
+        return Frames(count, K), reached / reached.sum(-1, keepdim=True), expected
+
+
+class SparkBlock(nn.Module):
+    """NeuronSpark (arXiv 2603.16148): selective neurons, then a spiking feed-forward part.
+
+    Neurons run several frames within each token; the residual stream, the same in all of them, is
+    kept per token. State: membranes of (input, hidden) neurons of both parts, 4 x (B, n).
+    """
+
+    def __init__(self, config, index):
+        super().__init__()
+        self.index, self.weight = index, config.ponder_weight / config.n_layer
+        self.halves = nn.ModuleList(Pondered(config, f) for f in (SelectiveNeurons, SpikingFFN))
+        self.sites = [n for half in self.halves for n in half.sites]
+
+    def forward(self, x, state, report):  # (B, T, D) -> (B, T, D)
+        after, expected, run = [], 0.0, 0.0
+        for half, before in zip(self.halves, (state[:2], state[2:]) if state else (None, None)):
+            x, now, e, k = half(x, before, report)
+            after += now
+            expected, run = expected + e.mean() / 2, run + k / 2
+        ponder = report.losses.get("ponder", 0.0)
+        report.losses["ponder"] = ponder + self.weight * expected  # E[K], mean over layers
+        report.log[f"E[K] {self.index}"] = expected.detach()
+        report.log[f"frames {self.index}"] = run  # E[K], rounded up token by token
+        return x, tuple(after)
+
+
+class SparkOutput(nn.Module):
+    """NeuronSpark's last neurons, all K frames of them, averaged; and "lateral inhibition"."""
+
+    def __init__(self, config):
+        super().__init__()
+        D = config.n_hidden
+        self.k_max, self.sites = config.k_max, [D]
+        self.norm, self.inhibit = nn.RMSNorm(D, eps=1e-6), nn.RMSNorm(D, eps=1e-6)
+        self.neurons = PLIF(D, 0.3, config)
+        self.w = Linear(D, D)
+
+    def forward(self, x, state, report):  # (B, T, D) -> (B, T, D)
+        B, T, D = x.shape
+        frames = Frames(torch.full((B, T), self.k_max, device=x.device), self.k_max)
+        leak, v = self.neurons(self.norm(x), state and state[0], frames, report)
+        y = self.w(leak.view(B, T, -1, D).mean(2), report)
+        return self.inhibit(y.to(x.dtype)), (v,)  # a norm likes the precision of the stream
+
+
+BLOCKS = {"sam": SamBlock, "whale": WhaleBlock, "spark": SparkBlock}
+BLOCKS |= {"snn": SNNBlock, "gpt": GPTBlock}
+
+
+def recomputed(part, x, state, report):
+    """part(x, state, report) that keeps none of its inner values: backward computes them again."""
+    before = report.fresh()  # as it is now, when the part runs again too
+
+    def run(x, state):
+        own = before.fresh()  # so that a second run counts into nothing
+        return *part(x, state, own), own
+
+    y, state, own = checkpoint(run, x, state, use_reentrant=False)
+    report.add(own)
+    return y, state
 
 
 class SpikingLM(nn.Module):
@@ -301,6 +551,14 @@ class SpikingLM(nn.Module):
         self.embedding = nn.Embedding(c.vocab_size, c.n_embd)
         # bits of a spike code flip too easily near 0; a float embedding starts as GPT-2's does
         nn.init.normal_(self.embedding.weight, std=1 / 16 if c.encoder == "spikes" else 0.02)
+        self.head = None
+        if c.head == "spikes":
+            if c.n_embd != D:
+                raise ValueError("head=spikes needs n_embd equal to the width of the stream")
+            self.head = Population(D, c, signed=True)
+            # tied, but in memory a row per neuron of the head: what generation reads
+            weight = self.embedding.weight.data.t().contiguous().t()
+            self.embedding.weight = nn.Parameter(weight)
         self.proj_in = self.proj_out = None
         if c.encoder == "spikes":
             self.proj_in = Synapse(c.n_embd, D)
@@ -319,16 +577,19 @@ class SpikingLM(nn.Module):
         if c.hrm:
             self.parts["hrm"] = HRM(D, c.hrm)
         if c.spike_attn:
-            self.parts["spike_attn"] = SpikeAttn(D, c.spike_attn)
+            self.parts["spike_attn"] = SpikeAttn(D, c.spike_attn, backend=c.backend)
         if c.progsem:
             self.parts["progsem"] = ProgSem(D, c.progsem, self.identity)
         if c.kuramoto:
             self.parts["kuramoto"] = Kuramoto(D, c.kuramoto)
         if c.moe:
-            neurons = self.sites[-1] if self.sites else D
-            self.parts["moe"] = MoE(D, c.moe, c.moe_width, neurons=neurons)
+            neurons = self.sites[-1] if self.sites and c.block != "spark" else D
+            self.parts["moe"] = MoE(D, c.moe, c.moe_width, neurons=neurons, backend=c.backend)
         if c.memory:
-            self.parts["memory"] = Memory(D, c.memory)
+            self.parts["memory"] = Memory(D, c.memory, c.backend)
+        if c.block == "spark":
+            self.parts["output"] = SparkOutput(c)
+            self.sites += self.parts["output"].sites
         self.norm = nn.LayerNorm(D) if c.norm else nn.Identity()
         if c.n_embd != D:
             self.proj_out = Linear(D, c.n_embd)
@@ -336,6 +597,7 @@ class SpikingLM(nn.Module):
         self.jepa = JEPA(D) if c.jepa else None
         # what `observe` keeps; saved with the model, frozen at evaluation
         self.register_buffer("stress", torch.ones(()))
+        self.sites += [D] if self.head is not None else []
         self.register_buffer("rate", torch.full((sum(self.sites),), c.rate_target))
 
     @property
@@ -363,18 +625,22 @@ class SpikingLM(nn.Module):
         """tokens (B, T) int64; state as returned by an earlier call, or None for silence.
 
         Returns logits (B, T, vocabulary), the state after the last token (a list, an entry per
-        part) and a Report.
+        part and one for the readout) and a Report.
         """
         x, report = self.embed(tokens)
-        after = []
-        for (name, part), before in zip(self.parts.items(), state or [None] * len(self.parts)):
-            y, now = part(x, before, report)
+        state, after = state or [None] * (len(self.parts) + 1), []
+        for (name, part), before in zip(self.parts.items(), state):
+            if self.config.checkpointing and torch.is_grad_enabled():
+                y, now = recomputed(part, x, before, report)
+            else:
+                y, now = part(x, before, report)
             if not torch.is_grad_enabled() and x.shape == y.shape:
                 report.updates[name] = (y - x).norm(dim=-1).mean()
             x = y
             after.append(now)
         report.stream = x
-        return self.readout(x, report), after, report
+        logits, now = self.readout(x, state[-1], report)
+        return logits, after + [now], report
 
     def embed(self, tokens):
         """tokens (B, T) -> what enters the first part (B, T, D), and a fresh Report."""
@@ -384,13 +650,16 @@ class SpikingLM(nn.Module):
             x = spike_encode(x)
         return x if self.proj_in is None else self.proj_in(x, report), report
 
-    def readout(self, x, report):
-        """What leaves the last part (..., D) -> logits (..., vocabulary), by the embedding."""
+    def readout(self, x, state, report):
+        """What leaves the last part (..., D) -> logits (..., vocabulary) by the embedding, state."""
         x = self.norm(x)
+        if self.head is not None:
+            s, state = self.head(x, state, report)
+            return deliver(s, self.embedding.weight.t(), report), state
         if self.proj_out is not None:
             x = self.proj_out(x, report)  # (..., E)
         report.macs += self.embedding.weight.numel()
-        return F.linear(x, self.embedding.weight)
+        return F.linear(x, self.embedding.weight), ()
 
     def loss(self, logits, targets, report):
         """Cross-entropy in nats per token (alone the basis of bits per byte), and a dictionary of
@@ -402,10 +671,12 @@ class SpikingLM(nn.Module):
         """
         nats = F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten())
         c, losses = self.config, dict(report.losses)
-        if report.rate:
+        if report.rate and c.rate_weight:
             losses["rates"] = 0.0
             for rate, before in zip(report.rate, self.rate.split(self.sites)):
-                if c.rate_penalty == "below":  # per neuron (SpikeWhale): none may die
+                if c.rate_penalty == "mean":  # one budget for all: the optimiser allots it
+                    pressure = (self.rate_mean() - c.rate_target).clamp(min=0) / len(self.sites)
+                elif c.rate_penalty == "below":  # per neuron (SpikeWhale): none may die
                     pressure = (before - c.rate_target).clamp(max=0)
                 else:  # of the layer (Real Sam)
                     pressure = before.mean() - c.rate_target
@@ -413,11 +684,15 @@ class SpikingLM(nn.Module):
                 losses["rates"] += 2 * c.rate_weight * (pressure * rate).mean()
         if self.mtp:
             losses["mtp"] = self.mtp.loss(
-                report.stream, targets, lambda h: self.readout(h, Report())
+                report.stream, targets, lambda h: self.readout(h, None, Report())[0]
             )
         if self.jepa:
             losses["jepa"] = self.jepa.loss(report.stream, report.log)
         return nats, losses
+
+    def rate_mean(self):
+        """Mean of the layers' rates at the step before."""
+        return torch.stack([rate.mean() for rate in self.rate.split(self.sites)]).mean()
 
     @torch.no_grad()
     def observe(self, nats, rates):
@@ -443,7 +718,8 @@ class SpikingLM(nn.Module):
         Rows of `length` tokens, each from silence, overlap by one token, so that every token
         after the first is scored once. Returns a dictionary: nats (total), tokens (scored), rate
         (spikes per neuron and token, per layer), synops and synapses (per token: synaptic
-        operations triggered, and their number if all neurons fired), macs (float-fed, per token).
+        operations triggered, and their number if all neurons fired), macs (float-fed, per token),
+        log (what parts say of themselves: the report's, averaged).
         """
         device, n = self.stress.device, len(tokens) - 1
         if n < 1:
@@ -456,7 +732,7 @@ class SpikingLM(nn.Module):
             batches += zip(x.split(max(1, 8192 // length)), y.split(max(1, 8192 // length)))
         if whole < n:
             batches.append((tokens[None, whole:-1], tokens[None, whole + 1 :]))
-        nats, rate, synops = 0.0, 0, 0.0
+        nats, rate, synops, macs, log = 0.0, 0, 0.0, 0, {}
         for x, y in batches:
             logits, _, report = self(x)
             nats += F.cross_entropy(
@@ -464,13 +740,17 @@ class SpikingLM(nn.Module):
             ).item()
             rate = rate + x.numel() * torch.tensor([r.mean().item() for r in report.rate])
             synops += x.numel() * sum(s.item() for s in report.synops)
+            macs += x.numel() * report.macs
+            for name, value in report.log.items():
+                log[name] = log.get(name, 0.0) + float(value) * x.numel() / n
         return {
             "nats": nats,
             "tokens": n,
             "rate": (rate / n).tolist(),
             "synops": synops / n,
             "synapses": sum(report.synapses),
-            "macs": report.macs,
+            "macs": round(macs / n),
+            "log": log,
         }
 
     @torch.no_grad()

@@ -46,7 +46,7 @@ class TrainConfig(ModelConfig):
     # data
     dataset: str = "auto"  # auto | real_sam (download) | nursery (built in) | .txt, .jsonl, folder
     data_dir: str = "data"  # where downloads and token caches live
-    tokenizer: str = "bpe"  # bpe | byte | char | gpt2
+    tokenizer: str = "bpe"  # bpe | lengthmax | byte | char | gpt2
     phases: str = "words:8 phrases:16 sentences:32 stories:64 conversations:64"  # name:length ...
     rehearse: float = 0.0  # share of a batch drawn from the phase before
     # optimiser
@@ -90,7 +90,7 @@ class TrainConfig(ModelConfig):
         for name, allowed in (
             ("init_from", ("scratch", "resume")),
             ("optimizer", ("adamw", "muon")),
-            ("tokenizer", ("bpe", "byte", "char", "gpt2")),
+            ("tokenizer", ("bpe", "lengthmax", "byte", "char", "gpt2")),
             ("device", ("auto", "cpu", "cuda", "mps")),
             ("dtype", ("auto", "float32", "bfloat16")),
         ):
@@ -293,6 +293,7 @@ def evaluate(raw, corpus, phase, length, c, run):
         "synops": score["synops"],
         "synapses": score["synapses"],
         "stress": raw.stress.item(),
+        "log": score["log"],
     }
     if corpus.entropy_bits is not None and len(heldout) == len(corpus.heldout):
         line["entropy_bpb"] = corpus.entropy_bits / corpus.heldout_bytes
@@ -431,7 +432,8 @@ def restore(checkpoint, raw, optimizers, position, c, corpus, run):
 def check_run(checkpoint, c, corpus, position):
     """ValueError unless the checkpoint is of a run like this one, its position like `position`."""
     old, new = checkpoint["config"], asdict(c)
-    for name in [f.name for f in fields(ModelConfig) if f.name != "backend"] + ["optimizer"]:
+    free = ("backend", "checkpointing")  # these change no result
+    for name in [f.name for f in fields(ModelConfig) if f.name not in free] + ["optimizer"]:
         if old[name] != new[name]:
             raise ValueError(
                 f"the checkpoint was trained with {name}={old[name]!r}, not {new[name]!r}: "
@@ -688,6 +690,7 @@ def train(c, run):
 def in_words(line, minutes_left):
     """One line of words for one evaluation."""
     entropy = line.get("entropy_bpb")
+    ponder = [x for name, x in line["log"].items() if name.startswith("E[K]")]  # per layer
     parts = [
         f"{line['step']:6d} {line['phase']}",
         f"train {line['train']:.3f}" if line["train"] else "",
@@ -696,6 +699,7 @@ def in_words(line, minutes_left):
         + (f" (entropy {entropy:.3f} + {line['above_entropy']:.3f})" if entropy else ""),
         "rate " + " ".join(f"{100 * r:.0f}" for r in line["rate"]) + "%" if line["rate"] else "",
         f"stress {line['stress']:.2f}",
+        "E[K] " + " ".join(f"{x:.1f}" for x in ponder) if ponder else "",
         f"{line['tokens_per_s']:.0f} tokens/s" if line["train"] else "",
         f"{minutes_left:.0f} min left" if line["train"] else "",
     ]

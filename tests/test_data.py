@@ -73,7 +73,8 @@ def test_any_text_survives(kind, corpus):
         assert ids == tokenizer.encode(text) and tokenizer.end not in ids
         assert tokenizer.decode(ids) == text
         assert tokenizer.decode([tokenizer.end, *ids, tokenizer.end]) == text
-    long = ["word " * 300, SAMPLE * 20]  # long enough for the threaded path
+    long = ["word " * 300, SAMPLE * 20, "x" * 999, "\n" * 999]  # enough for the threaded path
+    assert all(tokenizer.decode(tokenizer.encode(text)) == text for text in long)
     assert tokenizer.encode_batch(long) == [tokenizer.encode(text) for text in long]
 
 
@@ -216,6 +217,8 @@ def test_lengthmax_round_trip(lengthmax, text):
 def test_lengthmax_learns_what_saves_most(corpus):
     once = data.train_tokenizer("lengthmax", ["the hat is the hat of the hat.\n" * 40], 257 + 60)
     assert len(once.encode("the hat is the hat of the hat.")) <= 2  # tokens span words
+    times = Counter(once.encode("the hat is the hat of the hat.\n" * 40))
+    assert all(times[256 + i] > 1 for i in range(len(once.vocab))), once.vocab
     assert max(map(len, once.vocab)) <= data.LONGEST and not any(b"\n" in p for p in once.vocab)
     tokenizer = make("lengthmax", corpus)
     assert tokenizer.vocab_size == 400 and tokenizer.state() == make("lengthmax", corpus).state()
@@ -644,7 +647,7 @@ class RowHandler(Handler):
 @pytest.fixture
 def small_pages(monkeypatch):
     monkeypatch.setattr(data, "PAGE", 5)
-    monkeypatch.setattr(data, "HELD_BYTES", 2_000)
+    monkeypatch.setattr(data, "HELD_BYTES", 1_500)
     monkeypatch.setattr(data, "SAMPLE_BYTES", 6_000)
 
 
@@ -685,7 +688,7 @@ def test_each_page_comes_once(pages):
     order = [source.page(i) for i in range(pages)]
     assert sorted(order) == list(range(pages)) and source.page(pages) == order[0]
     if pages >= 610:  # wherever one begins, a few pages are from all over the source
-        some = sorted(order[100:108])
+        some = sorted([0, *order[100:108], pages])
         assert max(b - a for a, b in zip(some, some[1:])) < pages / 4
 
 
@@ -756,8 +759,9 @@ def test_pages_are_fetched_ahead(rows_server):
     while len(rows_server.asked) < 1 + data.AHEAD and time.monotonic() < until:
         time.sleep(0.01)
     assert len(rows_server.asked) == 1 + data.AHEAD
-    stream.batch(5, 50)
-    assert len(stream.ahead[0]) <= 2 + data.AHEAD  # pages that were read are let go
+    stream.batch(8, 500)
+    assert stream.position["read"][0][0] > 2
+    assert len(stream.ahead[0]) == 1 + data.AHEAD  # pages that were read are let go
 
 
 @pytest.mark.parametrize("fault", [429, 500, 503, "close", "truncate", "drop", "stall", "other"])
@@ -777,7 +781,7 @@ def test_a_source_that_is_not_there(rows_server):
         open_stream(rows_server, mixture=mixture)
 
 
-def test_prepare_a_stream(rows_server, tmp_path):
+def test_prepare_a_stream(rows_server, tmp_path, monkeypatch):
     bases = dict.fromkeys(data.BASES, rows_server.url)
     prepared = data.prepare(f"stream:{MIXTURE}", "lengthmax", 300, tmp_path, bases=bases)
     assert prepared.name == "prose+math" and prepared.tokenizer.vocab_size == 300
@@ -785,7 +789,7 @@ def test_prepare_a_stream(rows_server, tmp_path):
                                                              for n, r in ROWS.items()]  # fmt: skip
     held = set(texts_of(prepared.heldout, prepared.tokenizer))
     sample = set(texts_of(prepared.train["stories"], prepared.tokenizer))
-    assert 2_000 <= sum(map(len, held)) < 8_000 < sum(map(len, sample)) + 2_000 < 20_000
+    assert 1_500 <= sum(map(len, held)) < 6_000 <= sum(map(len, sample)) < 12_000
     pages = {(s.name, s.page(i)) for s in prepared.mixture for i in range(s.held)}
     assert {text.split(":")[0] for text in held} == {
         f"{name} {i}" for name, page in pages for i in range(page * 5, page * 5 + 5)
@@ -795,9 +799,22 @@ def test_prepare_a_stream(rows_server, tmp_path):
                          fetch=lambda name, page: data.fetch_page(name, page, bases))  # fmt: skip
     ids = stream.batch(10, 300)[0].flatten().tolist()
     assert not held & set(prepared.tokenizer.decode(ids).split("a/"))
-    nowhere = dict.fromkeys(data.BASES, "http://127.0.0.1:9")  # now it comes from the cache
-    again = data.prepare(f"stream:{MIXTURE}", "lengthmax", 300, tmp_path, bases=nowhere)
+    monkeypatch.setattr(data, "fetch_page", None)  # would raise: now it comes from the cache
+    again = data.prepare(f"stream:{MIXTURE}", "lengthmax", 300, tmp_path, bases=bases)
     assert again.mixture == prepared.mixture
+
+
+def test_copies_of_held_out_documents_leave_the_sample(rows_server, tmp_path, monkeypatch):
+    copy = lambda name, i: f"Copy {i % 40}. " + "long word " * (i % 40)  # noqa: E731
+    monkeypatch.setitem(globals(), "row", copy)
+    bases = dict.fromkeys(data.BASES, rows_server.url)
+    prepared = data.prepare("stream:a/math/four", "byte", 0, tmp_path, bases=bases)
+    held, sample = (set(texts_of(s, prepared.tokenizer))
+                    for s in (prepared.heldout, prepared.train["stories"]))  # fmt: skip
+    assert held and sample and not held & sample
+    monkeypatch.setitem(globals(), "row", lambda name, i: "All rows are the same. " * 100)
+    with pytest.raises(DataError, match="held out: use a larger source"):
+        data.prepare("stream:a/math/four", "byte", 1, tmp_path, bases=bases)
 
 
 def test_streams_that_cannot_be(rows_server, tmp_path, monkeypatch):

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from lif import SURROGATES, lif_torch, softclamp
+from lif import SURROGATES, lif_torch, population, softclamp
 
 torch.manual_seed(0)
 
@@ -212,3 +212,47 @@ def test_python_lif_draws_neurons(capsys):
     lif.main()
     out = capsys.readouterr().out
     assert out.count("beta") == 8 and out.count("|") > 20
+
+
+# ---- populations -------------------------------------------------------------------------------
+
+
+def test_population_by_hand():
+    theta = torch.tensor([1.0, 2.0, 3.0])
+    v = torch.tensor([0.99, 1.0, 1.99, 2.0, 9.0, -0.99, -1.0, -2.5, -3.0]).view(1, -1, 1)
+    levels = torch.tensor([[1.5, 2.5, 3.5], [-1.0, -2.0, -4.0]]).unsqueeze(-1)
+    sent, rate = population(v, theta, levels)
+    assert sent.flatten().tolist() == [0, 1.5, 1.5, 2.5, 3.5, 0, -1.0, -2.0, -4.0]
+    assert rate.item() == pytest.approx(7 / 9)  # at most one spike per population and step
+    sent, rate = population(v, theta, levels[:1])  # nobody watches -v
+    assert sent.flatten().tolist() == [0, 1.5, 1.5, 2.5, 3.5, 0, 0, 0, 0]
+    assert rate.item() == pytest.approx(4 / 9)
+
+
+@pytest.mark.parametrize("sides, slope, T", [(1, 1.0, 7), (2, 0.5, 7), (2, 2.0, 20000)])
+def test_population_gradient_is_that_of_its_thresholds(sides, slope, T):
+    """Against the definition: single thresholds, each with its surrogate, and their inhibition."""
+    torch.manual_seed(0)
+    soft = SURROGATES["triangle"].soft
+    theta = torch.tensor([0.8, 1.6, 2.4], dtype=torch.float64)
+    v = (1.5 * torch.randn(3, T, 5, dtype=torch.float64)).requires_grad_()
+    levels = torch.randn(sides, 3, 5, dtype=torch.float64, requires_grad=True)
+
+    def step(u):
+        smooth = soft(u, slope)
+        return (u >= 0).double() + smooth - smooth.detach()
+
+    expected, rate = 0, 0
+    for side, level in zip((v, -v), levels):
+        s = [step(side - t) for t in theta] + [0]
+        expected = expected + sum(level[k] * (s[k] - s[k + 1]) for k in range(3))
+        rate = rate + s[0].mean((0, 1))
+    actual = population(v, theta, levels, "triangle", slope)
+    for x, y in zip(actual, (expected, rate)):
+        torch.testing.assert_close(x, y)
+    cotangents = [torch.randn_like(x) for x in actual]
+    for x, y in zip(
+        torch.autograd.grad(actual, (v, levels), cotangents),
+        torch.autograd.grad((expected, rate), (v, levels), cotangents),
+    ):
+        torch.testing.assert_close(x, y)

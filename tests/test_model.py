@@ -14,8 +14,8 @@ from model import ModelConfig, SpikingLM, pick, spike_encode
 from train import TrainConfig
 
 CONFIGS = sorted(p.name for p in Path(__file__).parent.parent.glob("configs/*.py"))
-ONE_PER_BLOCK = [c for c in CONFIGS if c in ("sam_6m.py", "gpt_6m.py", "spikewhale_6m.py")]
-SMALL = dict(vocab_size=50, n_embd=16, n_layer=2, n_head=2, d_ff=24)
+ONE_PER_BLOCK = ["sam_6m.py", "spikewhale_6m.py", "neuronspark_6m.py", "gpt_6m.py"]
+SMALL = dict(vocab_size=50, n_embd=16, n_layer=2, n_head=2, d_ff=24, n_state=2, k_max=3)
 
 
 def shrunk(name, **more):
@@ -94,7 +94,7 @@ def test_every_parameter_learns(name):
 @pytest.mark.parametrize(
     "name, millions, tolerance",
     [("sam_6m.py", 6.04, 0.01), ("gpt_6m.py", 6.04, 0.01), ("sam_v1_char.py", 1, 0.2)]
-    + [("sam_v2.py", 3, 0.1), ("sam_v3.py", 6, 0.05)],
+    + [("sam_v2.py", 3, 0.1), ("sam_v3.py", 6, 0.05), ("snn_6m.py", 6.05, 0.01)],
 )
 def test_parameters(name, millions, tolerance):
     with torch.device("meta"):
@@ -113,7 +113,7 @@ def test_gpt_attends_to_its_window_and_no_further():
     assert differs.tolist() == [5 <= t <= 8 for t in range(12)]
 
 
-@pytest.mark.parametrize("name", ["sam_6m.py", "gpt_6m.py"])
+@pytest.mark.parametrize("name", ["sam_6m.py", "snn_6m.py", "gpt_6m.py"])
 def test_generation_keeps_its_state_small_and_equals_the_forward(name):
     model = model_of(shrunk(name))
     prompt = torch.randint(50, (1, 5))
@@ -210,6 +210,90 @@ def test_a_trait_is_causal_and_keeps_its_state(name, trait):
     check_causal(model)
 
 
+def test_snn_sends_at_most_one_spike_per_population_at_its_learned_level():
+    model = model_of(shrunk("snn_6m.py"))
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            if "levels" in name:
+                p += torch.randn_like(p)
+    sent = []
+    for block in model.blocks:
+        for source, w in ((block.a, block.w_in), (block.h, block.w_out)):
+            w.register_forward_pre_hook(lambda m, i, source=source: sent.append((source, m, i[0])))
+    with torch.no_grad():
+        _, _, report = model(torch.randint(50, (4, 30)))
+    assert len(sent) == len(report.synops) == len(model.sites)
+    for (source, w, q), synops, synapses in zip(sent, report.synops, report.synapses):
+        levels = source.levels.view(-1, 1, 1, q.shape[-1])  # (neurons of a population, 1, 1, N)
+        assert ((q == levels).any(0) | (q == 0)).all()
+        spikes = (q != 0).float().mean((0, 1)).sum().item()
+        assert synops.item() == pytest.approx(spikes * w.weight.shape[1])
+        assert synapses == w.weight.numel()
+
+
+def test_twin_of_snn_is_the_same_block_with_floats():
+    spiking, twin = (model_of(shrunk("snn_6m.py", spikes=on)) for on in (True, False))
+    sizes = [
+        {k: p.numel() for k, p in m.named_parameters() if "levels" not in k}
+        for m in (spiking, twin)
+    ]
+    assert sizes[0] == sizes[1]
+    check_state(twin)
+    check_causal(twin)
+    _, _, report = twin(torch.randint(50, (1, 5)))
+    assert report.rate == report.synops == [] and report.macs > 0
+    with torch.no_grad():  # and its populations send what the spikes stand for: v, or relu(v)
+        for of_spikes, of_twin in zip(*((m.blocks[0].a, m.blocks[0].h) for m in (spiking, twin))):
+            of_spikes.load_state_dict(of_twin.state_dict(), strict=False)
+            z = torch.randn(2, 9, of_twin.gain.numel())
+            error = of_spikes(z, None, Report())[0] - of_twin(z, None, Report())[0]
+            assert error[error.abs() < 0.81].numel() > 0.97 * error.numel()  # theta is 0.8
+
+
+# ---- events: one token reads only the rows of the neurons that fired ----------------------------
+
+
+@pytest.mark.parametrize("dtype, near", [(torch.float32, 1e-6), (torch.bfloat16, 2e-2)])
+@pytest.mark.parametrize("fired", [0, 1, 37, 150, 199])
+def test_events_equal_the_dense_product(dtype, near, fired):
+    torch.manual_seed(fired)
+    synapse, s = Synapse(200, 31).to(dtype), torch.zeros(1, 1, 200)
+    s[0, 0, torch.randperm(200)[:fired]] = torch.rand(fired) + 0.5  # levels of populations
+    report, reports = Report(), Report()
+    with torch.no_grad():
+        events, dense = synapse(s, report), synapse(s.expand(2, 1, 200), reports)[:1]
+    torch.testing.assert_close(events, dense, rtol=near, atol=near)
+    assert report.synops[0] == pytest.approx(fired * 31) == reports.synops[0]
+    torch.testing.assert_close(
+        events[0, 0], s[0, 0] @ synapse.weight.float() + synapse.bias.float(), rtol=near, atol=near
+    )
+
+
+def test_events_touch_no_other_row():
+    synapse, s = Synapse(64, 8), torch.zeros(1, 1, 64)
+    s[0, 0, 5] = 1
+    with torch.no_grad():
+        synapse.weight[torch.arange(64) != 5] = math.nan
+        assert synapse(s, Report()).isfinite().all()
+
+
+def test_a_spiking_head_is_fed_by_spikes_and_tied():
+    model = model_of(shrunk("snn_6m.py", head="spikes", n_embd=16, n_hidden=16))
+    tokens = torch.randint(50, (2, 20))
+    logits, _, report = model(tokens)
+    assert report.macs == 0  # nothing is fed by floats
+    assert len(report.rate) == len(model.sites) == 2 * 2 + 1
+    assert not any(p.shape == (16, 50) for p in model.parameters())
+    assert model.embedding.weight.t().is_contiguous()  # what generation reads, row by row
+    logits.square().sum().backward()
+    assert model.embedding.weight.grad.abs().sum() > 0
+    again = SpikingLM(model.config)
+    again.load_state_dict(model.state_dict())
+    assert torch.equal(again(tokens)[0], logits) and again.embedding.weight.t().is_contiguous()
+    check_state(model)
+    check_causal(model)
+
+
 # ---- environment, diversity, homeostasis ---------------------------------------------------------
 
 
@@ -272,6 +356,20 @@ def test_penalty_pulls_the_rate_down():
         model.observe(1.0, torch.cat(report.rate).detach())
         rates.append(report.rate[0].mean().item())
     assert abs(rates[-1] - 0.1) < 0.03 < abs(rates[0] - 0.1)
+
+
+def test_a_budget_is_for_all_layers_together():
+    """Above it each layer is pressed alike, whatever its own rate; below it none is."""
+    model = model_of(shrunk("snn_6m.py", rate_target=0.2, rate_weight=30.0)).train()
+    tokens = torch.randint(50, (2, 20))
+    rates = [torch.full((n,), r) for n, r in zip(model.sites, (0.9, 0.1, 0.3, 0.1))]  # mean 0.35
+    logits, _, report = model(tokens)
+    model.observe(1.0, torch.cat(rates))
+    _, others = model.loss(logits, tokens, report)
+    now = sum(rate.mean() for rate in report.rate) / 4
+    torch.testing.assert_close(others["rates"], 2 * 30.0 * (0.35 - 0.2) * now)
+    model.observe(1.0, torch.cat([0.5 * rate for rate in rates]))
+    assert model.loss(logits, tokens, report)[1]["rates"] == 0
 
 
 def test_score_counts_every_token_once():

@@ -412,13 +412,17 @@ def test_moe_balance_is_least_when_all_share_the_work():
 @torch.no_grad()
 def test_moe_routes_by_a_leaky_trace_of_the_spikes():
     trait, (x, tokens, spikes, _) = build("moe")[0], stream(63)
+    spikes[:, :, 0] = 1
     report = Report(tokens, spikes=spikes)
     _, (trace, silent) = trait(x, None, report)
     expected = torch.zeros(2, NEURONS[-1])
     for t in range(63):
         expected = 0.9 * expected + 0.1 * spikes[:, t]
     torch.testing.assert_close(trace, expected)
-    assert (silent == 0).all() and "moe" in report.losses and report.rate == []
+    assert (silent == 0).all() and report.rate == []
+    loss = report.losses["moe"].item()
+    trait(x, None, report)
+    assert report.losses["moe"].item() == pytest.approx(2 * loss)  # of all such layers together
     # without spikes, as in a transformer, the sign of the stream is read
     binary = MoE(D, experts=4, width=8)
     a = binary(x, None, Report(tokens))[1][0]
@@ -456,12 +460,17 @@ def test_memory_holds_a_write_for_500_tokens():
     assert (s[until + 3 :] == 0).all()
     s = spikes(replaced)
     assert (s[100:300] == 1).all() and (s[300:] == 0).all()
+    trait.bfloat16()
+    s = spikes(told.bfloat16())
+    assert (s[100 : until - 40] == 1).all() and (s[until + 40 :] == 0).all()
 
 
 def test_memory_neurons_are_slow_and_learn_how_slow():
     trait, data = woken(build("memory")), stream(63)
     beta = torch.sigmoid(build("memory")[0].beta_logit)
     assert beta.min().item() == pytest.approx(0.99) and beta.max().item() == pytest.approx(0.999)
+    gate = torch.sigmoid(build("memory")[0].gate.bias)  # some write at once, some hold on
+    assert gate.max() > 0.1 and gate.min() < 0.003
     x, _, report = run(trait, data)
     x.square().sum().backward()
     assert (trait[0].beta_logit.grad != 0).any() and 0.01 < report.log["memory_rate"] < 0.9

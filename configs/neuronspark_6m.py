@@ -1,0 +1,33 @@
+# python train.py configs/neuronspark_6m.py
+# NeuronSpark (arXiv 2603.16148) at the size of sam_6m.py and gpt_6m.py, 6.03M parameters. A frame
+# costs as much as all layers of those, so there are 4 at most, not 16: two CPU cores are slow.
+# Expect, on TinyStories, 5.9 held-out nats per token after 40 steps of 1024 tokens: the loss of
+# single tokens. No long run has been made. 450 tokens/s on a CPU core of its own at 4 frames.
+block = "spark"
+vocab_size = 4096
+n_embd = 128
+n_hidden = 128
+n_layer = 6
+n_state = 8
+k_max = 4
+d_ff = 448
+encoder = "float"
+norm = False  # its blocks bring their own
+
+# firing is left to itself; frames have their price
+rate_weight = 0.0
+ponder_weight = 0.01
+stress_gain = 0.0
+
+# optimiser: vectors, the neurons' parameters among them, learn faster
+lr = 2e-3
+neuron_lr = 5.0
+tokens_per_step = 2048
+micro_tokens = 2048
+max_steps = 1000
+warmup_steps = 50
+
+phases = "words:8 phrases:16 sentences:32 stories:64 conversations:64"
+phase_share = 0.2
+rehearse = 0.5
+eval_interval = 50

@@ -1,0 +1,32 @@
+# python train.py configs/snn_6m.py
+block = "snn"
+vocab_size = 4096
+n_embd = 512
+n_hidden = 512
+n_layer = 2
+encoder = "float"
+d_ff = 1920
+beta_low = 0.02
+beta_high = 0.95
+surrogate = "triangle"
+slope = 1.0
+theta = 0.8
+levels = 3
+
+# firing: of all synaptic operations, counted dense, so many are triggered at most
+rate_target = 0.19
+rate_weight = 30.0
+rate_penalty = "mean"
+
+# optimiser
+optimizer = "muon"
+lr = 4e-3
+muon_lr = 0.02
+tokens_per_step = 2048
+micro_tokens = 2048
+max_steps = 3000
+warmup_steps = 100
+
+phases = "stories:128"
+eval_interval = 250
+eval_length = 128
