@@ -7,6 +7,7 @@
     python bench.py frames configs/neuronspark_6m.py --k_max=16   what skipped frames save
     python bench.py tokens --dataset=my.txt       bytes per token: length-max beside BPE
     python bench.py ablate configs/spikewhale_6m.py --dataset=my.txt   what each ingredient is worth
+    python bench.py resume                        training killed at random moments and resumed
 
 All contestants of a comparison run in one process, taking turns round by round, so that a slow
 moment of the machine hits all of them; the tables show medians and their ratio to ours. Peers that
@@ -19,7 +20,9 @@ Importing train.py is on purpose: what is timed is the training step itself, not
 import itertools
 import json
 import math
+import random
 import statistics
+import subprocess
 import sys
 import tempfile
 import time
@@ -37,7 +40,7 @@ import data
 import train as trainer
 from kernels import lif
 from lif import lif_torch
-from model import SpikingLM
+from model import SpikingLM, load_checkpoint
 from train import Run, TrainConfig, environment, make_optimizers, train_step, write_result
 
 
@@ -56,6 +59,7 @@ class BenchConfig(TrainConfig):
     gpu_link: float = 1e11  # params: bytes per second at which a GPU exchanges gradients
     variants: str = ""  # ablate: only those whose names contain one of these words
     seeds: int = 2  # ablate: runs per variant
+    trials: int = 50  # resume: runs that are killed
     save: bool = True  # write the result to results/
 
     def scan_shapes(self):
@@ -642,21 +646,84 @@ def ablate(c, run):
     return {"what": "held-out bits per byte, equal tokens and parameters", "variants": rows}
 
 
+# ---- resume: is anything lost? ----------------------------------------------------------------
+
+KILLED = (  # a run of seconds that saves after every step, so that many a kill hits a save
+    "--tokenizer=byte --vocab_size=257 --n_embd=64 --n_hidden=256 --n_layer=2 --phases=stories:16"
+    " --tokens_per_step=256 --micro_tokens=256 --max_steps=40 --eval_interval=1 --sample_tokens=0"
+    " --eval_length=32 --eval_tokens=300 --device=cpu --threads=1"
+).split()
+
+
+def start_training(folder, out, *more):
+    """A process that trains, once its first line says that training begins."""
+    paths = [f"--dataset={folder}/text.txt", f"--data_dir={folder}", f"--out_dir={out}"]
+    command = [sys.executable, Path(__file__).with_name("train.py"), *KILLED, *paths, *more]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
+    process.stdout.readline()
+    return process
+
+
+def finished(process, out):
+    """After the end: (losses of every evaluation, weights); None if it failed."""
+    process.communicate()
+    if process.returncode:
+        return None
+    log = [json.loads(text) for text in (out / "log.jsonl").read_text().splitlines()]
+    losses = [[x[key] for key in ("step", "train", "valid", "heldout")] for x in log]
+    return losses, load_checkpoint(max(out.glob("step_*.pt")))["model"]
+
+
+def resume(c, run):
+    """Kill training at a random moment (SIGKILL), resume it, and compare with a run in peace."""
+    rng, trials = random.Random(c.seed), []
+    with tempfile.TemporaryDirectory() as folder:
+        documents, _ = data.nursery(60_000, c.seed)
+        Path(folder, "text.txt").write_text(data.END_TEXT.join(documents))
+        start_training(folder, Path(folder, "first")).communicate()  # prepares the data
+        process, start = start_training(folder, Path(folder, "peace")), time.perf_counter()
+        expected, weights = finished(process, Path(folder, "peace"))
+        lasts = time.perf_counter() - start
+        for i in range(c.trials):
+            out = Path(folder, str(i))
+            process = start_training(folder, out)
+            time.sleep(rng.uniform(0, lasts))
+            seen = max(out.glob("step_*.pt"), default=None)
+            process.kill()
+            process.communicate()
+            in_a_save, files = any(out.glob("*.tmp")), sorted(out.glob("step_*.pt"))
+            whole = [load_checkpoint(path)["position"]["step"] for path in files]  # or ValueError
+            more = ["--init_from=resume"] if files else []
+            end = finished(start_training(folder, out, *more), out)
+            trials.append({
+                "step": max(whole, default=None),
+                "in_a_save": in_a_save,
+                "lost": seen is not None and (not files or files[-1] < seen),
+                "same_losses": end is not None and end[0] == expected,
+                "same_weights": end is not None
+                and all(torch.equal(end[1][name], w) for name, w in weights.items()),
+            })  # fmt: skip
+            print(f"{i + 1:3d} {trials[-1]}", flush=True)
+    counts = {key: sum(trial[key] for trial in trials) for key in trials[0] if key != "step"}
+    print(f"of {c.trials} runs killed: {counts}")
+    what = "training killed by SIGKILL at random moments and resumed, beside a run in peace"
+    return {"what": what, "command_line": KILLED, "final": expected[-1], "counts": counts,
+            "trials": trials}  # fmt: skip
+
+
 # ---- command line -----------------------------------------------------------------------------
 
 COMMANDS = {"scan": scan, "train": train, "generate": generate, "frames": frames}
-COMMANDS |= {"params": params, "ablate": ablate, "tokens": tokens}
+COMMANDS |= {"params": params, "ablate": ablate, "tokens": tokens, "resume": resume}
 
 
 def main(argv):
     if not argv or argv[0] not in COMMANDS:
         config.stop(f"python bench.py {'|'.join(COMMANDS)} [CONFIG.py] [--key=value ...]")
-    c = config.load(BenchConfig, argv[1:])
-    try:
+    with config.one_line(data.DataError):
+        c = config.load(BenchConfig, argv[1:])
         run = Run(c)
         result = environment(run.device, c.seed) | COMMANDS[argv[0]](c, run)
-    except ValueError as error:
-        config.stop(error)
     if c.save:
         files = [a.split("/")[-1].removesuffix(".py") for a in argv[1:] if not a.startswith("--")]
         name = "_".join([argv[0], *files, run.device.type])

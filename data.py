@@ -201,9 +201,11 @@ def _learn_merges(counts: Counter, n_merges: int) -> list[bytes]:
     """
     words, times, size = [], [], 0
     for word, n in sorted(counts.items(), key=lambda item: (-item[1], item[0])):
-        words.append([bytes([b]) for b in word.encode(errors="replace")])
-        times.append(n)
-        if (size := size + len(words[-1])) > BPE_WORDS:
+        for at in range(0, len(word), 64):  # or a text without blanks would take hours
+            words.append([bytes([b]) for b in word[at : at + 64].encode(errors="replace")])
+            times.append(n)
+            size += len(words[-1])
+        if size > BPE_WORDS:
             break
     pairs = [list(map(bytes.__add__, word, word[1:])) for word in words]
     total, where = Counter(), defaultdict(set)  # of each pair: its count, the words with it
@@ -1000,7 +1002,7 @@ def prepare(dataset, tokenizer, vocab_size, data_dir, seed=0, log=print, bases=B
     folder = data_dir / f"{name}-{key}"
     if folder.exists():
         try:
-            return _load(folder)
+            return _load(folder, key)
         except DataError as error:
             log(f"{error}: building it again")
     try:
@@ -1009,9 +1011,9 @@ def prepare(dataset, tokenizer, vocab_size, data_dir, seed=0, log=print, bases=B
             building = Path(temporary) / "new"
             building.mkdir()
             train, held, facts = read()
-            meta = {"name": name, "sha256": checksum} | facts
+            meta = {"name": name, "key": key, "sha256": checksum} | facts
             _build(building, meta, train, held, tokenizer, vocab_size, seed)
-            return _publish(building, folder)
+            return _publish(building, folder, key)
     except OSError as error:
         raise DataError(f"cannot write to {data_dir} ({error}): free or choose a disk") from None
 
@@ -1090,19 +1092,22 @@ def _write(path: Path, texts: list[str], tokenizer: Tokenizer, dtype: str) -> in
     return checksum
 
 
-def _load(folder: Path) -> Data:
-    """The data of a cache folder. DataError unless every byte is as it was written."""
+def _load(folder: Path, key: str) -> Data:
+    """The data of a cache folder. DataError unless every byte is as it was written, for `key`."""
     try:
         meta = json.loads((folder / "meta.json").read_text())
         if sha256(meta["content"]) != meta["hash"]:
             raise ValueError("meta.json was changed")
         meta = json.loads(meta["content"])
-        streams = {}
+        if meta["key"] != key:
+            raise ValueError("it is of another source or tokenizer")
+        tokenizer, streams = tokenizer_from_state(meta["tokenizer"]), {}
         for name, checksum in meta["streams"].items():
             streams[name] = np.memmap(folder / f"{name}.bin", meta["dtype"], mode="r")
             if zlib.crc32(streams[name]) != checksum:
                 raise ValueError(f"{name}.bin was changed")
-        tokenizer = tokenizer_from_state(meta["tokenizer"])
+            if streams[name].max() > tokenizer.end:
+                raise ValueError(f"{name}.bin has token ids outside the vocabulary")
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise DataError(f"the cache {folder.name} is damaged ({error})") from None
     train, valid = (
@@ -1116,13 +1121,13 @@ def _load(folder: Path) -> Data:
     )  # fmt: skip
 
 
-def _publish(building: Path, folder: Path) -> Data:
+def _publish(building: Path, folder: Path, key: str) -> Data:
     """Rename the finished folder into place, unless another process was first with a good one."""
     for attempt in range(3):
         with suppress(OSError):  # raised when `folder` exists
             os.rename(building, folder)
         try:
-            return _load(folder)
+            return _load(folder, key)
         except DataError:
             with suppress(OSError):  # out of the way; goes with the temporary folder
                 os.rename(folder, building.with_name(f"damaged{attempt}"))
