@@ -32,7 +32,7 @@ from tqdm import tqdm
 import config
 import data
 from cell_bridge import load_scores
-from model import ModelConfig, SpikingLM, find_device, load_checkpoint
+from model import ModelConfig, SpikingLM, Synapse, find_device, load_checkpoint
 
 
 # ---- settings, processes, optimiser --------------------------------------------------------------
@@ -195,7 +195,11 @@ def schedule(c, step):
 
 def make_optimizers(c, model, device):
     """AdamW for all, or Muon (Jordan et al. 2024) for matrices of blocks and traits, AdamW for the
-    rest: embedding and readout, tables, vectors. A group's "peak" is its learning rate's."""
+    rest: embedding and readout, tables, vectors. A group's "peak" is its learning rate's.
+
+    Muon's step grows as sqrt(rows / columns), if above 1, of a matrix whose rows are outputs. A
+    Synapse's rows are inputs, so the rate of each is corrected for its shape.
+    """
     tables = {m.weight for m in model.modules() if isinstance(m, torch.nn.Embedding)}
     tables.remove(model.embedding.weight)
     ends = {id(p) for m in (model.proj_in, model.proj_out) if m for p in m.parameters()}
@@ -211,15 +215,19 @@ def make_optimizers(c, model, device):
     def group(kind, lr, decay):
         return {"params": kinds[kind], "lr": lr, "peak": lr, "weight_decay": decay}
 
-    muon = [group("matrix", c.muon_lr, c.muon_decay)] if c.optimizer == "muon" else []
+    muon, synapses = [], {m.weight for m in model.modules() if isinstance(m, Synapse)}
+    for p in kinds["matrix"] * (c.optimizer == "muon"):
+        scale = math.sqrt(p.shape[1] / p.shape[0]) if p in synapses else 1.0
+        lr = c.muon_lr * scale
+        muon.append({"params": [p], "lr": lr, "peak": lr, "weight_decay": c.muon_decay / scale})
     adamw = [
         group("end", c.lr, c.weight_decay),
         group("table", c.lr * c.table_lr, 0.0),
         group("vector", c.lr * c.neuron_lr, 0.0),
-    ] + [group("matrix", c.lr, c.weight_decay)] * (not muon)
+    ] + [group("matrix", c.lr, c.weight_decay)] * (c.optimizer == "adamw")
     fused = device.type in ("cuda", "cpu")
     optimizers = [torch.optim.AdamW(adamw, betas=(c.beta1, c.beta2), fused=fused)]
-    return optimizers + ([torch.optim.Muon(muon)] if muon and kinds["matrix"] else [])
+    return optimizers + ([torch.optim.Muon(muon)] if muon else [])
 
 
 def train_step(model, raw, optimizers, x, y, c, run):
