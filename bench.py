@@ -5,7 +5,9 @@
     python bench.py generate configs/sam_6m.py    generation: ours and a transformer
     python bench.py params configs/sam_6m.py      parameters and operations per token
     python bench.py frames configs/neuronspark_6m.py --k_max=16   what skipped frames save
+    python bench.py tokens --dataset=my.txt       bytes per token: length-max beside BPE
     python bench.py ablate configs/spikewhale_6m.py --dataset=my.txt   what each ingredient is worth
+    python bench.py resume                        training killed at random moments and resumed
 
 All contestants of a comparison run in one process, taking turns round by round, so that a slow
 moment of the machine hits all of them; the tables show medians and their ratio to ours. Peers that
@@ -18,7 +20,9 @@ Importing train.py is on purpose: what is timed is the training step itself, not
 import itertools
 import json
 import math
+import random
 import statistics
+import subprocess
 import sys
 import tempfile
 import time
@@ -32,10 +36,11 @@ import torch
 import torch.nn as nn
 
 import config
+import data
 import train as trainer
 from kernels import lif
 from lif import lif_torch
-from model import SpikingLM
+from model import SpikingLM, load_checkpoint
 from train import Run, TrainConfig, environment, make_optimizers, train_step, write_result
 
 
@@ -49,8 +54,12 @@ class BenchConfig(TrainConfig):
     against: str = "configs/gpt_6m.py"  # train, generate: the transformer to compare with
     tokens: int = 2000  # generate: tokens from the first to the last measurement
     threads: int = 2  # CPU threads of PyTorch
+    gpus: int = 0  # params: plan a run of train.py on so many GPUs; 0 plans none
+    gpu_flops: float = 4e14  # params: what a GPU reaches per second in bfloat16 matrix products
+    gpu_link: float = 1e11  # params: bytes per second at which a GPU exchanges gradients
     variants: str = ""  # ablate: only those whose names contain one of these words
     seeds: int = 2  # ablate: runs per variant
+    trials: int = 50  # resume: runs that are killed
     save: bool = True  # write the result to results/
 
     def scan_shapes(self):
@@ -493,7 +502,81 @@ def params(c, run):
     print(f"{'total':12s} {total:14,d} = {total / 1e6:.2f}M")
     spike_fed = sum(report.synapses)
     print(f"per token: {spike_fed:,d} spike-fed synapses, {report.macs:,d} float multiplications")
-    return {"parameters": total, "groups": groups, "synapses": spike_fed, "macs": report.macs}
+    result = {"parameters": total, "groups": groups, "synapses": spike_fed, "macs": report.macs}
+    return result | ({"plan": plan(c, model, spike_fed + report.macs)} if c.gpus else {})
+
+
+def plan(c, model, macs):
+    """What a step of train.py takes on each of so many GPUs, to be read before they are rented.
+
+    Weights, gradients and optimiser states are float32. Activations are those that a forward pass
+    of micro_tokens saves for backward, in bfloat16 where they enter matrices, counted on the meta
+    device. Time: 6 operations per multiplication and token (8 with checkpointing), then a ring that
+    sends every gradient twice; nothing overlaps and nothing else takes time, so it is a floor.
+    """
+    total = sum(p.numel() for p in model.parameters())
+    per_parameter = {"AdamW": 8, "Muon": 4}  # bytes of state: two averages, or one
+    states = sum(
+        per_parameter[type(optimizer).__name__] * p.numel()
+        for optimizer in make_optimizers(c, model, torch.device("cpu"))
+        for group in optimizer.param_groups
+        for p in group["params"]
+    )
+    gigabytes = {"weights": 4 * total, "gradients": 4 * total, "optimiser": states}
+    for name, checkpointing in (("activations", False), ("activations, checkpointing", True)):
+        gigabytes[name] = activation_bytes(replace(c, checkpointing=checkpointing))
+    gigabytes = {name: size / 1e9 for name, size in gigabytes.items()}
+    compute = (8 if c.checkpointing else 6) * macs * c.tokens_per_step / c.gpus / c.gpu_flops
+    moved = 2 * (c.gpus - 1) / c.gpus * 4 * total
+    seconds = {"compute": compute, "all-reduce": moved / c.gpu_link}
+    print(f"\nper GPU of {c.gpus}, {c.micro_tokens} tokens at a time:")
+    for name, size in gigabytes.items():
+        print(f"  {name:28s} {size:9.2f} GB")
+    print(f"  {'all-reduce per step':28s} {moved / 1e9:9.2f} GB")
+    took = sum(seconds.values())
+    print(f"  a step of {c.tokens_per_step:,d} tokens takes at least {took:.2f} s", end="")
+    print(f" ({', '.join(f'{name} {t:.2f}' for name, t in seconds.items())}), all GPUs together")
+    print(f"  {c.tokens_per_step / took:,.0f} tokens/s; {c.max_steps} steps in {took * c.max_steps / 3600:,.1f} h")
+    return {"gpus": c.gpus, "gigabytes": gigabytes, "all_reduce_bytes": moved, "seconds": seconds}
+
+
+def activation_bytes(settings):
+    """Bytes that one forward pass of micro_tokens keeps for its backward."""
+    length = min(settings.longest(), settings.micro_tokens)
+    with torch.device("meta"):
+        model = SpikingLM(settings).bfloat16()
+        tokens = torch.zeros(settings.micro_tokens // length, length, dtype=torch.long)
+        own = {p.untyped_storage()._cdata for p in model.parameters()}
+        kept = {}  # storages, kept alive so that none takes another's place
+
+        def keep(x):
+            storage = x.untyped_storage()
+            if storage._cdata not in own:
+                kept[storage._cdata] = storage
+            return x
+
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
+            logits, _, report = model(tokens)
+            model.loss(logits, tokens, report)
+    return sum(storage.nbytes() for storage in kept.values())
+
+
+# ---- tokens: what a tokenizer saves -----------------------------------------------------------
+
+
+def tokens(c, run):
+    """Bytes per token of held-out text, by tokenizers trained on the rest with one vocabulary."""
+    rows = {}
+    for kind in ("bpe", "lengthmax"):
+        start = time.perf_counter()
+        corpus = data.prepare(c.dataset, kind, c.vocab_size, c.data_dir)
+        made = time.perf_counter() - start
+        text = corpus.tokenizer.decode(corpus.heldout.tolist())
+        n = len(corpus.heldout) - int((corpus.heldout == corpus.tokenizer.end).sum())
+        rows[kind] = {"vocab_size": corpus.tokenizer.vocab_size, "tokens": n, "seconds": made}
+        rows[kind]["bytes_per_token"] = len(text.encode()) / n
+        print(f"{kind:10s} {rows[kind]['bytes_per_token']:.3f} bytes per token, ready in {made:.1f} s")
+    return {"data": {"name": corpus.name, "sha256": corpus.sha256}, "tokenizers": rows}
 
 
 # ---- ablate: whole training runs, one ingredient apart -------------------------------------------
@@ -563,21 +646,84 @@ def ablate(c, run):
     return {"what": "held-out bits per byte, equal tokens and parameters", "variants": rows}
 
 
+# ---- resume: is anything lost? ----------------------------------------------------------------
+
+KILLED = (  # a run of seconds that saves after every step, so that many a kill hits a save
+    "--tokenizer=byte --vocab_size=257 --n_embd=64 --n_hidden=256 --n_layer=2 --phases=stories:16"
+    " --tokens_per_step=256 --micro_tokens=256 --max_steps=40 --eval_interval=1 --sample_tokens=0"
+    " --eval_length=32 --eval_tokens=300 --device=cpu --threads=1"
+).split()
+
+
+def start_training(folder, out, *more):
+    """A process that trains, once its first line says that training begins."""
+    paths = [f"--dataset={folder}/text.txt", f"--data_dir={folder}", f"--out_dir={out}"]
+    command = [sys.executable, Path(__file__).with_name("train.py"), *KILLED, *paths, *more]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
+    process.stdout.readline()
+    return process
+
+
+def finished(process, out):
+    """After the end: (losses of every evaluation, weights); None if it failed."""
+    process.communicate()
+    if process.returncode:
+        return None
+    log = [json.loads(text) for text in (out / "log.jsonl").read_text().splitlines()]
+    losses = [[x[key] for key in ("step", "train", "valid", "heldout")] for x in log]
+    return losses, load_checkpoint(max(out.glob("step_*.pt")))["model"]
+
+
+def resume(c, run):
+    """Kill training at a random moment (SIGKILL), resume it, and compare with a run in peace."""
+    rng, trials = random.Random(c.seed), []
+    with tempfile.TemporaryDirectory() as folder:
+        documents, _ = data.nursery(60_000, c.seed)
+        Path(folder, "text.txt").write_text(data.END_TEXT.join(documents))
+        start_training(folder, Path(folder, "first")).communicate()  # prepares the data
+        process, start = start_training(folder, Path(folder, "peace")), time.perf_counter()
+        expected, weights = finished(process, Path(folder, "peace"))
+        lasts = time.perf_counter() - start
+        for i in range(c.trials):
+            out = Path(folder, str(i))
+            process = start_training(folder, out)
+            time.sleep(rng.uniform(0, lasts))
+            seen = max(out.glob("step_*.pt"), default=None)
+            process.kill()
+            process.communicate()
+            in_a_save, files = any(out.glob("*.tmp")), sorted(out.glob("step_*.pt"))
+            whole = [load_checkpoint(path)["position"]["step"] for path in files]  # or ValueError
+            more = ["--init_from=resume"] if files else []
+            end = finished(start_training(folder, out, *more), out)
+            trials.append({
+                "step": max(whole, default=None),
+                "in_a_save": in_a_save,
+                "lost": seen is not None and (not files or files[-1] < seen),
+                "same_losses": end is not None and end[0] == expected,
+                "same_weights": end is not None
+                and all(torch.equal(end[1][name], w) for name, w in weights.items()),
+            })  # fmt: skip
+            print(f"{i + 1:3d} {trials[-1]}", flush=True)
+    counts = {key: sum(trial[key] for trial in trials) for key in trials[0] if key != "step"}
+    print(f"of {c.trials} runs killed: {counts}")
+    what = "training killed by SIGKILL at random moments and resumed, beside a run in peace"
+    return {"what": what, "command_line": KILLED, "final": expected[-1], "counts": counts,
+            "trials": trials}  # fmt: skip
+
+
 # ---- command line -----------------------------------------------------------------------------
 
 COMMANDS = {"scan": scan, "train": train, "generate": generate, "frames": frames}
-COMMANDS |= {"params": params, "ablate": ablate}
+COMMANDS |= {"params": params, "ablate": ablate, "tokens": tokens, "resume": resume}
 
 
 def main(argv):
     if not argv or argv[0] not in COMMANDS:
         config.stop(f"python bench.py {'|'.join(COMMANDS)} [CONFIG.py] [--key=value ...]")
-    c = config.load(BenchConfig, argv[1:])
-    try:
+    with config.one_line(data.DataError):
+        c = config.load(BenchConfig, argv[1:])
         run = Run(c)
         result = environment(run.device, c.seed) | COMMANDS[argv[0]](c, run)
-    except ValueError as error:
-        config.stop(error)
     if c.save:
         files = [a.split("/")[-1].removesuffix(".py") for a in argv[1:] if not a.startswith("--")]
         name = "_".join([argv[0], *files, run.device.type])

@@ -4,15 +4,41 @@ import ast
 import dataclasses
 import difflib
 import inspect
+import math
+import os
 import re
 import runpy
 import sys
+from contextlib import contextmanager
 
 
 def stop(message):
     """One line on stderr and exit code 2: how every mistake of the user ends."""
-    print(f"error: {message}", file=sys.stderr)
+    print("error:", " ".join(str(message).split()), file=sys.stderr)
     raise SystemExit(2)
+
+
+@contextmanager
+def one_line(*mistakes):
+    """Inside it, what the user or the machine got wrong ends in `stop`: ValueError, OSError, the
+    caller's own `mistakes`, lack of memory. Ctrl-C and a closed pipe end without a word."""
+    sys.stdout.reconfigure(errors="replace")  # a terminal may lack a character
+    try:
+        yield
+    except KeyboardInterrupt:
+        raise SystemExit(130) from None
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # or Python would complain once more at exit
+        raise SystemExit(141) from None
+    except (*mistakes, ValueError, OSError) as error:
+        stop(error)
+    except (MemoryError, RuntimeError) as error:
+        said = str(error)
+        is_lack = type(error).__name__ in ("MemoryError", "OutOfMemoryError")  # Python's, torch's
+        if not is_lack and not re.search("allocate memory|overflow", said):
+            raise
+        reason = said.splitlines()[0] if said else "of Python"
+        stop(f"out of memory ({reason}): set a smaller model or --micro_tokens")
 
 
 def load(cls, argv):
@@ -55,6 +81,10 @@ def checked(cls, key, value, where):
             pass  # stays text, and is the wrong type below
     if type(value) is int and kinds[key] is float:
         value = float(value)
+    if type(value) is float and not math.isfinite(value):
+        stop(f"{where}: {key} must be finite, got {value!r}")
+    if type(value) is int and abs(value) >= 2**63:
+        stop(f"{where}: {key} must fit into 64 bits, got {value}")
     if type(value) is not kinds[key]:
         stop(f"{where}: {key} must be of type {kinds[key].__name__}, got {value!r}")
     return value

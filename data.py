@@ -3,7 +3,8 @@
     source -> documents -> train | held-out -> pieces -> streams  END piece END piece END ...
 
 Read from leaf to root: tokenizers, the nursery (a built-in corpus whose entropy is known),
-downloads, files, phases, the cache behind `prepare`, and `batch`, which every step calls.
+downloads, files, phases, streamed mixtures, the cache behind `prepare`, and `batch`, which every
+step calls.
 A document is a string: one that begins with "You: " is a conversation, any other a story.
 """
 
@@ -21,8 +22,9 @@ import threading
 import time
 import zlib
 from collections import Counter, defaultdict
+from concurrent.futures import Future
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -51,8 +53,8 @@ def sha256(text: str) -> str:
 
 
 # ---- Tokenizers ------------------------------------------------------------------------------
-# All are byte-pair encodings run by tiktoken ('byte' is one without merges), except 'char'. The
-# end token is the last id; no text can produce it.
+# 'byte', 'bpe' and 'gpt2' are byte-pair encodings run by tiktoken ('byte' is one without merges).
+# The end token is the last id; no text can produce it.
 
 # Merges stay inside: a word with the space or apostrophe before it, up to three digits, a run of
 # signs, a run of blanks (but its last goes to the next word). Python and tiktoken both read this.
@@ -60,11 +62,19 @@ PATTERN = r"[ ']?[^\W\d_]+| ?\d{1,3}| ?(?:[^\w\s]|_)+|\s+(?!\S)|\s"
 BPE_WORDS = 1_000_000  # bytes of different words that teach merges: the most frequent ones
 BYTES = [bytes([value]) for value in range(256)]
 
+# Tokens of 'lengthmax' may span words: they stay inside a line and, for speed, inside a part of
+# it of 250 characters at most that ends before a blank where there is one.
+CHUNK = r"[^\n]{1,250}(?!\S)|[^\n]{1,250}|\n{1,250}"
+LONGEST = 24  # bytes of a token
+LENGTHMAX_BYTES = 5_000_000  # of chunks, evenly taken from the text, teach tokens: more add nothing
+LENGTHMAX_ROUNDS = 16
+
 
 class Tokenizer:
-    """Text <-> token ids. kind: 'byte', 'char', 'bpe' or 'gpt2'.
+    """Text <-> token ids. kind: 'byte', 'char', 'bpe', 'lengthmax' or 'gpt2'.
 
-    vocab: merged byte strings in rank order ('bpe'), characters ('char'), else nothing.
+    vocab: byte strings of two bytes or more ('bpe': in rank order; 'lengthmax'), characters
+    ('char'), else nothing.
     `end` is the id of the end token; vocab_size counts it.
     """
 
@@ -76,6 +86,9 @@ class Tokenizer:
         elif kind == "gpt2":
             self._bpe = _gpt2()
             self.end = self._bpe.eot_token
+        elif kind == "lengthmax":
+            self._trie = Trie(BYTES + self.vocab)
+            self.end = 256 + len(self.vocab)
         elif kind in ("byte", "bpe"):
             ranks = {piece: rank for rank, piece in enumerate(BYTES + self.vocab)}
             self._bpe = tiktoken.Encoding(
@@ -83,11 +96,13 @@ class Tokenizer:
             )
             self.end = len(ranks)
         else:
-            raise DataError(f"unknown tokenizer {kind!r}: use byte, char, bpe or gpt2")
+            raise DataError(f"unknown tokenizer {kind!r}: use byte, char, bpe, lengthmax or gpt2")
         self.vocab_size = self.end + 1
 
     def encode(self, text: str) -> list[int]:
         """Ids of `text`, never `end`: a string that looks special is plain text."""
+        if self.kind == "lengthmax":
+            return self.encode_batch([text])[0]
         if self.kind != "char":
             return self._bpe.encode_ordinary(text)
         try:
@@ -100,6 +115,8 @@ class Tokenizer:
 
     def encode_batch(self, texts: list[str]) -> list[list[int]]:
         """`encode` of each text: long ones on all cores, to short ones threads are a cost."""
+        if self.kind == "lengthmax":
+            return self._trie.encode(texts)
         if self.kind == "char" or sum(map(len, texts)) < 500 * len(texts):
             return [self.encode(text) for text in texts]
         return self._bpe.encode_ordinary_batch(texts, num_threads=os.cpu_count() or 1)
@@ -111,6 +128,8 @@ class Tokenizer:
             raise DataError(f"token ids go from 0 to {self.end}: use the tokenizer they came from")
         if self.kind == "char":
             return "".join(self.vocab[i] for i in ids).encode()
+        if self.kind == "lengthmax":
+            return b"".join(self._trie.pieces[i] for i in ids)
         return self._bpe.decode_bytes(ids)
 
     def decode(self, ids) -> str:
@@ -142,7 +161,7 @@ def tokenizer_from_state(state: str) -> Tokenizer:
     try:
         fields = json.loads(state)
         kind, vocab = fields["kind"], fields["vocab"]
-        if kind == "bpe":
+        if kind in ("bpe", "lengthmax"):
             vocab = [piece.encode("latin-1") for piece in vocab]
         if len(set(vocab)) < len(vocab) or any((len(p) == 1) != (kind == "char") for p in vocab):
             raise ValueError
@@ -152,13 +171,20 @@ def tokenizer_from_state(state: str) -> Tokenizer:
 
 
 def train_tokenizer(kind: str, texts, vocab_size: int) -> Tokenizer:
-    """A tokenizer for `texts`. vocab_size is for 'bpe', which stays below it on little text."""
+    """A tokenizer for `texts`. vocab_size is for 'bpe' and 'lengthmax', which stay below it on
+    little text."""
     if kind == "char":
         return Tokenizer(kind, sorted(set().union(*texts)))
-    if kind != "bpe":
+    if kind not in ("bpe", "lengthmax"):
         return Tokenizer(kind)
     if vocab_size < 257:
-        raise DataError(f"vocab_size {vocab_size} is too small: bpe has 256 bytes and an end token")
+        raise DataError(
+            f"vocab_size {vocab_size} is too small: {kind} has 256 bytes and an end token"
+        )
+    if kind == "lengthmax":
+        if vocab_size > 50_000:
+            raise DataError(f"vocab_size {vocab_size} is too large: lengthmax goes up to 50000")
+        return Tokenizer(kind, _learn_long_tokens(texts, vocab_size - 257))
     counts = Counter()
     for text in texts:
         counts.update(re.findall(PATTERN, text))
@@ -175,9 +201,11 @@ def _learn_merges(counts: Counter, n_merges: int) -> list[bytes]:
     """
     words, times, size = [], [], 0
     for word, n in sorted(counts.items(), key=lambda item: (-item[1], item[0])):
-        words.append([bytes([b]) for b in word.encode(errors="replace")])
-        times.append(n)
-        if (size := size + len(words[-1])) > BPE_WORDS:
+        for at in range(0, len(word), 64):  # or a text without blanks would take hours
+            words.append([bytes([b]) for b in word[at : at + 64].encode(errors="replace")])
+            times.append(n)
+            size += len(words[-1])
+        if size > BPE_WORDS:
             break
     pairs = [list(map(bytes.__add__, word, word[1:])) for word in words]
     total, where = Counter(), defaultdict(set)  # of each pair: its count, the words with it
@@ -225,6 +253,120 @@ def _merge(word: list[bytes], pairs: list[bytes], ranks: dict[bytes, int]):
         come += new
         pairs[low : at + 2] = new
     return gone, come
+
+
+class Trie:
+    """Byte strings as a table of steps, walked at many places of a text at once.
+
+    pieces: the byte strings, all 256 single bytes among them. Encoding is greedy: at each place
+    the longest piece that fits.
+    """
+
+    def __init__(self, pieces: list[bytes]):
+        steps, found = {}, [0]  # node * 257 + byte -> node; node -> longest piece on the way to it
+        for i in sorted(range(len(pieces)), key=lambda i: len(pieces[i])):
+            node = 0
+            for byte in pieces[i]:
+                key = node * 257 + byte
+                if key not in steps:
+                    steps[key] = len(found)
+                    found.append(found[node])
+                node = steps[key]
+            found[node] = i
+        self.pieces, self.found = pieces, np.array(found, np.int32)
+        self.lengths = np.array([len(piece) for piece in pieces])
+        self.steps = np.zeros(257 * len(found), np.int32)  # 0: no way on; column 256 is always 0
+        self.steps[np.fromiter(steps, np.int64)] = np.fromiter(steps.values(), np.int64) * 257
+
+    def match(self, chunks: list[bytes]) -> np.ndarray:
+        """Ids of the chunks' pieces, one chunk after the other; -1 after each chunk (int32)."""
+        text = np.frombuffer(b"".join(chunk + b"\0" for chunk in chunks), np.uint8).astype(np.int16)
+        ends = np.cumsum([len(chunk) + 1 for chunk in chunks]) - 1
+        text[ends] = 256  # the sign that leads nowhere
+        ids = np.full(len(text), -2, np.int32)  # -2: inside a piece
+        ids[ends] = -1
+        at = np.concatenate([[0], ends[:-1] + 1])  # in each chunk, where its next piece begins
+        at = at[text[at] < 256]
+        while len(at):
+            last = self.steps[text[at]].astype(np.int64)  # where the walk from each `at` ends
+            walk, here, node = np.arange(len(at)), at, last  # those still under way
+            while len(walk):
+                here = here + 1
+                node = self.steps[node + text[here]].astype(np.int64)
+                on = np.flatnonzero(node)
+                walk, here, node = walk[on], here[on], node[on]
+                last[walk] = node
+            ids[at] = self.found[last // 257]
+            at = at + self.lengths[ids[at]]
+            at = at[text[at] < 256]
+        return ids[ids > -2]
+
+    def encode(self, texts: list[str]) -> list[list[int]]:
+        """Ids of each text."""
+        chunks = [re.findall(CHUNK, text) for text in texts]
+        flat = [chunk.encode(errors="replace") for some in chunks for chunk in some]
+        if not flat:
+            return [[] for _ in texts]
+        ids = self.match(flat)
+        ends = np.concatenate([[-1], np.flatnonzero(ids < 0)])
+        edges = ends[np.cumsum([0] + [len(some) for some in chunks])] + 1
+        parts = (ids[a:b] for a, b in zip(edges, edges[1:]))
+        return [part[part >= 0].tolist() for part in parts]
+
+
+def _learn_long_tokens(texts, n_tokens: int) -> list[bytes]:
+    """Length-MAX (arXiv 2511.20849): tokens that maximise frequency x length, for greedy encoding.
+
+    Length is measured in the tokens that a token stands for: it is those that it saves. Each
+    round encodes the text, adds the runs of 2 to 4 tokens that promise most, four times as many
+    as there is room for, encodes again, and keeps those that save most where they are used.
+    """
+    chunks = [chunk for text in texts for chunk in re.findall(CHUNK, text)]
+    chunks = chunks[:: sum(map(len, chunks)) // LENGTHMAX_BYTES + 1]
+    chunks = [chunk.encode(errors="replace") for chunk in chunks]
+    vocab: list[bytes] = []
+    for done in range(1, LENGTHMAX_ROUNDS + 1):
+        room = n_tokens * done // LENGTHMAX_ROUNDS
+        trie = Trie(BYTES + vocab)
+        saved = _runs(trie.match(chunks), trie.pieces)
+        for known in vocab:
+            saved.pop(known, None)
+        promising = sorted(saved, key=lambda token: (-saved[token], token))
+        vocab += promising[: 4 * (room - len(vocab))]
+        trie = Trie(BYTES + vocab)
+        ids = trie.match(chunks)
+        times = np.bincount(ids[ids >= 0], minlength=len(trie.pieces))[256:].tolist()
+        known = set(trie.pieces)
+        saved = {t: n * (_parts(t, known) - 1) for t, n in zip(vocab, times) if n > 1}
+        vocab = sorted(saved, key=lambda token: (-saved[token], token))[:room]
+    return vocab
+
+
+def _runs(ids: np.ndarray, pieces: list[bytes]) -> Counter:
+    """For each run of 2 to 4 tokens within a chunk: the tokens saved, were it one token."""
+    saved, keys = Counter(), ids.astype(np.uint16).astype(np.uint64)  # a key is 16 bits a token
+    lengths = np.array([len(piece) for piece in pieces] + [LONGEST])[ids]  # -1, a chunk's end
+    size, first = lengths, keys
+    for n in (2, 3, 4):
+        keys = keys[:-1] << np.uint64(16) | first[n - 1 :]
+        size = size[:-1] + lengths[n - 1 :]
+        runs, times = np.unique(keys[size <= LONGEST], return_counts=True)
+        often = np.argsort(-times, kind="stable")[:65536]
+        for run, count in zip(runs[often].tolist(), times[often].tolist()):
+            if count > 1:
+                parts = (pieces[run >> 16 * i & 0xFFFF] for i in reversed(range(n)))
+                saved[b"".join(parts)] += count * (n - 1)
+    return saved
+
+
+def _parts(token: bytes, known: set[bytes]) -> int:
+    """How many tokens would stand for `token` if it were not known itself."""
+    at = parts = 0
+    while at < len(token):
+        stops = range(len(token) - (at == 0), at, -1)
+        at = next(stop for stop in stops if token[at:stop] in known)
+        parts += 1
+    return parts
 
 
 # ---- The nursery -----------------------------------------------------------------------------
@@ -313,7 +455,11 @@ def nursery(n_bytes: int, seed) -> tuple[list[str], float]:
 
 # ---- Downloads -------------------------------------------------------------------------------
 
-BASES = {"hub": "https://huggingface.co/datasets", "raw": "https://raw.githubusercontent.com"}
+BASES = {  # servers
+    "hub": "https://huggingface.co/datasets",
+    "raw": "https://raw.githubusercontent.com",
+    "rows": "https://datasets-server.huggingface.co/rows",
+}
 TINY_STORIES = "{hub}/roneneldan/TinyStories/resolve/main/TinyStoriesV2-GPT4-"
 DOLLY = "{hub}/databricks/databricks-dolly-15k/resolve/main/databricks-dolly-15k.jsonl"
 OPEN_ASSISTANT = "{hub}/OpenAssistant/oasst1/resolve/main/2023-04-12_oasst_ready.trees.jsonl.gz"
@@ -335,16 +481,25 @@ def download(url, path, sha256=None, max_bytes=None, attempts=6, timeout=30.0, p
     doubled from then on, unless the server says how long to wait (60 s at most).
     """
     part = Path(f"{path}.part")
-    for attempt in range(attempts):
+
+    def attempt():
+        part.parent.mkdir(parents=True, exist_ok=True)
+        _fetch(url, part, sha256, max_bytes, timeout)
+        os.replace(part, path)
+
+    retry(attempt, url, attempts, pause)
+
+
+def retry(attempt, url, attempts, pause):
+    """attempt(), again after each OSError, `attempts` times in all; then DataError."""
+    for number in range(attempts):
         try:
-            part.parent.mkdir(parents=True, exist_ok=True)
-            _fetch(url, part, sha256, max_bytes, timeout)
-            return os.replace(part, path)
+            return attempt()
         except OSError as error:  # of the disk or, as requests' own errors are, of the network
             known = not isinstance(error, requests.RequestException)  # those fill several lines
             reason = str(error) if known else type(error).__name__
-            wait = getattr(error, "wait", pause * 2**attempt)
-        if attempt + 1 < attempts:
+            wait = getattr(error, "wait", pause * 2**number)
+        if number + 1 < attempts:
             time.sleep(min(wait, 60.0))
     raise DataError(f"cannot download {url} ({reason}): run again to resume, or use a local file")
 
@@ -383,22 +538,28 @@ def _fetch(url, part: Path, sha256, max_bytes, timeout) -> None:
 
 def _check_answer(answer, url, part: Path, have: int):
     """(bytes of `part` to keep, bytes of the whole file or None) after a look at the headers."""
+    _check_status(answer, url, (200, 206, 416))
     code, headers = answer.status_code, answer.headers
-    if code == 429 or code >= 500:
-        error = OSError(f"status {code}")
-        if headers.get("Retry-After", "").isdigit():
-            error.wait = float(headers["Retry-After"])
-        raise error
     if code == 200:  # the whole file, even if a range was asked for
         length = headers.get("Content-Length", "")
         return 0, int(length) if length.isdigit() else None
     span = re.fullmatch(r"bytes (\d+)-\d+/(\d+)", headers.get("Content-Range", ""))
     if code == 206 and span and int(span[1]) == have:
         return have, int(span[2])
-    if code in (206, 416):  # `part` may be no beginning of this file: start again
-        part.unlink(missing_ok=True)
-        raise OSError(f"no bytes from {have} on")
-    raise DataError(f"cannot download {url} (status {code}): check the address")
+    part.unlink(missing_ok=True)  # it may be no beginning of this file: start again
+    raise OSError(f"no bytes from {have} on")
+
+
+def _check_status(answer, url, good=(200,)) -> None:
+    """OSError when asking again may help, with the seconds to wait if the server names them."""
+    code, wait = answer.status_code, answer.headers.get("Retry-After", "")
+    if code == 429 or code >= 500:
+        error = OSError(f"status {code}")
+        if wait.isdigit():
+            error.wait = float(wait)
+        raise error
+    if code not in good:
+        raise DataError(f"cannot download {url} (status {code}): check the address")
 
 
 def _declared_sha256(answer) -> str | None:
@@ -632,6 +793,176 @@ def cut(documents: list[str], phase: str, tokenizer: Tokenizer, seed=0) -> list[
     return pieces
 
 
+# ---- Streamed mixtures -----------------------------------------------------------------------
+# "stream:owner/name/config/split@weight,...": rows of public data sets, a page at a time, as the
+# Hugging Face dataset viewer gives them. The pages of a source are read in an order that strides
+# through all of it; the first ones are held out, the next ones teach the tokenizer.
+
+STREAM = "stream:"
+PAGE = 100  # rows: the most that the server gives at once
+AHEAD = 2  # pages fetched in advance of each source
+HELD_BYTES, SAMPLE_BYTES = 1_000_000, 4_000_000  # characters of the whole mixture, at least
+
+
+@dataclass(frozen=True)
+class Source:
+    name: str  # owner/name/config/split
+    weight: float  # share of the tokens
+    pages: int = 0
+    held: int = 0  # so many pages, the first in order, are held out
+
+    def page(self, i: int) -> int:
+        """Page number i in the order of reading, which comes by each page once."""
+        stride = int(self.pages * 0.618) or 1  # golden: any run of them is spread evenly
+        while math.gcd(stride, self.pages) > 1:
+            stride += 1
+        return i * stride % self.pages
+
+
+def parse_mixture(text: str) -> list[Source]:
+    """The sources of owner/name/config[/split][@weight],...; weights are made to sum to 1."""
+    sources = []
+    for part in text.split(","):
+        found = re.fullmatch(r"([^/@\s]+(?:/[^/@\s]+){2,3})(?:@(\d*\.?\d+))?", part.strip())
+        if not found or not (weight := float(found[2] or 1)):
+            raise DataError(
+                f"cannot read {part!r} in the stream: write owner/name/config@weight, as in "
+                f"{STREAM}HuggingFaceFW/fineweb-edu/sample-10BT@0.75,owner/name/default/train@0.25"
+            )
+        name = found[1] if found[1].count("/") == 3 else f"{found[1]}/train"
+        sources.append(Source(name, weight))
+    total = sum(source.weight for source in sources)
+    return [replace(source, weight=source.weight / total) for source in sources]
+
+
+def fetch_page(name: str, page: int, bases=BASES, attempts=12, timeout=30.0, pause=1.0):
+    """(documents of a page, pages of the source). Waits and asks again as `download` does."""
+    owner, dataset, config, split = name.split("/")
+    query = {"dataset": f"{owner}/{dataset}", "config": config, "split": split}
+    query |= {"offset": page * PAGE, "length": PAGE}
+
+    def attempt():
+        answer = requests.get(bases["rows"], params=query, timeout=timeout)
+        _check_status(answer, f"rows of {name}")
+        try:
+            content = answer.json()
+            records = json.dumps([row["row"] for row in content["rows"]])
+            pages = math.ceil(content["num_rows_total"] / PAGE)
+        except (KeyError, TypeError, ValueError):
+            raise OSError("damaged answer") from None
+        return read_records(records, name, log=lambda line: None), pages
+
+    return retry(attempt, f"rows of {name}", attempts, pause)
+
+
+def sample_mixture(mixture: list[Source], bases=BASES):
+    """(training sample, held-out documents, {"mixture": the sources with their pages})."""
+    train, held, sources = [], [], []
+    for source in mixture:
+        _, pages = fetch_page(source.name, 0, bases)
+        source, read = replace(source, pages=pages), 0
+        for documents, least in ((held, HELD_BYTES), (train, SAMPLE_BYTES)):
+            size = 0
+            while size < least * source.weight:
+                if read + 1 >= pages:  # the last page is for training
+                    raise DataError(f"{source.name} is too small to stream: download it")
+                found, _ = fetch_page(source.name, source.page(read), bases)
+                read, size = read + 1, size + sum(map(len, found))
+                if not found:
+                    raise DataError(f"{source.name} has no text that is known: use another source")
+                documents += found
+            if documents is held:
+                source = replace(source, held=read)
+        sources.append(astuple(source))
+    train = _without(train, held)
+    if not train:
+        raise DataError("what is left to learn of the stream is held out: use a larger source")
+    return train, held, {"mixture": sources}
+
+
+class Stream:
+    """Batches without end from a mixture, tokenized and packed: END text END text ...
+
+    The next document is of the source that is furthest behind its share of the tokens, so its
+    choice needs no chance; `seed` chooses where in its order a source begins. Rank r of w reads
+    pages r, r + w, ... of that order. `position` is all that a checkpoint needs: from it a new
+    Stream goes on with the batches that this one would give. Raises DataError.
+    """
+
+    def __init__(self, mixture, tokenizer, seed, rank=0, world=1, position=None, fetch=fetch_page):
+        self.mixture, self.tokenizer, self.seed = mixture, tokenizer, seed
+        self.rank, self.world, self.fetch = rank, world, fetch
+        self.run = [list(map(astuple, mixture)), seed, rank, world]  # what a position belongs to
+        self.run = json.loads(json.dumps(self.run))  # as JSON gives it back
+        position = position or {"run": self.run, "read": [[0, 0, 0] for _ in mixture], "skip": 0}
+        if position["run"] != self.run:
+            raise DataError(
+                "the stream's position is of another mixture, seed or number of processes: "
+                "resume with the same ones"
+            )
+        self.read = [list(source) for source in position["read"]]  # [page, row, tokens] of each
+        self.ahead = [{} for _ in mixture]  # page -> Future of its documents' tokens
+        self.rest = self._draw()[position["skip"] :]  # what is not used yet of the last document
+
+    @property
+    def position(self) -> dict:
+        """Where the next batch begins, for JSON: before which document, and how far into it."""
+        return {"run": self.run, "read": self.before, "skip": self.drawn - len(self.rest)}
+
+    def batch(self, rows: int, length: int):
+        """(x, y) of this rank, int64 (rows, length); y is one token on."""
+        parts, size, wanted = [self.rest], len(self.rest), rows * length
+        while size <= wanted:  # one more than wanted: the last y
+            parts.append(self._draw())
+            size += len(parts[-1])
+        tokens = np.concatenate(parts)
+        self.rest = tokens[wanted:]  # within the document drawn last
+        tokens = torch.from_numpy(tokens[: wanted + 1])
+        return tokens[:-1].view(rows, length), tokens[1:].view(rows, length)
+
+    def _draw(self) -> np.ndarray:
+        """END and the next document."""
+        self.before = [list(source) for source in self.read]
+        shares = [read[2] / source.weight for read, source in zip(self.read, self.mixture)]
+        which = shares.index(min(shares))
+        read = self.read[which]
+        while read[1] >= len(documents := self._page(which, read[0])):
+            read[:2] = read[0] + 1, 0
+        tokens = np.array([self.tokenizer.end] + documents[read[1]], np.int64)
+        read[1:] = read[1] + 1, read[2] + len(tokens)
+        self.drawn = len(tokens)
+        return tokens
+
+    def _page(self, which: int, number: int) -> list[list[int]]:
+        """Tokens of the documents of a page; the pages after it are fetched meanwhile."""
+        futures = self.ahead[which]
+        for n in range(number, number + AHEAD + 1):
+            if n not in futures:
+                futures[n] = _in_thread(self._fetch, self.mixture[which], n)
+        futures.pop(number - 1, None)
+        return futures[number].result()
+
+    def _fetch(self, source: Source, number: int) -> list[list[int]]:
+        first = random.Random(f"{source.name} {self.seed}").randrange(source.pages)
+        i = first + number * self.world + self.rank
+        page = source.page(source.held + i % (source.pages - source.held))
+        return self.tokenizer.encode_batch(self.fetch(source.name, page)[0])
+
+
+def _in_thread(work, *arguments) -> Future:
+    """What work(*arguments) will give or raise. The thread does not keep the program alive."""
+    future = Future()
+
+    def run():
+        try:
+            future.set_result(work(*arguments))
+        except BaseException as error:
+            future.set_exception(error)
+
+    threading.Thread(target=run, daemon=True).start()
+    return future
+
+
 # ---- Prepared data ---------------------------------------------------------------------------
 
 
@@ -640,13 +971,14 @@ class Data:
     """A prepared corpus. A stream is a 1-D uint16 or uint32 memmap END text END text ... END."""
 
     name: str  # nursery, real_sam, or the name of the file or folder
-    sha256: str  # of the source files (nursery: of its grammar, sizes and seed)
+    sha256: str  # of the source files (nursery: grammar, sizes and seed; stream: its mixture)
     tokenizer: Tokenizer
     train: dict[str, np.memmap]  # phase -> stream; a phase that the source lacks is missing
     valid: dict[str, np.memmap]  # the same of held-out documents
     heldout: np.memmap  # the held-out documents whole, in a fixed random order
     heldout_bytes: int  # UTF-8 bytes of their text: END counts none
     entropy_bits: float | None  # nursery: -log2 probability of the held-out documents
+    mixture: list[Source]  # what a Stream reads; `train` is a sample of it. Else empty
 
 
 NURSERY_BYTES = (5_600_000, 200_000)  # for training, held out
@@ -654,9 +986,12 @@ BPE_BYTES = 30_000_000  # of training text, at most, teach merges
 
 
 def prepare(dataset, tokenizer, vocab_size, data_dir, seed=0, log=print, bases=BASES) -> Data:
-    """The corpus `dataset`: 'nursery', 'real_sam', 'auto' or a path; from the cache if it can.
+    """The corpus `dataset`: 'nursery', 'real_sam', 'auto', a path or 'stream:' and a mixture (see
+    parse_mixture), of which only a sample and the held-out documents are fetched and kept; from
+    the cache if it can.
 
-    tokenizer: 'byte', 'char', 'bpe' (of vocab_size) or 'gpt2'; or the Tokenizer of a checkpoint.
+    tokenizer: 'byte', 'char', 'bpe' or 'lengthmax' (of vocab_size), 'gpt2'; or the Tokenizer of a
+    checkpoint.
     data_dir: where downloads and caches are kept. seed: of the nursery and of the order of
     pieces. log: takes lines for people. bases: servers of the downloads. Raises DataError.
     """
@@ -667,7 +1002,7 @@ def prepare(dataset, tokenizer, vocab_size, data_dir, seed=0, log=print, bases=B
     folder = data_dir / f"{name}-{key}"
     if folder.exists():
         try:
-            return _load(folder)
+            return _load(folder, key)
         except DataError as error:
             log(f"{error}: building it again")
     try:
@@ -675,16 +1010,22 @@ def prepare(dataset, tokenizer, vocab_size, data_dir, seed=0, log=print, bases=B
         with tempfile.TemporaryDirectory(prefix=".building-", dir=data_dir) as temporary:
             building = Path(temporary) / "new"
             building.mkdir()
-            train, held, bits = read()
-            meta = {"name": name, "sha256": checksum, "entropy_bits": bits}
+            train, held, facts = read()
+            meta = {"name": name, "key": key, "sha256": checksum} | facts
             _build(building, meta, train, held, tokenizer, vocab_size, seed)
-            return _publish(building, folder)
+            return _publish(building, folder, key)
     except OSError as error:
         raise DataError(f"cannot write to {data_dir} ({error}): free or choose a disk") from None
 
 
 def find_source(dataset: str, data_dir: Path, seed: int, log, bases):
-    """(name, checksum, read) of a dataset; read() -> train, held-out documents, entropy bits."""
+    """(name, checksum, read) of a dataset; read() -> train, held-out documents, facts of Data."""
+    if dataset.startswith(STREAM):
+        mixture = parse_mixture(dataset.removeprefix(STREAM))
+        if not online(bases):
+            raise DataError("no network to stream from: connect, or use --dataset=PATH of a text")
+        name = "+".join(source.name.split("/")[1] for source in mixture)
+        return name, sha256(repr(mixture)), functools.partial(sample_mixture, mixture, bases)
     folder = data_dir / "real_sam"
     if dataset == "auto":
         there = all((folder / name).exists() for name in REAL_SAM)
@@ -697,15 +1038,16 @@ def find_source(dataset: str, data_dir: Path, seed: int, log, bases):
     files = list_files(real_sam(folder, bases) if dataset == "real_sam" else Path(dataset))
     name = dataset if dataset == "real_sam" else Path(dataset).resolve().name
     try:
-        return name, _sha256_of(files), lambda: (*read_source(files, log), None)
+        return name, _sha256_of(files), lambda: (*read_source(files, log), {})
     except OSError as error:
         raise DataError(f"cannot read {error.filename} ({error.strerror}): check it") from None
 
 
-def _grow(seed: int) -> tuple[list[str], list[str], float]:
+def _grow(seed: int) -> tuple[list[str], list[str], dict]:
     """The nursery. Held-out documents have a seed of their own and leave the training ones."""
     held, bits = nursery(NURSERY_BYTES[1], f"held-out {seed}")
-    return _without(nursery(NURSERY_BYTES[0], f"train {seed}")[0], held), held, bits
+    train = _without(nursery(NURSERY_BYTES[0], f"train {seed}")[0], held)
+    return train, held, {"entropy_bits": bits}
 
 
 def _build(folder: Path, meta: dict, train, held, tokenizer, vocab_size: int, seed: int) -> None:
@@ -750,19 +1092,22 @@ def _write(path: Path, texts: list[str], tokenizer: Tokenizer, dtype: str) -> in
     return checksum
 
 
-def _load(folder: Path) -> Data:
-    """The data of a cache folder. DataError unless every byte is as it was written."""
+def _load(folder: Path, key: str) -> Data:
+    """The data of a cache folder. DataError unless every byte is as it was written, for `key`."""
     try:
         meta = json.loads((folder / "meta.json").read_text())
         if sha256(meta["content"]) != meta["hash"]:
             raise ValueError("meta.json was changed")
         meta = json.loads(meta["content"])
-        streams = {}
+        if meta["key"] != key:
+            raise ValueError("it is of another source or tokenizer")
+        tokenizer, streams = tokenizer_from_state(meta["tokenizer"]), {}
         for name, checksum in meta["streams"].items():
             streams[name] = np.memmap(folder / f"{name}.bin", meta["dtype"], mode="r")
             if zlib.crc32(streams[name]) != checksum:
                 raise ValueError(f"{name}.bin was changed")
-        tokenizer = tokenizer_from_state(meta["tokenizer"])
+            if streams[name].max() > tokenizer.end:
+                raise ValueError(f"{name}.bin has token ids outside the vocabulary")
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise DataError(f"the cache {folder.name} is damaged ({error})") from None
     train, valid = (
@@ -771,17 +1116,18 @@ def _load(folder: Path) -> Data:
     )
     return Data(
         meta["name"], meta["sha256"], tokenizer, train, valid, streams["heldout"],
-        meta["heldout_bytes"], meta["entropy_bits"],
+        meta["heldout_bytes"], meta.get("entropy_bits"),
+        [Source(*source) for source in meta.get("mixture", ())],
     )  # fmt: skip
 
 
-def _publish(building: Path, folder: Path) -> Data:
+def _publish(building: Path, folder: Path, key: str) -> Data:
     """Rename the finished folder into place, unless another process was first with a good one."""
     for attempt in range(3):
         with suppress(OSError):  # raised when `folder` exists
             os.rename(building, folder)
         try:
-            return _load(folder)
+            return _load(folder, key)
         except DataError:
             with suppress(OSError):  # out of the way; goes with the temporary folder
                 os.rename(folder, building.with_name(f"damaged{attempt}"))

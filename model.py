@@ -8,6 +8,7 @@ Shapes: B sequences, T tokens, D width of the residual stream, E width of the em
 """
 
 import math
+import zipfile
 from dataclasses import dataclass, fields
 
 import torch
@@ -100,9 +101,15 @@ class ModelConfig:
                     f"{name} must be one of {', '.join(allowed)}, got {getattr(self, name)!r}"
                 )
         at_least_1 = "vocab_size n_embd n_hidden n_layer n_head d_ff window n_state k_max levels"
-        for name in at_least_1.split():
+        for name in (at_least_1 + " engram_heads engram_width moe_width").split():
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        for name in "engram hrm spike_attn progsem kuramoto moe memory mtp".split():
+            if not 0 <= getattr(self, name) < 2**31:
+                raise ValueError(f"{name} must be at least 0 and below 2**31")
+        for name in ("n_layer", "k_max", "hrm", "mtp", "engram_heads"):
+            if getattr(self, name) > 1000:
+                raise ValueError(f"{name} must be at most 1000, got {getattr(self, name)}")
         heads = "n_head" if self.block == "gpt" else "rec_heads"
         if getattr(self, heads) < 0 or self.n_hidden % (getattr(self, heads) or 1):
             raise ValueError(
@@ -775,37 +782,64 @@ def find_device(name):
     return torch.device(name)
 
 
+VERSION = 1  # of checkpoints; raise it when the code can no longer use older ones
+
+
 def load_checkpoint(path):
     """The dictionary that train.py saved; ValueError with one line where it can not be read.
 
     weights_only: a checkpoint is tensors and plain values, and can not run code.
     """
     try:
+        with zipfile.ZipFile(path) as archive:  # torch.load reads changed bytes without a word
+            if damaged := archive.testzip():
+                raise ValueError(f"{damaged} was changed")
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise ValueError(f"there is no checkpoint {path}; train.py writes one") from None
     except Exception as error:  # damaged in any of many ways
         reason = (str(error) or type(error).__name__).splitlines()[0]
         raise ValueError(f"cannot read the checkpoint {path}: {reason}") from None
-    lacks = {"model", "config", "tokenizer"} - set(checkpoint if type(checkpoint) is dict else ())
-    if lacks:
-        raise ValueError(f"{path} is no checkpoint of train.py: it has no {sorted(lacks)[0]}")
+    kinds = {"version": int, "model": dict, "config": dict, "tokenizer": str}
+    for name, kind in kinds.items():
+        if type(checkpoint) is not dict or not isinstance(checkpoint.get(name), kind):
+            raise ValueError(f"{path} is no checkpoint of train.py: it has no {name}")
+    if checkpoint["version"] != VERSION:
+        version = checkpoint["version"]
+        raise ValueError(f"{path} is of version {version}, this code reads only {VERSION}")
     return checkpoint
+
+
+def check_weights(saved, model):
+    """ValueError unless `saved` has all of the model's tensors and their values are finite."""
+    wanted = model.state_dict()
+    for name in [*wanted, *saved]:
+        a, b = saved.get(name), wanted.get(name)
+        if not torch.is_tensor(a) or b is None or (a.shape, a.dtype) != (b.shape, b.dtype):
+            raise ValueError(f"the checkpoint's weights do not fit its settings: {name}")
+        if not a.isfinite().all():
+            raise ValueError(f"the checkpoint's weights are damaged: {name} is not finite")
 
 
 def build(checkpoint):
     """The model of a checkpoint, weights loaded, ready to evaluate and generate on any device.
 
-    ValueError if the weights are not those of the settings stored beside them.
+    ValueError, before memory is taken, if the weights are not those of the settings beside them.
     """
-    names = {f.name for f in fields(ModelConfig)}
+    saved, settings = checkpoint["model"], {}
+    for f in fields(ModelConfig):
+        settings[f.name] = checkpoint["config"].get(f.name)
+        if type(settings[f.name]) is not f.type:
+            raise ValueError(f"the checkpoint's setting {f.name} is missing or of a wrong type")
+    c = ModelConfig(**settings | {"backend": "auto"})
     try:
-        settings = {k: v for k, v in checkpoint["config"].items() if k in names}
-        model = SpikingLM(ModelConfig(**settings | {"backend": "auto"}))
-        model.load_state_dict(checkpoint["model"])
-    except (AttributeError, KeyError, RuntimeError, TypeError) as error:
-        reason = str(error).splitlines()[0]
-        raise ValueError(f"the checkpoint's weights do not fit its settings: {reason}") from None
+        with torch.device("meta"):
+            outline = SpikingLM(c)
+    except RuntimeError as error:  # such sizes no tensor can have
+        raise ValueError(f"the checkpoint's settings make no model: {error}") from None
+    check_weights(saved, outline)
+    model = SpikingLM(c)
+    model.load_state_dict(saved)
     return model.eval()
 
 
@@ -813,6 +847,8 @@ def pick(logits, temperature, top_k, top_p, generator):
     """Draw a token (B, 1) from logits (B, V): temperature 0 takes the best; top_k 0 keeps all;
     top_p keeps the fewest tokens that hold that much probability (Holtzman et al. 2019)."""
     logits = logits.float()
+    if logits.isnan().any():
+        raise ValueError("the model's logits are not numbers: take an older checkpoint")
     if temperature < 1e-4:  # also where division would overflow
         return logits.argmax(-1, keepdim=True)
     logits = logits / temperature
@@ -822,6 +858,8 @@ def pick(logits, temperature, top_k, top_p, generator):
     if top_p < 1:
         value, order = logits.sort(descending=True)
         p = value.softmax(-1)
-        value = value.masked_fill(p.cumsum(-1) - p >= top_p, -math.inf)
+        rest = p.cumsum(-1) - p >= top_p
+        rest[:, 0] = False  # the likeliest stays, however small top_p is
+        value = value.masked_fill(rest, -math.inf)
         logits = torch.empty_like(logits).scatter(-1, order, value)
     return torch.multinomial(logits.softmax(-1), 1, generator=generator)

@@ -44,6 +44,8 @@ class SampleConfig:
             raise ValueError("temperature and top_k must not be negative, top_p must be in (0, 1]")
         if self.max_new_tokens < 0 or self.threads < 0 or self.eval_length < 1:
             raise ValueError("max_new_tokens and threads must not be negative, eval_length >= 1")
+        if self.threads > 1024:
+            raise ValueError("threads must be at most 1024")
 
 
 class Speaker:
@@ -54,6 +56,8 @@ class Speaker:
         self.tokenizer = data.tokenizer_from_state(checkpoint["tokenizer"])
         self.device = find_device(c.device)
         self.model = build(checkpoint).to(self.device)
+        if self.tokenizer.vocab_size > self.model.config.vocab_size:
+            raise ValueError(f"{c.ckpt} has a tokenizer larger than its model: take another")
         self.generator = torch.Generator(device=self.device).manual_seed(c.seed)
         self.c, self.state = c, None
         self.pending = [self.tokenizer.end]  # tokens that the state has not seen yet
@@ -172,8 +176,8 @@ def picture(c):
 
 
 def main(argv):
-    c = config.load(SampleConfig, argv)
-    try:
+    with config.one_line(data.DataError):
+        c = config.load(SampleConfig, argv)
         if c.threads:
             torch.set_num_threads(c.threads)
         if c.eval:
@@ -186,10 +190,6 @@ def main(argv):
             speaker = Speaker(c)
             print(c.prompt, end="", flush=True)
             show(speaker.speak(c.prompt))
-    except (data.DataError, ValueError) as error:
-        config.stop(error)
-    except (KeyboardInterrupt, BrokenPipeError):
-        raise SystemExit(130) from None
 
 
 if __name__ == "__main__":

@@ -3,8 +3,10 @@
     python train.py configs/sam_6m.py                      set up the data, train, sample
     python train.py configs/sam_6m.py --dataset=my.txt     on your own text
     python train.py configs/sam_6m.py --init_from=resume   go on where the last run stopped
-    torchrun --nproc_per_node=8 train.py configs/sam_6m.py
+    torchrun --nproc_per_node=8 --max-restarts=3 train.py configs/sam_6m.py
 
+out_dir holds log.jsonl, best.pt and the last two step_*.pt; killed at any moment, the run goes on
+from the newest of them that is whole, on a CPU bit for bit as if nothing had happened.
 Read train() last: it is the loop, and what stands before it are its words.
 """
 
@@ -19,20 +21,23 @@ import signal
 import subprocess
 import sys
 import time
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass, fields
 from importlib import metadata
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from torch.distributed.rendezvous import rendezvous
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 import config
 import data
 from cell_bridge import load_scores
-from model import ModelConfig, SpikingLM, Synapse, find_device, load_checkpoint
+from model import (
+    VERSION, ModelConfig, SpikingLM, Synapse, check_weights, find_device, load_checkpoint,
+)  # fmt: skip
 
 
 # ---- settings, processes, optimiser --------------------------------------------------------------
@@ -43,7 +48,7 @@ class TrainConfig(ModelConfig):
     # data
     dataset: str = "auto"  # auto | real_sam (download) | nursery (built in) | .txt, .jsonl, folder
     data_dir: str = "data"  # where downloads and token caches live
-    tokenizer: str = "bpe"  # bpe | byte | char | gpt2
+    tokenizer: str = "bpe"  # bpe | lengthmax | byte | char | gpt2
     phases: str = "words:8 phrases:16 sentences:32 stories:64 conversations:64"  # name:length ...
     rehearse: float = 0.0  # share of a batch drawn from the phase before
     # optimiser
@@ -71,7 +76,7 @@ class TrainConfig(ModelConfig):
     eval_length: int = 256  # tokens of a held-out row; a row starts from silence
     eval_tokens: int = 65536  # held-out tokens scored at most, always the same ones
     sample_tokens: int = 60  # length of the sample printed at an evaluation; 0 prints none
-    out_dir: str = "out"  # checkpoint and log
+    out_dir: str = "out"  # checkpoints and log; a run that was there moves to out_dir/previous
     cell: str = ""  # file of cell_bridge.py that sets block whale's neurons; empty: synthetic scores
     result: str = ""  # also write a summary of the finished run to this .json file
     init_from: str = "scratch"  # scratch | resume
@@ -87,7 +92,7 @@ class TrainConfig(ModelConfig):
         for name, allowed in (
             ("init_from", ("scratch", "resume")),
             ("optimizer", ("adamw", "muon")),
-            ("tokenizer", ("bpe", "byte", "char", "gpt2")),
+            ("tokenizer", ("bpe", "lengthmax", "byte", "char", "gpt2")),
             ("device", ("auto", "cpu", "cuda", "mps")),
             ("dtype", ("auto", "float32", "bfloat16")),
         ):
@@ -102,6 +107,8 @@ class TrainConfig(ModelConfig):
         for name in ("threads", "seed", "max_steps", "sample_tokens", "grad_clip", "lr"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
+        if self.threads > 1024 or self.tokens_per_step > 2**30:
+            raise ValueError("threads must be at most 1024 and tokens_per_step 2**30")
         if not 0 <= self.rehearse < 1:
             raise ValueError(f"rehearse must be at least 0 and less than 1, got {self.rehearse}")
         if self.tokens_per_step < self.longest():
@@ -132,13 +139,24 @@ class Run:
         self.world = int(os.environ.get("WORLD_SIZE", 1))
         self.rank = int(os.environ.get("RANK", 0))
         self.local = int(os.environ.get("LOCAL_RANK", 0))
+        self.restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0  # by torchrun
         device = find_device(c.device).type
         if self.world > 1:
             device = "cpu" if device == "mps" else device  # gloo can not reduce tensors of MPS
             backend = "nccl" if device == "cuda" else "gloo"
-            dist.init_process_group(backend, timeout=datetime.timedelta(hours=3))  # for downloads
+            # torchrun keeps its store when it restarts workers: without a prefix of their own they
+            # would read the addresses of the dead
+            store, _, _ = next(rendezvous("env://"))
+            store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
+            wait = datetime.timedelta(hours=3)  # for downloads
+            dist.init_process_group(backend, None, wait, self.world, self.rank, store)
         self.device = torch.device(device, self.local) if device == "cuda" else torch.device(device)
-        half = c.dtype == "bfloat16" or c.dtype == "auto" and device == "cuda"
+        if device == "cuda" and self.local >= torch.cuda.device_count():
+            raise ValueError(f"no GPU for process {self.local}: lower --nproc_per_node")
+        has_half = device != "cuda" or torch.cuda.is_bf16_supported(including_emulation=False)
+        if c.dtype == "bfloat16" and not has_half:
+            raise ValueError("this GPU has no bfloat16: set --dtype=float32")
+        half = c.dtype == "bfloat16" or c.dtype == "auto" and device == "cuda" and has_half
         self.autocast = torch.autocast(device, torch.bfloat16) if half else nullcontext()
         self.main = self.rank == 0
         if device == "cuda":
@@ -147,6 +165,9 @@ class Run:
         if c.threads:
             torch.set_num_threads(c.threads)
         self.stopping = False
+        # training draws from none of these, but a trait may; batches and samples have their own
+        other = [] if device == "cpu" else [torch.get_device_module(self.device)]
+        self.generators = [torch, *other]
 
     def listen(self):
         """From now on Ctrl-C and SIGTERM let the step end and save."""
@@ -162,6 +183,13 @@ class Run:
 
     def any_stopping(self):
         return bool(self.mean(torch.tensor(float(self.stopping))) > 0)
+
+    def of_all(self, x):
+        """[x of every process]; all of them have to call it."""
+        found = [x] * self.world
+        if self.world > 1:
+            dist.all_gather_object(found, x)
+        return found
 
     def one_first(self, work):
         """work() in the first process of each machine, then, from its cache, in the others."""
@@ -234,7 +262,8 @@ def train_step(model, raw, optimizers, x, y, c, run):
     """One optimiser step on this process's tokens x and targets y (rows, length).
 
     They go through in pieces of micro_tokens; gradients add up, and processes average them at the
-    last piece. Returns, of all processes, the nats per token and the rates of all neurons.
+    last piece. Returns, of all processes, the nats per token, the norm of the gradient and the
+    rates of all neurons.
     """
     rows = max(1, c.micro_tokens // x.shape[1])
     nats_mean, rates = torch.zeros((), device=run.device), torch.zeros_like(raw.rate)
@@ -249,12 +278,11 @@ def train_step(model, raw, optimizers, x, y, c, run):
             ((nats + sum(others.values())) * share).backward()
         nats_mean += nats.detach() * share
         rates += torch.cat(report.rate or [rates]).detach() * share
-    if c.grad_clip:
-        torch.nn.utils.clip_grad_norm_(raw.parameters(), c.grad_clip)
+    norm = torch.nn.utils.clip_grad_norm_(raw.parameters(), c.grad_clip or math.inf)
     for optimizer in optimizers:
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-    return run.mean(nats_mean).item(), run.mean(rates)
+    return run.mean(nats_mean).item(), norm.item(), run.mean(rates)
 
 
 def evaluate(raw, corpus, phase, length, c, run):
@@ -306,50 +334,172 @@ def next_batch(corpus, curriculum, position, c, run):
     return (torch.cat(side) for side in zip(*batches))
 
 
-def restore(checkpoint, raw, optimizers, c, tokenizer, curriculum):
-    """Put a checkpoint back; ValueError, before anything is touched, if this is another run."""
-    old, new = checkpoint["config"], asdict(c)
-    free = ("backend", "checkpointing")  # these change no result
-    for name in [f.name for f in fields(ModelConfig) if f.name not in free] + ["optimizer"]:
-        if old.get(name) != new[name]:
-            raise ValueError(
-                f"last.pt was trained with {name}={old.get(name)!r}, not {new[name]!r}: "
-                "resume with the same config, or start from scratch"
+def check_finite(name, value, position, phase, corpus, out):
+    """Stop where a number is none: the weights on disk are those from before it."""
+    if not math.isfinite(value):
+        good = max(out.glob("step_*.pt"), default="none")
+        config.stop(
+            f"the {name} became {value} at step {position['step']}, on batch "
+            f"{position['phase_step']} of the {phase} of {corpus.name}; the last good checkpoint "
+            f"is {good}: resume it with a lower --lr"
+        )
+
+
+def ill_layers(rates):
+    """A line for each layer whose rate (spikes per neuron and token) leaves nothing to learn by."""
+    for i, rate in enumerate(rates):
+        if not 0.001 <= rate <= 0.9:
+            what, mend = ("is dead", "lower") if rate < 0.5 else ("is saturated", "raise")
+            yield (
+                f"       layer {i} {what}, it fires at {100 * rate:.2f}%: {mend} --theta, or raise "
+                "--rate_weight with --rate_penalty=both"
             )
-    if checkpoint["tokenizer"] != tokenizer.state():
-        raise ValueError("last.pt has another tokenizer: resume with the same --dataset and size")
-    if checkpoint["position"]["curriculum"] != curriculum:
-        raise ValueError(f"last.pt has other --phases: {checkpoint['position']['curriculum']}")
+
+
+# ---- checkpoints -------------------------------------------------------------------------------
+
+
+@contextmanager
+def whole_file(path):
+    """A file to write to, flushed to disk and only then given its name: never half a file."""
+    temporary = Path(f"{path}.tmp")
+    try:
+        with open(temporary, "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except RuntimeError as error:  # torch.save hides what the disk said
+        raise error.__context__ if isinstance(error.__context__, OSError) else error
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def save(out, is_best, raw, optimizers, c, corpus, position, record, run):
+    """Write step_*.pt, if it is the best best.pt too, and remove all step_*.pt but the one before.
+
+    Every process has to call it. best.pt is first: a run killed in between does the step again.
+    """
+    checkpoint = {
+        "version": VERSION,
+        "model": raw.state_dict(),
+        "optimizers": [optimizer.state_dict() for optimizer in optimizers],
+        "random": run.of_all([g.get_rng_state() for g in run.generators]),
+        "config": asdict(c),
+        "tokenizer": corpus.tokenizer.state(),
+        "data": corpus.sha256,
+        "position": position,
+        "environment": record,  # commit and versions among others
+    }
+    if run.main:
+        path = out / f"step_{position['step']:08d}.pt"
+        for name in ["best.pt"] * is_best + [path.name]:
+            with whole_file(out / name) as file:
+                torch.save(checkpoint, file)
+        before = sorted(old for old in out.glob("step_*.pt") if old < path)[-1:]
+        for old in {*out.glob("step_*"), *out.glob("*.tmp")} - {path, *before}:
+            old.unlink()
+
+
+def newest(out, c, run):
+    """The newest whole checkpoint in `out`; a damaged one is named. None: begin from scratch."""
+    paths = [*sorted(out.glob("step_*.pt"), reverse=True), *out.glob("best.pt")]
+    if c.init_from == "scratch" and not (run.restarted and paths):
+        return None
+    for path in paths:
+        try:
+            return load_checkpoint(path)
+        except ValueError as error:
+            run.say(f"{error}: going on from the one before it")
+    raise ValueError(f"there is no checkpoint to resume in {out}: start from scratch")
+
+
+def restore(checkpoint, raw, optimizers, position, c, corpus, run):
+    """Put a checkpoint back and return its position; `position` is that of a beginning.
+
+    ValueError, before anything is touched, if it is another run's or not as `save` writes it.
+    """
+    try:
+        check_run(checkpoint, c, corpus, position)
+        check_weights(checkpoint["model"], raw)
+        check_optimizers(checkpoint["optimizers"], optimizers)
+        if checkpoint["data"] != corpus.sha256:
+            run.say(f"{corpus.name} has changed since the checkpoint: going on with what it is now")
+        if len(checkpoint["random"]) == run.world:
+            for generator, state in zip(run.generators, checkpoint["random"][run.rank]):
+                generator.set_rng_state(state)
+    except (AttributeError, IndexError, KeyError, RuntimeError, TypeError) as error:
+        raise ValueError(f"the checkpoint is damaged ({error!r}): start from scratch") from None
     raw.load_state_dict(checkpoint["model"])
-    for optimizer, state in zip(optimizers, checkpoint["optimizers"], strict=True):
+    for optimizer, state in zip(optimizers, checkpoint["optimizers"]):
         settings = [{k: v for k, v in g.items() if k != "params"} for g in optimizer.param_groups]
         optimizer.load_state_dict(state)
         for group, setting in zip(optimizer.param_groups, settings):
             group |= setting  # those of this run, which may have changed
+    return checkpoint["position"]
 
 
-def check_finite(nats, position, out):
-    if not math.isfinite(nats):
-        config.stop(
-            f"the loss became {nats} at step {position['step']}; {out / 'last.pt'} is the last "
-            "good checkpoint: resume it with a lower --lr"
+def check_run(checkpoint, c, corpus, position):
+    """ValueError unless the checkpoint is of a run like this one, its position like `position`."""
+    old, new = checkpoint["config"], asdict(c)
+    free = ("backend", "checkpointing")  # these change no result
+    for name in [f.name for f in fields(ModelConfig) if f.name not in free] + ["optimizer"]:
+        if old[name] != new[name]:
+            raise ValueError(
+                f"the checkpoint was trained with {name}={old[name]!r}, not {new[name]!r}: "
+                "resume with the same config, or start from scratch"
+            )
+    if checkpoint["tokenizer"] != corpus.tokenizer.state():
+        raise ValueError(
+            "the checkpoint has another tokenizer: resume with the same --dataset and size"
         )
+    saved, phases = checkpoint["position"], position["curriculum"]
+    if saved["curriculum"] != phases:
+        raise ValueError(f"the checkpoint has other --phases: {saved['curriculum']}")
+    kinds = {key: type(value) for key, value in position.items()}
+    if {key: type(value) for key, value in saved.items()} != kinds or not (
+        saved["phase"] < len(phases)
+        and min(saved[key] for key in ("step", "phase", "phase_step", "tokens")) >= 0
+        and {type(value) for value in saved["history"] + saved["losses"]} <= {float}
+    ):
+        raise ValueError("the checkpoint's position is damaged: start from scratch")
 
 
-def save(path, raw, optimizers, c, tokenizer, position):
-    """Write beside the final name, flush to disk, then rename: never half a checkpoint."""
-    checkpoint = {
-        "model": raw.state_dict(),
-        "optimizers": [optimizer.state_dict() for optimizer in optimizers],
-        "config": asdict(c),
-        "tokenizer": tokenizer.state(),
-        "position": position,
-    }
-    with open(f"{path}.tmp", "wb") as f:
-        torch.save(checkpoint, f)
-        f.flush()
-        os.fsync(f.fileno())
-    os.replace(f"{path}.tmp", path)
+def check_optimizers(saved, optimizers):
+    """ValueError unless the saved states are these optimisers': names and shapes of tensors."""
+    names = {"AdamW": {"step", "exp_avg", "exp_avg_sq"}, "Muon": {"momentum_buffer"}}
+    is_good = len(saved) == len(optimizers)
+    for state, optimizer in zip(saved, optimizers):
+        params = [p for group in optimizer.param_groups for p in group["params"]]
+        groups, here = state["param_groups"], optimizer.state_dict()["param_groups"]
+        is_good &= [group["params"] for group in groups] == [group["params"] for group in here]
+        for i, tensors in state["state"].items():
+            is_good &= set(tensors) == names[type(optimizer).__name__] and all(
+                t.shape in ((), params[i].shape) and t.dtype == params[i].dtype
+                for t in tensors.values()
+            )
+    if not is_good:
+        raise ValueError("the checkpoint's optimisers do not fit its model: start from scratch")
+
+
+def rewind_log(out, step):
+    """Cut from log.jsonl what came after the checkpoint, for it comes again, and half a line."""
+    kept, log = [], out / "log.jsonl"
+    for line in log.read_bytes().splitlines() if log.exists() else []:
+        with suppress(ValueError, KeyError, TypeError):
+            kept += [line] * (json.loads(line)["step"] <= step)
+    with whole_file(log) as file:
+        file.write(b"".join(line + b"\n" for line in kept))
+
+
+def set_aside(out):
+    """Move the run that `out` may hold to out/previous: forgetting to resume loses nothing."""
+    if any(out.glob("*.pt")):
+        shutil.rmtree(out / "previous", ignore_errors=True)
+        (out / "previous").mkdir()
+        for file in [*out.glob("*.pt"), *out.glob("log.jsonl")]:
+            file.rename(out / "previous" / file.name)
+    (out / "log.jsonl").unlink(missing_ok=True)
 
 
 def sample(raw, tokenizer, c, run):
@@ -410,7 +560,8 @@ def environment(device, seed):
 def write_result(path, result):
     """Write a result, a dictionary, as JSON."""
     Path(path).parent.mkdir(parents=True, exist_ok=True)
-    Path(path).write_text(json.dumps(result, indent=1) + "\n")
+    with whole_file(path) as file:
+        file.write((json.dumps(result, indent=1) + "\n").encode())
     print(f"wrote {path}")
 
 
@@ -452,9 +603,9 @@ def advance(position, valid, curriculum, c, run):
 
 
 def train(c, run):
-    start, out = time.time(), Path(c.out_dir)
+    out = Path(c.out_dir)
     out.mkdir(parents=True, exist_ok=True)
-    checkpoint = load_checkpoint(out / "last.pt") if c.init_from == "resume" else None
+    checkpoint = newest(out, c, run)
     corpus, curriculum = open_corpus(c, run)
 
     torch.manual_seed(c.seed)
@@ -463,13 +614,12 @@ def train(c, run):
         raw.adopt(load_scores(c.cell)[0])
     raw = raw.to(run.device)
     optimizers = make_optimizers(c, raw, run.device)
-    position = {"step": 0, "phase": 0, "phase_step": 0, "tokens": 0, "history": []}
-    position |= {"evaluated": -1, "best": math.inf, "curriculum": curriculum}
+    position = {"step": 0, "phase": 0, "phase_step": 0, "tokens": 0, "history": [], "losses": []}
+    position |= {"evaluated": -1, "best": math.inf, "curriculum": curriculum, "minutes": 0.0}
     if checkpoint:
-        restore(checkpoint, raw, optimizers, c, corpus.tokenizer, curriculum)
-        position = checkpoint["position"]
-    elif run.main:
-        (out / "log.jsonl").unlink(missing_ok=True)  # of an older run
+        position = restore(checkpoint, raw, optimizers, position, c, corpus, run)
+    if run.main:
+        rewind_log(out, position["step"]) if checkpoint else set_aside(out)
     model = torch.compile(raw) if c.compile else raw
     if run.world > 1:
         model = DistributedDataParallel(model, broadcast_buffers=False)
@@ -483,51 +633,53 @@ def train(c, run):
 
     hidden = None if run.main else True  # None: in a terminal only, so that logs stay clean
     bar = tqdm(total=c.max_steps, initial=position["step"], disable=hidden, unit="step")
-    first = position["step"]
-    mark, losses, tokens = time.time(), [], 0  # since the last evaluation
+    start = time.time() - 60 * position["minutes"]
+    mark, tokens = time.time(), 0  # since the last evaluation
     run.listen()
     while True:
         step, (phase, length) = position["step"], curriculum[position["phase"]]
+        losses, is_best = position["losses"], False  # losses since the last evaluation
+        position["minutes"] = (time.time() - start) / 60
         stopped = run.any_stopping()
-        due = step % c.eval_interval == 0 or step == c.max_steps
-        if due and step != position["evaluated"] and not stopped:
+        is_due = step % c.eval_interval == 0 or step == c.max_steps
+        if is_due and step != position["evaluated"] and not stopped:
             line = {"step": step, "phase": phase, "tokens": position["tokens"]}
             line["tokens_per_s"] = tokens / max(1e-9, time.time() - mark)
             line["train"] = sum(losses) / len(losses) if losses else None
             line |= evaluate(raw, corpus, phase, length, c, run)
-            check_finite(line["heldout"], position, out)
-            line["minutes"] = (time.time() - start) / 60
-            left = line["minutes"] / max(1, step - first) * (c.max_steps - step)
-            run.say(in_words(line, left))
+            check_finite("held-out loss", line["heldout"], position, phase, corpus, out)
+            line["minutes"] = position["minutes"]
+            run.say(in_words(line, line["minutes"] / max(1, step) * (c.max_steps - step)))
             if run.main and c.sample_tokens:
                 run.say(f"       {sample(raw, corpus.tokenizer, c, run)!r}")
-            position["evaluated"] = step
+            for warning in ill_layers(line["rate"]):
+                run.say(warning)
             if step < c.max_steps:
                 advance(position, line["valid"], curriculum, c, run)
             is_best = line["bpb"] < position["best"]
+            position |= {"evaluated": step, "losses": []}
             position["best"] = min(position["best"], line["bpb"])
             if run.main:
                 with open(out / "log.jsonl", "a") as log:
                     log.write(json.dumps(line) + "\n")
-                for name in ["last.pt"] + ["best.pt"] * is_best:
-                    save(out / name, raw, optimizers, c, corpus.tokenizer, position)
-            mark, losses, tokens = time.time(), [], 0
-        if step >= c.max_steps:
-            break
-        if stopped:
-            if run.main:
-                save(out / "last.pt", raw, optimizers, c, corpus.tokenizer, position)
+            save(out, is_best, raw, optimizers, c, corpus, position, record, run)
+            mark, tokens = time.time(), 0
+        elif stopped:
+            save(out, False, raw, optimizers, c, corpus, position, record, run)
             bar.close()
             run.say(f"stopped at step {step}, saved; go on with --init_from=resume")
             raise SystemExit(130)
+        if step >= c.max_steps:
+            break
 
         for group in (group for optimizer in optimizers for group in optimizer.param_groups):
             group["lr"] = group["peak"] * schedule(c, step)
         x, y = next_batch(corpus, curriculum, position, c, run)
-        nats, rates = train_step(model, raw, optimizers, x, y, c, run)
-        check_finite(nats, position, out)
+        nats, norm, rates = train_step(model, raw, optimizers, x, y, c, run)
+        for name, value in (("loss", nats), ("gradient", norm)):
+            check_finite(name, value, position, phase, corpus, out)
         raw.observe(nats, rates)
-        losses.append(nats)
+        position["losses"].append(nats)
         tokens += x.numel() * run.world
         position["tokens"] += x.numel() * run.world
         position["step"] += 1
@@ -565,14 +717,19 @@ def in_words(line, minutes_left):
 
 
 def main(argv):
-    c = config.load(TrainConfig, argv)
-    try:
-        train(c, Run(c))
-    except (data.DataError, ValueError, OSError) as error:
-        config.stop(error)
-    finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
+    with config.one_line(data.DataError):
+        try:
+            c = config.load(TrainConfig, argv)
+            train(c, Run(c))
+        except RuntimeError as error:
+            if "gloo" not in str(error).lower() and not isinstance(error, dist.DistError):
+                raise
+            raise OSError(
+                "another process of this run is gone: resume, or let torchrun: --max-restarts=3"
+            ) from error
+        finally:
+            if dist.is_initialized():
+                dist.destroy_process_group()
 
 
 if __name__ == "__main__":

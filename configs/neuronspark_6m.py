@@ -1,7 +1,8 @@
 # python train.py configs/neuronspark_6m.py
 # NeuronSpark (arXiv 2603.16148) at the size of sam_6m.py and gpt_6m.py, 6.03M parameters. A frame
 # costs as much as all layers of those, so there are 4 at most, not 16: two CPU cores are slow.
-# Expect losses to fall.
+# Expect, on TinyStories, 5.9 held-out nats per token after 40 steps of 1024 tokens: the loss of
+# single tokens. No long run has been made. 450 tokens/s on a CPU core of its own at 4 frames.
 block = "spark"
 vocab_size = 4096
 n_embd = 128

@@ -14,3 +14,27 @@ beta_high = 0.95
 surrogate = "triangle"
 slope = 1.0
 theta = 1.0
+levels = 3
+
+# firing: at most this share of all synaptic operations
+rate_target = 0.1
+rate_weight = 30.0
+rate_penalty = "mean"
+
+# data: streamed, nothing large is stored
+dataset = "stream:HuggingFaceFW/fineweb-edu/sample-100BT"
+tokenizer = "gpt2"
+phases = "stories:1024"
+
+# optimiser: half a million tokens per step, whatever the number of processes
+optimizer = "muon"
+lr = 1e-3
+muon_lr = 0.02
+tokens_per_step = 524288
+micro_tokens = 16384
+checkpointing = True
+max_steps = 40000
+warmup_steps = 500
+
+eval_interval = 500
+eval_length = 1024

@@ -9,6 +9,8 @@ import multiprocessing
 import random
 import re
 import threading
+import time
+import urllib.parse
 from collections import Counter
 from pathlib import Path
 
@@ -16,6 +18,8 @@ import numpy as np
 import pytest
 import tiktoken
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 import data
 from data import DataError, Tokenizer
@@ -61,7 +65,7 @@ def random_text(seed: int, length=200) -> str:
     return "".join(chr(rng.randrange(*rng.choice(ranges))) for _ in range(length))
 
 
-@pytest.mark.parametrize("kind", ["byte", "bpe"])
+@pytest.mark.parametrize("kind", ["byte", "bpe", "lengthmax"])
 def test_any_text_survives(kind, corpus):
     tokenizer = make(kind, corpus)
     texts = ["", SAMPLE, data.END_TEXT, "<|endofprompt|>", *map(random_text, range(50))]
@@ -69,12 +73,14 @@ def test_any_text_survives(kind, corpus):
         assert ids == tokenizer.encode(text) and tokenizer.end not in ids
         assert tokenizer.decode(ids) == text
         assert tokenizer.decode([tokenizer.end, *ids, tokenizer.end]) == text
-    long = ["word " * 300, SAMPLE * 20]  # long enough for the threaded path
+    long = ["word " * 300, SAMPLE * 20, "x" * 999, "\n" * 999]  # enough for the threaded path
+    assert all(tokenizer.decode(tokenizer.encode(text)) == text for text in long)
     assert tokenizer.encode_batch(long) == [tokenizer.encode(text) for text in long]
 
 
-def test_any_bytes_decode(corpus):
-    tokenizer = make("bpe", corpus)
+@pytest.mark.parametrize("kind", ["bpe", "lengthmax"])
+def test_any_bytes_decode(kind, corpus):
+    tokenizer = make(kind, corpus)
     raw = random.Random(0).randbytes(300)
     ids = list(raw)  # the first 256 ids are the bytes
     assert tokenizer.decode_bytes(ids) == raw
@@ -149,7 +155,7 @@ def test_bpe_is_deterministic_and_may_run_out_of_pairs(corpus, monkeypatch):
         data.train_tokenizer("bpe", corpus, 256)
 
 
-@pytest.mark.parametrize("kind", ["byte", "char", "bpe"])
+@pytest.mark.parametrize("kind", ["byte", "char", "bpe", "lengthmax"])
 def test_state_rebuilds(kind, corpus):
     tokenizer = make(kind, corpus)
     again = data.tokenizer_from_state(tokenizer.state())
@@ -166,6 +172,86 @@ def test_state_rebuilds(kind, corpus):
 def test_damaged_state(state):
     with pytest.raises(DataError, match="damaged tokenizer state"):
         data.tokenizer_from_state(state)
+
+
+def greedy(text: str, pieces: list[bytes]) -> list[int]:
+    """Length-max, by trying every piece at every place."""
+    ids = []
+    for chunk in re.findall(data.CHUNK, text):
+        left = chunk.encode()
+        while left:
+            ids.append(max((i for i, p in enumerate(pieces) if left.startswith(p)),
+                           key=lambda i: len(pieces[i])))  # fmt: skip
+            left = left[len(pieces[ids[-1]]) :]
+    return ids
+
+
+few = st.text(alphabet="ab \né文", max_size=60)
+some_bytes = st.lists(st.sampled_from("ab é文".encode()), min_size=2, max_size=6).map(bytes)
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.sets(some_bytes, max_size=30), st.lists(few, max_size=4))
+def test_lengthmax_takes_the_longest_piece(vocab, texts):
+    tokenizer = Tokenizer("lengthmax", sorted(vocab))
+    expected = [greedy(text, data.BYTES + tokenizer.vocab) for text in texts]
+    assert tokenizer.encode_batch(texts) == expected
+    assert [tokenizer.encode(text) for text in texts] == expected
+
+
+@pytest.fixture(scope="module")
+def lengthmax(corpus):
+    return make("lengthmax", corpus)
+
+
+@settings(max_examples=100, deadline=None)
+@given(text=st.text(max_size=700) | st.text("a \n", max_size=700))
+def test_lengthmax_round_trip(lengthmax, text):
+    ids = lengthmax.encode(text)
+    assert all(0 <= i < lengthmax.end for i in ids)
+    assert lengthmax.decode_bytes(ids) == text.encode()
+    chunks = re.findall(data.CHUNK, text)
+    assert "".join(chunks) == text and max(map(len, chunks), default=0) <= 250
+
+
+def test_lengthmax_learns_what_saves_most(corpus):
+    once = data.train_tokenizer("lengthmax", ["the hat is the hat of the hat.\n" * 40], 257 + 60)
+    assert len(once.encode("the hat is the hat of the hat.")) <= 2  # tokens span words
+    times = Counter(once.encode("the hat is the hat of the hat.\n" * 40))
+    assert all(times[256 + i] > 1 for i in range(len(once.vocab))), once.vocab
+    assert max(map(len, once.vocab)) <= data.LONGEST and not any(b"\n" in p for p in once.vocab)
+    tokenizer = make("lengthmax", corpus)
+    assert tokenizer.vocab_size == 400 and tokenizer.state() == make("lengthmax", corpus).state()
+    held, _ = data.nursery(20_000, "held")
+    ours, bpe = (sum(map(len, t.encode_batch(held))) for t in (tokenizer, make("bpe", corpus)))
+    assert ours < 0.93 * bpe
+    ids = [i for document in corpus for i in tokenizer.encode(document)]
+    assert set(range(256, 400 - 1)) <= set(ids)  # every token is of use
+    tiny = data.train_tokenizer("lengthmax", ["one two", ""], 4096)
+    assert tiny.vocab == [] and tiny.decode(tiny.encode(SAMPLE)) == SAMPLE
+    for size, says in ((256, "vocab_size 256"), (50_001, "too large")):
+        with pytest.raises(DataError, match=says):
+            data.train_tokenizer("lengthmax", corpus, size)
+
+
+def test_runs_of_tokens():
+    pieces = data.BYTES + [b"ab", b"x" * 23]
+    ids = np.array([97, 98, 256, -1, 97, 98, 256, 257, 97, 257, 97, -1], np.int32)
+    expected = Counter()
+    for chunk in ([97, 98, 256], [97, 98, 256, 257, 97, 257, 97]):
+        for n in (2, 3, 4):
+            for i in range(len(chunk) - n + 1):
+                run = b"".join(pieces[j] for j in chunk[i : i + n])
+                if len(run) <= data.LONGEST:
+                    expected[run, n] += n - 1
+    found = Counter()
+    for (run, n), saved in expected.items():
+        if saved > n - 1:  # more than once
+            found[run] += saved
+    assert data._runs(ids, pieces) == found
+    assert data._parts(b"abab", {b"a", b"b", b"aba", b"abab"}) == 2
+    assert data._parts(b"abab", {b"a", b"b", b"ab", b"abab"}) == 2
+    assert data._parts(b"ab", {b"a", b"b", b"ab"}) == 2
 
 
 def test_gpt2_offline_is_one_line(monkeypatch):
@@ -348,8 +434,8 @@ class Server(http.server.ThreadingHTTPServer):
 
     daemon_threads = True
 
-    def __init__(self, content: bytes, faults=(), tag=None):
-        super().__init__(("127.0.0.1", 0), Handler)
+    def __init__(self, content: bytes, faults=(), tag=None, handler=None):
+        super().__init__(("127.0.0.1", 0), handler or Handler)
         self.content, self.faults, self.tag, self.asked = content, list(faults), tag, []
         self.release = threading.Event()
         self.url = f"http://127.0.0.1:{self.server_port}"
@@ -512,6 +598,238 @@ def test_auto_with_network(tmp_path):
     assert STORY.strip() in texts_of(prepared.valid["stories"], prepared.tokenizer)
     again = data.prepare("real_sam", "byte", 0, tmp_path)  # all is here: nobody is asked
     assert np.array_equal(again.heldout, prepared.heldout)
+
+
+# ---- Streamed mixtures -----------------------------------------------------------------------
+
+ROWS = {"a/prose/default/train": 93, "a/math/four/train": 61}  # rows of each source
+MIXTURE = "a/prose/default@3,a/math/four/train@1"
+
+
+def row(name: str, i: int) -> str:
+    rng = random.Random(f"{name} {i}")
+    return f"{name} {i}: " + " ".join(rng.choices(SAMPLE.split(), k=rng.randint(1, 60)))
+
+
+class RowHandler(Handler):
+    """Serves rows of ROWS as the dataset viewer does; `content` is not used."""
+
+    def do_GET(self):
+        server = self.server
+        asked = dict(urllib.parse.parse_qsl(urllib.parse.urlsplit(self.path).query))
+        name = "/".join(asked[key] for key in ("dataset", "config", "split"))
+        offset, length = int(asked["offset"]), int(asked["length"])
+        server.asked.append((name, offset // length))
+        fault = server.faults.pop(0) if server.faults else None
+        if isinstance(fault, int) or name not in ROWS:
+            self.send_response(fault or 404)
+            self.send_header("Retry-After", "0")
+            self.send_header("Content-Length", "0")
+            return self.end_headers()
+        if fault == "close":
+            return self.connection.close()
+        numbers = range(offset, min(offset + length, ROWS[name]))
+        rows = [{"row_idx": i, "row": {"text": row(name, i), "id": i}} for i in numbers]
+        rows += [{"row_idx": 0, "row": {"text": None}}] * (offset == 0)  # one without text
+        body = json.dumps({"rows": rows, "num_rows_total": ROWS[name], "partial": False}).encode()
+        if fault == "other":
+            body = b'{"error": "busy"}'
+        self.send_response(200)
+        half = body[: len(body) // 2]
+        self.send_header("Content-Length", str(len(half if fault == "truncate" else body)))
+        self.end_headers()
+        self.wfile.write(half if fault in ("truncate", "drop", "stall") else body)
+        if fault == "stall":
+            self.wfile.flush()
+            server.release.wait(5)
+
+
+@pytest.fixture
+def small_pages(monkeypatch):
+    monkeypatch.setattr(data, "PAGE", 5)
+    monkeypatch.setattr(data, "HELD_BYTES", 1_500)
+    monkeypatch.setattr(data, "SAMPLE_BYTES", 6_000)
+
+
+@pytest.fixture
+def rows_server(small_pages):
+    with Server(b"", handler=RowHandler) as server:
+        yield server
+
+
+def known_pages(text=MIXTURE):
+    """The mixture as `prepare` knows it: with pages, of which 2 are held out."""
+    sources = data.parse_mixture(text)
+    return [data.replace(s, pages=math.ceil(ROWS[s.name] / 5), held=2) for s in sources]
+
+
+def open_stream(server, rank=0, world=1, position=None, mixture=None, seed=1, **options):
+    options = {"timeout": 0.3, "pause": 0.001, **options}
+    bases = {"rows": server.url}
+    fetch = lambda name, page: data.fetch_page(name, page, bases, **options)  # noqa: E731
+    tokenizer = Tokenizer("byte")
+    return data.Stream(mixture or known_pages(), tokenizer, seed, rank, world, position, fetch)
+
+
+def test_mixture_grammar():
+    first, second = data.parse_mixture(MIXTURE)
+    assert (first.name, first.weight) == ("a/prose/default/train", 0.75)
+    assert (second.name, second.weight) == ("a/math/four/train", 0.25)
+    assert data.parse_mixture("a/b/c")[0].weight == 1
+    for bad in ("", "a/b", "a/b/c/d/e", "a/b/c@x", "a/b/c@0", "a/b/c@-1", "a/b/c,", "a//b/c"):
+        with pytest.raises(DataError, match="owner/name/config@weight") as caught:
+            data.prepare(f"stream:{bad}", "byte", 0, "nowhere")
+        assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("pages", [1, 2, 3, 7, 10, 610, 1000])
+def test_each_page_comes_once(pages):
+    source = data.Source("a/b/c/d", 1.0, pages)
+    order = [source.page(i) for i in range(pages)]
+    assert sorted(order) == list(range(pages)) and source.page(pages) == order[0]
+    if pages >= 610:  # wherever one begins, a few pages are from all over the source
+        some = sorted([0, *order[100:108], pages])
+        assert max(b - a for a, b in zip(some, some[1:])) < pages / 4
+
+
+def test_stream_is_packed_text_in_proportion(rows_server):
+    stream, tokens = open_stream(rows_server), []
+    for _ in range(60):
+        x, y = stream.batch(4, 100)
+        assert x.shape == y.shape == (4, 100) and x.dtype == y.dtype == torch.int64
+        assert torch.equal(x.flatten()[1:], y.flatten()[:-1])
+        assert not tokens or last == x[0, 0]
+        last = y[-1, -1]
+        tokens += x.flatten().tolist()
+    end = stream.tokenizer.end
+    assert tokens[0] == end
+    texts = [bytes(part).decode() for part in
+             np.split(np.array(tokens), np.flatnonzero(np.array(tokens) == end))[1:-1]
+             for part in [part[1:].tolist()]]  # fmt: skip
+    named = [re.match(r"(\S+) (\d+): ", text) for text in texts]
+    assert all(text == row(found[1], int(found[2])).strip() for text, found in zip(texts, named))
+    share = Counter()
+    for text, found in zip(texts, named):
+        share[found[1]] += len(text) + 1
+    assert share["a/math/four/train"] / sum(share.values()) == pytest.approx(0.25, abs=0.02)
+    held = {(s.name, s.page(i)) for s in stream.mixture for i in range(s.held)}
+    assert not held & set(rows_server.asked)
+    assert not held & {(found[1], int(found[2]) // 5) for found in named}
+
+
+def test_stream_resumes_bit_for_bit(rows_server):
+    sizes = [(2, 30), (1, 7), (3, 50), (1, 400), (2, 3), (1, 1), (4, 64)] * 3
+    whole, positions, batches = open_stream(rows_server), [], []
+    for size in sizes:
+        positions.append(json.dumps(whole.position))
+        batches.append(whole.batch(*size))
+    rows_server.faults += [429, "close", 500, "truncate", "drop", "other", 503] * 3
+    for i in range(len(sizes)):
+        again = open_stream(rows_server, position=json.loads(positions[i]))
+        for size, (x, y) in list(zip(sizes, batches))[i : i + 5]:
+            assert all(map(torch.equal, again.batch(*size), (x, y)))
+        if i + 5 < len(sizes):
+            assert json.dumps(again.position) == positions[i + 5]
+    others = [open_stream(rows_server, seed=seed).batch(2, 30)[0] for seed in range(2, 5)]
+    assert not all(torch.equal(x, batches[0][0]) for x in others)
+
+
+def test_ranks_read_other_pages(rows_server):
+    mixture, seen = known_pages("a/prose/default"), []
+    for rank in range(2):
+        stream = open_stream(rows_server, rank, 2, mixture=mixture)
+        texts = b""
+        while stream.position["read"][0][0] < 7:  # to its page 7: 16 of 17 are read by one
+            texts += bytes(x if x < 256 else 10 for x in stream.batch(1, 50)[0][0].tolist())
+        seen.append({int(n) for n in re.findall(rb"train (\d+): ", texts)})
+    assert not seen[0] & seen[1] and len(seen[0] | seen[1]) > 70
+
+
+def test_a_position_knows_its_run(rows_server):
+    position = open_stream(rows_server).position
+    for other in ({"world": 2}, {"rank": 1, "world": 2}, {"seed": 2},
+                  {"mixture": known_pages("a/prose/default")}):  # fmt: skip
+        with pytest.raises(DataError, match="another mixture, seed or number of processes"):
+            open_stream(rows_server, position=position, **other)
+
+
+def test_pages_are_fetched_ahead(rows_server):
+    stream = open_stream(rows_server, mixture=known_pages("a/prose/default"))
+    until = time.monotonic() + 5
+    while len(rows_server.asked) < 1 + data.AHEAD and time.monotonic() < until:
+        time.sleep(0.01)
+    assert len(rows_server.asked) == 1 + data.AHEAD
+    stream.batch(8, 500)
+    assert stream.position["read"][0][0] > 2
+    assert len(stream.ahead[0]) == 1 + data.AHEAD  # pages that were read are let go
+
+
+@pytest.mark.parametrize("fault", [429, 500, 503, "close", "truncate", "drop", "stall", "other"])
+def test_stream_faults(fault, rows_server):
+    rows_server.faults += [fault] * 3
+    clean = open_stream(rows_server).batch(2, 50)
+    assert [open_stream(rows_server).batch(2, 50)[0].tolist()] == [clean[0].tolist()]
+    rows_server.faults += [fault] * 50
+    with pytest.raises(DataError, match="cannot download rows of a/prose.*local file") as caught:
+        open_stream(rows_server, attempts=2)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_source_that_is_not_there(rows_server):
+    mixture = [data.Source("a/typo/default/train", 1.0, 10, 2)]
+    with pytest.raises(DataError, match="a/typo.*status 404.*check the address"):
+        open_stream(rows_server, mixture=mixture)
+
+
+def test_prepare_a_stream(rows_server, tmp_path, monkeypatch):
+    bases = dict.fromkeys(data.BASES, rows_server.url)
+    prepared = data.prepare(f"stream:{MIXTURE}", "lengthmax", 300, tmp_path, bases=bases)
+    assert prepared.name == "prose+math" and prepared.tokenizer.vocab_size == 300
+    assert [(s.name, s.pages) for s in prepared.mixture] == [(n, math.ceil(r / 5))
+                                                             for n, r in ROWS.items()]  # fmt: skip
+    held = set(texts_of(prepared.heldout, prepared.tokenizer))
+    sample = set(texts_of(prepared.train["stories"], prepared.tokenizer))
+    assert 1_500 <= sum(map(len, held)) < 6_000 <= sum(map(len, sample)) < 12_000
+    pages = {(s.name, s.page(i)) for s in prepared.mixture for i in range(s.held)}
+    assert {text.split(":")[0] for text in held} == {
+        f"{name} {i}" for name, page in pages for i in range(page * 5, page * 5 + 5)
+        if i < ROWS[name]}  # fmt: skip
+    assert not held & sample and all(source.held > 0 for source in prepared.mixture)
+    stream = data.Stream(prepared.mixture, prepared.tokenizer, 0,
+                         fetch=lambda name, page: data.fetch_page(name, page, bases))  # fmt: skip
+    ids = stream.batch(10, 300)[0].flatten().tolist()
+    assert not held & set(prepared.tokenizer.decode(ids).split("a/"))
+    monkeypatch.setattr(data, "fetch_page", None)  # would raise: now it comes from the cache
+    again = data.prepare(f"stream:{MIXTURE}", "lengthmax", 300, tmp_path, bases=bases)
+    assert again.mixture == prepared.mixture
+
+
+def test_copies_of_held_out_documents_leave_the_sample(rows_server, tmp_path, monkeypatch):
+    copy = lambda name, i: f"Copy {i % 40}. " + "long word " * (i % 40)  # noqa: E731
+    monkeypatch.setitem(globals(), "row", copy)
+    bases = dict.fromkeys(data.BASES, rows_server.url)
+    prepared = data.prepare("stream:a/math/four", "byte", 0, tmp_path, bases=bases)
+    held, sample = (set(texts_of(s, prepared.tokenizer))
+                    for s in (prepared.heldout, prepared.train["stories"]))  # fmt: skip
+    assert held and sample and not held & sample
+    monkeypatch.setitem(globals(), "row", lambda name, i: "All rows are the same. " * 100)
+    with pytest.raises(DataError, match="held out: use a larger source"):
+        data.prepare("stream:a/math/four", "byte", 1, tmp_path, bases=bases)
+
+
+def test_streams_that_cannot_be(rows_server, tmp_path, monkeypatch):
+    nowhere = dict.fromkeys(data.BASES, "http://127.0.0.1:9")
+    with pytest.raises(DataError, match="no network to stream.*--dataset=PATH") as caught:
+        data.prepare(f"stream:{MIXTURE}", "byte", 0, tmp_path, bases=nowhere)
+    assert "\n" not in str(caught.value)
+    bases = dict.fromkeys(data.BASES, rows_server.url)
+    monkeypatch.setattr(data, "HELD_BYTES", 1_000_000)
+    with pytest.raises(DataError, match="too small to stream"):
+        data.prepare(f"stream:{MIXTURE}", "byte", 0, tmp_path, bases=bases)
+    monkeypatch.setitem(globals(), "row", lambda name, i: None)  # no row has a text
+    with pytest.raises(DataError, match="no text"):
+        data.prepare(f"stream:{MIXTURE}", "byte", 0, tmp_path, bases=bases)
+    assert list(tmp_path.iterdir()) == []
 
 
 # ---- Files -----------------------------------------------------------------------------------

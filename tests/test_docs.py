@@ -119,7 +119,7 @@ def test_quick_start_runs(tmp_path):
         cwd=ROOT, capture_output=True, text=True, timeout=300,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
-    assert (tmp_path / "out" / "last.pt").exists()
+    assert (tmp_path / "out" / "best.pt").exists()
 
 
 # ---- the file map, the equations, the numbers ------------------------------------------------

@@ -86,9 +86,11 @@ def test_log_and_checkpoint(one):
         assert len(x["rate"]) == 2 and 0 < x["stress"] <= 1
         # bytes are tokens here, but for the end token, which has nats and no bytes
         assert x["bpb"] >= x["heldout"] / 0.6932
-    checkpoint = torch.load(out / "last.pt", weights_only=True)
+    names = {"best.pt", "log.jsonl", "step_00000004.pt", "step_00000008.pt"}
+    assert {path.name for path in out.iterdir()} == names
+    checkpoint = torch.load(out / "step_00000008.pt", weights_only=True)
     assert checkpoint["position"]["step"] == 8
-    assert not list(out.glob("*.tmp"))
+    assert {"commit", "versions", "date"} <= set(checkpoint["environment"])
 
 
 def test_golden_losses(one):
@@ -124,8 +126,8 @@ def test_resume_goes_on_bit_for_bit(text, one, tmp_path):
         if re.match(r" +3 ", line):
             process.send_signal(signal.SIGINT)
     assert process.wait(60) == 130
-    step = torch.load(tmp_path / "last.pt", weights_only=True)["position"]["step"]
-    assert 3 <= step < 8
+    newest = max(tmp_path.glob("step_*.pt"))
+    assert 3 <= torch.load(newest, weights_only=True)["position"]["step"] < 8
     log = run(text, tmp_path, STORIES, "--init_from=resume")
     assert losses(log)[-1][3] == losses(one[1])[-1][3]
 
@@ -233,10 +235,10 @@ def test_sample_continues_a_prompt(one, capsys):
 
 def test_sample_scores_a_text_as_training_does(one, capsys, tmp_path):
     out, _ = one
-    tokenizer = data.tokenizer_from_state(torch.load(out / "last.pt")["tokenizer"])
+    tokenizer = data.tokenizer_from_state(torch.load(out / "step_00000008.pt")["tokenizer"])
     path = tmp_path / "some.txt"
     path.write_text("The cat sat.\n<|endoftext|>\nA big dog ran.\n")
-    printed = say(capsys, f"--ckpt={out / 'last.pt'}", f"--eval={path}")
+    printed = say(capsys, f"--ckpt={out / 'step_00000008.pt'}", f"--eval={path}")
     n = len(tokenizer.encode("The cat sat.")) + len(tokenizer.encode("A big dog ran.")) + 2
     assert printed.startswith(f"{n} tokens, 26 bytes, 2 documents")
     nats = float(re.search(r"nats per token +([\d.]+)", printed)[1])
