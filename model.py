@@ -32,6 +32,7 @@ class ModelConfig:
     n_hidden: int = 512  # width of the residual stream = neurons per block
     n_layer: int = 6  # blocks
     encoder: str = "spikes"  # spikes: 1[sigmoid(embedding) > 1/2] | float: the embedding as it is
+    embed_gain: float = 1.0  # factor on a float embedding as it enters the stream, for Muon
     residual: str = "gated"  # sam: gated | plain | none (every block replaces its input)
     norm: bool = True  # layer norm before each block and the readout
     # neurons
@@ -648,6 +649,8 @@ class SpikingLM(nn.Module):
         x = self.embedding(tokens)  # (B, T, E)
         if self.config.encoder == "spikes":
             x = spike_encode(x)
+        else:
+            x = self.config.embed_gain * x
         return x if self.proj_in is None else self.proj_in(x, report), report
 
     def readout(self, x, state, report):

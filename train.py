@@ -35,7 +35,9 @@ from tqdm import tqdm
 import config
 import data
 from cell_bridge import load_scores
-from model import VERSION, ModelConfig, SpikingLM, check_weights, find_device, load_checkpoint
+from model import (
+    VERSION, ModelConfig, SpikingLM, Synapse, check_weights, find_device, load_checkpoint,
+)  # fmt: skip
 
 
 # ---- settings, processes, optimiser --------------------------------------------------------------
@@ -222,7 +224,11 @@ def schedule(c, step):
 
 def make_optimizers(c, model, device):
     """AdamW for all, or Muon (Jordan et al. 2024) for matrices of blocks and traits, AdamW for the
-    rest: embedding and readout, tables, vectors. A group's "peak" is its learning rate's."""
+    rest: embedding and readout, tables, vectors. A group's "peak" is its learning rate's.
+
+    Muon's step grows as sqrt(rows / columns), if above 1, of a matrix whose rows are outputs. A
+    Synapse's rows are inputs, so the rate of each is corrected for its shape.
+    """
     tables = {m.weight for m in model.modules() if isinstance(m, torch.nn.Embedding)}
     tables.remove(model.embedding.weight)
     ends = {id(p) for m in (model.proj_in, model.proj_out) if m for p in m.parameters()}
@@ -238,12 +244,17 @@ def make_optimizers(c, model, device):
     def group(kind, lr, decay):
         return {"params": kinds[kind], "lr": lr, "peak": lr, "weight_decay": decay}
 
-    muon = [group("matrix", c.muon_lr, c.muon_decay)] if c.optimizer == "muon" else []
+    muon, synapses = [], {m.weight for m in model.modules() if isinstance(m, Synapse)}
+    for p in kinds["matrix"] * (c.optimizer == "muon"):
+        scale = math.sqrt(p.shape[1] / p.shape[0]) if p in synapses else 1.0
+        lr = c.muon_lr * scale
+        muon.append({"params": [p], "lr": lr, "peak": lr, "weight_decay": c.muon_decay / scale})
     adamw = [
         group("end", c.lr, c.weight_decay),
         group("table", c.lr * c.table_lr, 0.0),
         group("vector", c.lr * c.neuron_lr, 0.0),
-    ] + [group("matrix", c.lr, c.weight_decay)] * (not muon)
+    ] + [group("matrix", c.lr, c.weight_decay)] * (c.optimizer == "adamw")
+
     def build(kind, groups, **options):  # sharded: ZeRO's first stage (1910.02054)
         if c.shard and dist.is_initialized():
             from torch.distributed.optim import ZeroRedundancyOptimizer  # slow to import

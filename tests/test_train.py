@@ -328,6 +328,27 @@ def test_every_parameter_has_one_optimiser_of_its_kind():
         assert lr[name] == ("AdamW", 10 * c.lr, 0.0), name
 
 
+def test_muon_moves_a_synapse_as_it_would_the_transposed_linear():
+    settings = ["configs/snn_6m.py", "--n_layer=1", "--n_hidden=8", "--n_embd=8", "--d_ff=32"]
+    moved = []
+    for spikes in (True, False):
+        c = config.load(TrainConfig, settings + [f"--spikes={spikes}"])
+        model = SpikingLM(c)
+        _, muon = make_optimizers(c, model, torch.device("cpu"))
+        torch.manual_seed(0)
+        for w in (model.blocks[0].w_in.weight, model.blocks[0].w_out.weight):
+            grad = torch.randn(w.shape if spikes else w.shape[::-1])
+            with torch.no_grad():
+                w.fill_(1.0)
+            w.grad = grad if spikes else grad.t().contiguous()
+            muon.step()
+            moved.append(w.detach().clone() if spikes else w.detach().t())
+            w.grad = None
+    for of_synapse, of_linear in zip(moved[:2], moved[2:]):
+        assert (of_synapse - 1).abs().max() > 1e-3
+        torch.testing.assert_close(of_synapse, of_linear, rtol=0, atol=3e-4)  # Muon is bfloat16
+
+
 def test_muon_learns_and_is_not_resumed_as_adamw(text, tmp_path):
     log = run(text, tmp_path, STORIES, "--optimizer=muon")
     assert log[-1]["heldout"] < log[0]["heldout"]
