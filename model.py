@@ -108,6 +108,8 @@ class ModelConfig:
         for name in "engram hrm spike_attn progsem kuramoto moe memory mtp".split():
             if not 0 <= getattr(self, name) < 2**31:
                 raise ValueError(f"{name} must be at least 0 and below 2**31")
+        if self.moe == 1:
+            raise ValueError("moe must be 0 or at least 2: a token goes to two experts")
         for name in ("n_layer", "k_max", "hrm", "mtp", "engram_heads"):
             if getattr(self, name) > 1000:
                 raise ValueError(f"{name} must be at most 1000, got {getattr(self, name)}")

@@ -456,11 +456,9 @@ def restore(checkpoint, raw, optimizers, position, c, corpus, run):
     except (AttributeError, IndexError, KeyError, RuntimeError, TypeError) as error:
         raise ValueError(f"the checkpoint is damaged ({error!r}): start from scratch") from None
     raw.load_state_dict(checkpoint["model"])
-    for optimizer, state in zip(optimizers, checkpoint["optimizers"]):
-        settings = [{k: v for k, v in g.items() if k != "params"} for g in optimizer.param_groups]
-        optimizer.load_state_dict(state)
-        for group, setting in zip(optimizer.param_groups, settings):
-            group |= setting  # those of this run, which may have changed
+    for optimizer, saved in zip(optimizers, checkpoint["optimizers"]):
+        groups = optimizer.state_dict()["param_groups"]  # this run's rates, which may be new
+        optimizer.load_state_dict({"state": saved["state"], "param_groups": groups})
     return checkpoint["position"]
 
 
