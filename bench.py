@@ -5,6 +5,7 @@
     python bench.py generate configs/sam_6m.py    generation: ours and a transformer
     python bench.py params configs/sam_6m.py      parameters and operations per token
     python bench.py frames configs/neuronspark_6m.py --k_max=16   what skipped frames save
+    python bench.py cell                          the virtual cell beside its baselines
     python bench.py tokens --dataset=my.txt       bytes per token: length-max beside BPE
     python bench.py ablate configs/spikewhale_6m.py --dataset=my.txt   what each ingredient is worth
     python bench.py resume                        training killed at random moments and resumed
@@ -35,6 +36,7 @@ from typing import Callable, NamedTuple
 import torch
 import torch.nn as nn
 
+import cell_bridge
 import config
 import data
 import train as trainer
@@ -374,9 +376,7 @@ class SnnTorchSam(SpikingLM):
                 gate = nn.functional.linear(h, block.gate.weight, block.gate.bias)
                 x = x + torch.sigmoid(gate) * s
             logits.append(self.readout(x, None, report)[0])
-        report.rate = [
-            torch.stack(spikes[i :: c.n_layer]).mean((0, 1)) for i in range(c.n_layer)
-        ]
+        report.rate = [torch.stack(spikes[i :: c.n_layer]).mean((0, 1)) for i in range(c.n_layer)]
         return torch.stack(logits, 1), state, report
 
 
@@ -536,7 +536,10 @@ def plan(c, model, macs):
     took = sum(seconds.values())
     print(f"  a step of {c.tokens_per_step:,d} tokens takes at least {took:.2f} s", end="")
     print(f" ({', '.join(f'{name} {t:.2f}' for name, t in seconds.items())}), all GPUs together")
-    print(f"  {c.tokens_per_step / took:,.0f} tokens/s; {c.max_steps} steps in {took * c.max_steps / 3600:,.1f} h")
+    print(
+        f"  {c.tokens_per_step / took:,.0f} tokens/s;"
+        f" {c.max_steps} steps in {took * c.max_steps / 3600:,.1f} h"
+    )
     return {"gpus": c.gpus, "gigabytes": gigabytes, "all_reduce_bytes": moved, "seconds": seconds}
 
 
@@ -575,8 +578,21 @@ def tokens(c, run):
         n = len(corpus.heldout) - int((corpus.heldout == corpus.tokenizer.end).sum())
         rows[kind] = {"vocab_size": corpus.tokenizer.vocab_size, "tokens": n, "seconds": made}
         rows[kind]["bytes_per_token"] = len(text.encode()) / n
-        print(f"{kind:10s} {rows[kind]['bytes_per_token']:.3f} bytes per token, ready in {made:.1f} s")
+        print(
+            f"{kind:10s} {rows[kind]['bytes_per_token']:.3f} bytes per token, ready in {made:.1f} s"
+        )
     return {"data": {"name": corpus.name, "sha256": corpus.sha256}, "tokenizers": rows}
+
+
+# ---- cell: the virtual cell on genes that it never saw ------------------------------------------
+
+
+def cell(c, run):
+    """cell_bridge.py on its synthetic screen: the cell beside no change, mean delta and ridge."""
+    with tempfile.TemporaryDirectory() as folder:
+        files = [f"--out={folder}/cell.pt", f"--result={folder}/cell.json"]
+        cell_bridge.main([*files, f"--seed={c.seed}"])
+        return json.loads(Path(folder, "cell.json").read_text())
 
 
 # ---- ablate: whole training runs, one ingredient apart -------------------------------------------
@@ -598,7 +614,15 @@ ABLATION = {
     "memory": {"memory": 64},
     "mtp": {"mtp": 1},
     "jepa": {"jepa": True},
-    "all": {"engram": 512, "engram_heads": 1, "hrm": 2, "spike_attn": 4, "progsem": 18, "kuramoto": 32, "mtp": 1}
+    "all": {
+        "engram": 512,
+        "engram_heads": 1,
+        "hrm": 2,
+        "spike_attn": 4,
+        "progsem": 18,
+        "kuramoto": 32,
+        "mtp": 1,
+    }
     | {"jepa": True, "modulation": "program"},
 }
 
@@ -625,7 +649,10 @@ def ablate(c, run):
             settings = replace(settings, n_hidden=settings.n_hidden - 8)
         print(f"\n{name}, seed {settings.seed}: n_hidden {settings.n_hidden}")
         trainer.train(settings, run)
-        log = [json.loads(x) for x in (Path(settings.out_dir) / "log.jsonl").read_text().split("\n")[:-1]]
+        log = [
+            json.loads(x)
+            for x in (Path(settings.out_dir) / "log.jsonl").read_text().split("\n")[:-1]
+        ]
         row = rows.setdefault(name, {"overrides": overrides, "n_hidden": settings.n_hidden})
         row["parameters"] = parameters_of(settings)
         row.setdefault("bpb", []).append(log[-1]["bpb"])
@@ -714,7 +741,7 @@ def resume(c, run):
 # ---- command line -----------------------------------------------------------------------------
 
 COMMANDS = {"scan": scan, "train": train, "generate": generate, "frames": frames}
-COMMANDS |= {"params": params, "ablate": ablate, "tokens": tokens, "resume": resume}
+COMMANDS |= {"params": params, "ablate": ablate, "tokens": tokens, "cell": cell, "resume": resume}
 
 
 def main(argv):

@@ -78,7 +78,9 @@ class TrainConfig(ModelConfig):
     eval_tokens: int = 65536  # held-out tokens scored at most, always the same ones
     sample_tokens: int = 60  # length of the sample printed at an evaluation; 0 prints none
     out_dir: str = "out"  # checkpoints and log; a run that was there moves to out_dir/previous
-    cell: str = ""  # file of cell_bridge.py that sets block whale's neurons; empty: synthetic scores
+    cell: str = (
+        ""  # file of cell_bridge.py that sets block whale's neurons; empty: synthetic scores
+    )
     result: str = ""  # also write a summary of the finished run to this .json file
     init_from: str = "scratch"  # scratch | resume
     # machine
@@ -348,9 +350,7 @@ def next_batch(corpus, stream, curriculum, position, c, run):
     old = int(rows * c.rehearse) // run.world * run.world if before else 0
     parts = [(phase, rows - old, c.seed)] + [(before, old, c.seed + 1)] * (old > 0)
     batches = [
-        data.batch(
-            corpus.train[name], position["phase_step"], n, length, seed, run.rank, run.world
-        )
+        data.batch(corpus.train[name], position["phase_step"], n, length, seed, run.rank, run.world)
         for name, n, seed in parts
     ]
     return (torch.cat(side) for side in zip(*batches))

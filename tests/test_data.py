@@ -1003,7 +1003,7 @@ def shorten(path):
 
 def alter(path):
     raw = path.read_bytes()  # still well formed, but another number or another order
-    numbers = raw.replace(rb'heldout_bytes\": ', rb'heldout_bytes\": 1')
+    numbers = raw.replace(rb"heldout_bytes\": ", rb"heldout_bytes\": 1")
     path.write_bytes(numbers if path.suffix == ".json" else raw[::-1])
 
 

@@ -135,7 +135,10 @@ def test_resume_goes_on_bit_for_bit(text, one, tmp_path):
 @pytest.mark.parametrize(
     "more, message",
     [("--n_layer=1", "n_layer=2"), ("--vocab_size=301", "vocab_size=300")]
-    + [("--tokenizer=char", "another tokenizer"), ("--phases=words:4 stories:16", "other --phases")],
+    + [
+        ("--tokenizer=char", "another tokenizer"),
+        ("--phases=words:4 stories:16", "other --phases"),
+    ],
 )
 def test_resume_of_another_run_is_refused(text, one, tmp_path, more, message):
     shutil.copytree(one[0], tmp_path / "copy")
@@ -277,7 +280,7 @@ def test_a_damaged_or_hostile_checkpoint_is_refused(tmp_path, capsys):
     assert not (tmp_path / "ran").exists()
 
 
-# ---- scale: the 1B config, shrunk -----------------------------------------------------------------
+# ---- scale: the 1B config, shrunk ----------------------------------------------------------------
 
 BIG = "--n_embd=32 --n_layer=2 --d_ff=64 --phases=stories:16 --dtype=float32 --tokenizer=byte"
 
@@ -317,8 +320,8 @@ def test_every_parameter_has_one_optimiser_of_its_kind():
     names = {id(p): name for name, p in model.named_parameters()}
     lr = {names[id(p)]: (type(o).__name__, g["peak"], g["weight_decay"])
           for o in optimizers for g in o.param_groups for p in g["params"]}  # fmt: skip
-    assert len(lr) == len(names) == sum(
-        len(g["params"]) for o in optimizers for g in o.param_groups
+    assert (
+        len(lr) == len(names) == sum(len(g["params"]) for o in optimizers for g in o.param_groups)
     )
     for name in ("parts.block0.fc_in.weight", "parts.block5.w_rec", "parts.block1.gate.weight"):
         assert lr[name] == ("Muon", c.muon_lr, c.muon_decay), name
