@@ -147,7 +147,7 @@ class Run:
         if self.world > 1:
             device = "cpu" if device == "mps" else device  # gloo can not reduce tensors of MPS
             backend = "nccl" if device == "cuda" else "gloo"
-            # torchrun keeps its store when it restarts workers: without a prefix of their own they
+            # the store outlives workers that torchrun restarts: without a prefix of their own they
             # would read the addresses of the dead
             store, _, _ = next(rendezvous("env://"))
             store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
