@@ -163,34 +163,40 @@ def _after_reset(pre, theta, s, reset, clamp):
     return softclamp(v, clamp) if clamp else v
 
 
+def _scan(current, beta, theta, w_rec, v0, s0, surrogate, slope, options):
+    """Spikes (B,T,N), membrane (B,T,N), v (B,N) of all steps: the forward pass, without graph."""
+    reset, reset_grad, clamp, soft = options
+    B, T, N = current.shape
+    membrane, spikes = current.new_empty(B, T, N), current.new_empty(B, T, N)
+    v, s = v0.clone(), s0
+    steps = zip(
+        current.unbind(1), _steps(beta, T), _steps(theta, T),
+        membrane.unbind(1), spikes.unbind(1),
+    )  # fmt: skip
+    for I_t, beta_t, theta_t, pre, s_t in steps:
+        torch.addcmul(I_t, beta_t, v, out=pre)  # charge
+        if w_rec is not None:
+            _add_recurrent(pre, s, w_rec)
+        if soft:
+            s_t.copy_(surrogate.soft(pre - theta_t, slope))
+        else:
+            torch.ge(pre, theta_t, out=s_t)  # fire; a float output is faster than a mask
+        if reset:
+            torch.addcmul(pre, theta_t, s_t, value=-1, out=v)  # reset
+        else:
+            v.copy_(pre)
+        if clamp:
+            v.copy_(softclamp(v, clamp))
+        s = s_t
+    return spikes, membrane, v
+
+
 class _Scan(torch.autograd.Function):
-    """(current, beta, theta, w_rec, v0, s0) -> spikes (B,T,N), membrane (B,T,N), v (B,N)."""
+    """_scan and its backward."""
 
     @staticmethod
     def forward(ctx, current, beta, theta, w_rec, v0, s0, surrogate, slope, options):
-        reset, reset_grad, clamp, soft = options
-        B, T, N = current.shape
-        membrane, spikes = current.new_empty(B, T, N), current.new_empty(B, T, N)
-        v, s = v0.clone(), s0
-        steps = zip(
-            current.unbind(1), _steps(beta, T), _steps(theta, T),
-            membrane.unbind(1), spikes.unbind(1),
-        )  # fmt: skip
-        for I_t, beta_t, theta_t, pre, s_t in steps:
-            torch.addcmul(I_t, beta_t, v, out=pre)  # charge
-            if w_rec is not None:
-                _add_recurrent(pre, s, w_rec)
-            if soft:
-                s_t.copy_(surrogate.soft(pre - theta_t, slope))
-            else:
-                torch.ge(pre, theta_t, out=s_t)  # fire; a float output is faster than a mask
-            if reset:
-                torch.addcmul(pre, theta_t, s_t, value=-1, out=v)  # reset
-            else:
-                v.copy_(pre)
-            if clamp:
-                v.copy_(softclamp(v, clamp))
-            s = s_t
+        spikes, membrane, v = _scan(current, beta, theta, w_rec, v0, s0, surrogate, slope, options)
         ctx.save_for_backward(membrane, spikes, beta, theta, w_rec, v0, s0)
         ctx.surrogate, ctx.slope, ctx.options = surrogate, slope, options
         ctx.set_materialize_grads(False)
@@ -315,7 +321,8 @@ def lif_torch(
     B, T, N = current.shape
     v, s = state if state is not None else (current.new_zeros(B, N), current.new_zeros(B, N))
     w = None if w_rec is None else w_rec.to(dtype)
-    spikes, membrane, v = _Scan.apply(
+    scan = _Scan.apply if torch.is_grad_enabled() else _scan
+    spikes, membrane, v = scan(
         *(x.to(dtype) for x in (current, beta, theta)), w, v.to(dtype), s.to(dtype),
         chosen, chosen.slope if slope is None else slope, options,
     )  # fmt: skip
@@ -660,16 +667,19 @@ def deliver(s, weight, report):
     One token without gradient reads only the rows of the neurons that fired. A row is read by one
     thread, so there are as many bags of rows as threads.
     """
-    fired = s.detach() != 0
-    report.fed_by_spikes(fired.flatten(0, -2).float().mean(0), weight.shape[1])
     if s.numel() == len(weight) and not torch.is_grad_enabled():
-        active = fired.flatten().nonzero()[:, 0]
+        active = s.flatten().nonzero()[:, 0]
+        report.synops.append(active.new_tensor(len(active) * weight.shape[1]))
+        report.synapses.append(weight.numel())
         if len(active) < EVENT_RATE * len(weight) or weight.dtype != s.dtype:
             bags = torch.get_num_threads() if len(active) >= 64 else 1
             start = torch.arange(bags, device=active.device) * len(active) // bags
             level = s.flatten()[active].to(weight.dtype)
             rows = F.embedding_bag(active, weight, start, mode="sum", per_sample_weights=level)
             return rows.to(s.dtype).sum(0).view(*s.shape[:-1], -1)
+    else:
+        fired = (s.detach() != 0).flatten(0, -2).float()
+        report.fed_by_spikes(fired.mean(0), weight.shape[1])
     return F.linear(s.to(weight.dtype), weight.t()).to(s.dtype)
 
 
