@@ -3,8 +3,10 @@
     python bench.py scan                          one layer of neurons: ours and the peers'
     python bench.py train configs/sam_6m.py       training: ours, snnTorch, a transformer
     python bench.py generate configs/sam_6m.py    generation: ours and a transformer
+    python bench.py generate configs/snn_1b.py --rates=results/tinystories_snn_6m.json
     python bench.py params configs/sam_6m.py      parameters and operations per token
     python bench.py frames configs/neuronspark_6m.py --k_max=16   what skipped frames save
+    python bench.py cell                          the virtual cell beside its baselines
     python bench.py tokens --dataset=my.txt       bytes per token: length-max beside BPE
     python bench.py ablate configs/spikewhale_6m.py --dataset=my.txt   what each ingredient is worth
     python bench.py resume                        training killed at random moments and resumed
@@ -35,8 +37,10 @@ from typing import Callable, NamedTuple
 import torch
 import torch.nn as nn
 
+import cell_bridge
 import config
 import data
+import lif as lif_module
 import train as trainer
 from kernels import lif
 from lif import lif_torch
@@ -54,6 +58,7 @@ class BenchConfig(TrainConfig):
     against: str = "configs/gpt_6m.py"  # train, generate: the transformer to compare with
     tokens: int = 2000  # generate: tokens from the first to the last measurement
     threads: int = 2  # CPU threads of PyTorch
+    rates: str = ""  # generate, block snn: the result of a trained one whose firing rates to take
     gpus: int = 0  # params: plan a run of train.py on so many GPUs; 0 plans none
     gpu_flops: float = 4e14  # params: what a GPU reaches per second in bfloat16 matrix products
     gpu_link: float = 1e11  # params: bytes per second at which a GPU exchanges gradients
@@ -374,9 +379,7 @@ class SnnTorchSam(SpikingLM):
                 gate = nn.functional.linear(h, block.gate.weight, block.gate.bias)
                 x = x + torch.sigmoid(gate) * s
             logits.append(self.readout(x, None, report)[0])
-        report.rate = [
-            torch.stack(spikes[i :: c.n_layer]).mean((0, 1)) for i in range(c.n_layer)
-        ]
+        report.rate = [torch.stack(spikes[i :: c.n_layer]).mean((0, 1)) for i in range(c.n_layer)]
         return torch.stack(logits, 1), state, report
 
 
@@ -416,31 +419,86 @@ def train(c, run):
 
 
 def generate(c, run):
-    """Milliseconds per token, early and late in one long text, batch 1, random weights."""
-    gpt = config.load(TrainConfig, [c.against])
-    windows = {OURS: c, "transformer": gpt, "transformer, unlimited": replace(gpt, window=10**9)}
-    streams, rows, piece = {}, {}, 20
-    for name, settings in windows.items():
+    """Milliseconds per token, early and late in one long text, batch 1, random weights.
+
+    A block snn runs four times: events in float32 and with bfloat16 rows, dense, and beside a
+    transformer of its own size; its neurons fire at the rates of the result that `rates` names.
+    """
+    streams, rows, piece = {}, {}, min(20, c.tokens)
+    for name, (settings, half, events) in generators_of(c).items():
         torch.manual_seed(c.seed)
         model = SpikingLM(settings).to(run.device).eval()
+        if settings.block == "snn":
+            set_rates(model, trained_rates(c))
+        for p in model.parameters():
+            if half and p.dim() == 2:
+                p.data = p.data.bfloat16()
+        rows[name] = {"parameters": sum(p.numel() for p in model.parameters())}
         stream = model.generate(torch.zeros(1, 1, dtype=torch.long, device=run.device))
-        streams[name] = lambda stream=stream: list(islice(stream, piece))
+        streams[name] = partial(draw, stream, piece, events)
     early = take_turns(streams, c.rounds, c.warmup, run.device)
     drawn = 2 * piece * (c.rounds + c.warmup)  # a turn runs twice
     for once in streams.values():
         for _ in range(max(0, c.tokens - drawn) // piece):
             once()
     later = take_turns(streams, c.rounds, 0, run.device)
-    print(f"\nms per token, among the first {drawn} and after {max(drawn, c.tokens)}")
-    for name in streams:
-        rows[name] = {
-            "early_ms_per_token": statistics.median(early[name]) / piece * 1e3,
-            "late_ms_per_token": statistics.median(later[name]) / piece * 1e3,
-        }
-        print(f"  {name:24s} {rows[name]['early_ms_per_token']:10.2f}", end="")
-        print(f" {rows[name]['late_ms_per_token']:10.2f}")
     late = max(drawn, c.tokens)
+    print(f"\nms per token, among the first {drawn} and after {late}; ratio to ours, late")
+    for name, row in rows.items():
+        row["early_ms_per_token"] = statistics.median(early[name]) / piece * 1e3
+        row["late_ms_per_token"] = statistics.median(later[name]) / piece * 1e3
+        row["ratio"] = row["late_ms_per_token"] / rows[OURS]["late_ms_per_token"]
+        times = f"{row['early_ms_per_token']:10.2f} {row['late_ms_per_token']:10.2f}"
+        print(f"  {name:28s} {times} {row['ratio']:8.2f} {row['parameters']:14,d} parameters")
     return {"what": "ms per token, batch 1, random weights", "late": late, "contestants": rows}
+
+
+def generators_of(c):
+    """name -> settings, whether matrices are bfloat16, whether synapses are driven by events."""
+    if c.block != "snn":
+        gpt = config.load(TrainConfig, [c.against])
+        unlimited = replace(gpt, window=10**9)
+        settings = {OURS: c, "transformer": gpt, "transformer, unlimited": unlimited}
+        return {name: (one, False, True) for name, one in settings.items()}
+    gpt = replace(c, block="gpt", head="float", n_head=max(1, c.n_hidden // 64), window=10**9)
+    gpt = replace(gpt, d_ff=4 * c.n_hidden, n_layer=1)
+    while parameters_of(gpt) < parameters_of(c):
+        gpt = replace(gpt, n_layer=gpt.n_layer + 1)
+    return {
+        OURS: (c, True, True),
+        "ours, float32": (c, False, True),
+        "ours, float32, dense": (c, False, False),
+        "transformer, float32": (gpt, False, True),
+    }
+
+
+def draw(stream, n, events):
+    """The next n tokens of a stream, its synapses driven by events or dense."""
+    rate, lif_module.EVENT_RATE = lif_module.EVENT_RATE, lif_module.EVENT_RATE * events
+    list(islice(stream, n))
+    lif_module.EVENT_RATE = rate
+
+
+def trained_rates(c):
+    """Firing rates of a trained model of block snn: block inputs, hidden neurons, head."""
+    if not c.rates:
+        raise ValueError("--rates=results/FILE.json must name the result of a trained snn model")
+    result = json.loads(Path(c.rates).read_text())
+    rate, layers = result["log"][-1]["rate"], result["config"]["n_layer"]
+    mean = statistics.mean
+    return mean(rate[: 2 * layers : 2]), mean(rate[1 : 2 * layers : 2]), rate[-1]
+
+
+@torch.no_grad()
+def set_rates(model, rates):
+    """Give random neurons the gain at which they fire so often."""
+    inputs, hidden, head = rates
+    groups = [part for block in model.blocks for part in ((block.a, inputs), (block.h, hidden))]
+    groups += [(model.head, head)] if model.head is not None else []
+    tokens = torch.randint(model.config.vocab_size, (1, 64), device=model.rate.device)
+    for _ in range(8):
+        for (neurons, target), rate in zip(groups, model(tokens)[2].rate):
+            neurons.gain *= (target / rate.mean()).clamp(0.2, 5).sqrt()
 
 
 # ---- frames: does the cost fall with them? ----------------------------------------------------
@@ -536,7 +594,10 @@ def plan(c, model, macs):
     took = sum(seconds.values())
     print(f"  a step of {c.tokens_per_step:,d} tokens takes at least {took:.2f} s", end="")
     print(f" ({', '.join(f'{name} {t:.2f}' for name, t in seconds.items())}), all GPUs together")
-    print(f"  {c.tokens_per_step / took:,.0f} tokens/s; {c.max_steps} steps in {took * c.max_steps / 3600:,.1f} h")
+    print(
+        f"  {c.tokens_per_step / took:,.0f} tokens/s;"
+        f" {c.max_steps} steps in {took * c.max_steps / 3600:,.1f} h"
+    )
     return {"gpus": c.gpus, "gigabytes": gigabytes, "all_reduce_bytes": moved, "seconds": seconds}
 
 
@@ -575,8 +636,21 @@ def tokens(c, run):
         n = len(corpus.heldout) - int((corpus.heldout == corpus.tokenizer.end).sum())
         rows[kind] = {"vocab_size": corpus.tokenizer.vocab_size, "tokens": n, "seconds": made}
         rows[kind]["bytes_per_token"] = len(text.encode()) / n
-        print(f"{kind:10s} {rows[kind]['bytes_per_token']:.3f} bytes per token, ready in {made:.1f} s")
+        print(
+            f"{kind:10s} {rows[kind]['bytes_per_token']:.3f} bytes per token, ready in {made:.1f} s"
+        )
     return {"data": {"name": corpus.name, "sha256": corpus.sha256}, "tokenizers": rows}
+
+
+# ---- cell: the virtual cell on genes that it never saw ------------------------------------------
+
+
+def cell(c, run):
+    """cell_bridge.py on its synthetic screen: the cell beside no change, mean delta and ridge."""
+    with tempfile.TemporaryDirectory() as folder:
+        files = [f"--out={folder}/cell.pt", f"--result={folder}/cell.json"]
+        cell_bridge.main([*files, f"--seed={c.seed}"])
+        return json.loads(Path(folder, "cell.json").read_text())
 
 
 # ---- ablate: whole training runs, one ingredient apart -------------------------------------------
@@ -598,7 +672,15 @@ ABLATION = {
     "memory": {"memory": 64},
     "mtp": {"mtp": 1},
     "jepa": {"jepa": True},
-    "all": {"engram": 512, "engram_heads": 1, "hrm": 2, "spike_attn": 4, "progsem": 18, "kuramoto": 32, "mtp": 1}
+    "all": {
+        "engram": 512,
+        "engram_heads": 1,
+        "hrm": 2,
+        "spike_attn": 4,
+        "progsem": 18,
+        "kuramoto": 32,
+        "mtp": 1,
+    }
     | {"jepa": True, "modulation": "program"},
 }
 
@@ -625,7 +707,10 @@ def ablate(c, run):
             settings = replace(settings, n_hidden=settings.n_hidden - 8)
         print(f"\n{name}, seed {settings.seed}: n_hidden {settings.n_hidden}")
         trainer.train(settings, run)
-        log = [json.loads(x) for x in (Path(settings.out_dir) / "log.jsonl").read_text().split("\n")[:-1]]
+        log = [
+            json.loads(x)
+            for x in (Path(settings.out_dir) / "log.jsonl").read_text().split("\n")[:-1]
+        ]
         row = rows.setdefault(name, {"overrides": overrides, "n_hidden": settings.n_hidden})
         row["parameters"] = parameters_of(settings)
         row.setdefault("bpb", []).append(log[-1]["bpb"])
@@ -714,7 +799,7 @@ def resume(c, run):
 # ---- command line -----------------------------------------------------------------------------
 
 COMMANDS = {"scan": scan, "train": train, "generate": generate, "frames": frames}
-COMMANDS |= {"params": params, "ablate": ablate, "tokens": tokens, "resume": resume}
+COMMANDS |= {"params": params, "ablate": ablate, "tokens": tokens, "cell": cell, "resume": resume}
 
 
 def main(argv):

@@ -201,8 +201,8 @@ def _learn_merges(counts: Counter, n_merges: int) -> list[bytes]:
     """
     words, times, size = [], [], 0
     for word, n in sorted(counts.items(), key=lambda item: (-item[1], item[0])):
-        for at in range(0, len(word), 64):  # or a text without blanks would take hours
-            words.append([bytes([b]) for b in word[at : at + 64].encode(errors="replace")])
+        for at in range(0, len(word), 256):  # or a text without blanks would take hours
+            words.append([bytes([b]) for b in word[at : at + 256].encode(errors="replace")])
             times.append(n)
             size += len(words[-1])
         if size > BPE_WORDS:

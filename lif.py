@@ -164,7 +164,7 @@ def _after_reset(pre, theta, s, reset, clamp):
 
 
 def _scan(current, beta, theta, w_rec, v0, s0, surrogate, slope, options):
-    """Spikes (B,T,N), membrane (B,T,N) and v (B,N) of all steps: the forward pass, without graph."""
+    """Spikes (B,T,N), membrane (B,T,N), v (B,N) of all steps: the forward pass, without graph."""
     reset, reset_grad, clamp, soft = options
     B, T, N = current.shape
     membrane, spikes = current.new_empty(B, T, N), current.new_empty(B, T, N)
@@ -196,9 +196,7 @@ class _Scan(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, current, beta, theta, w_rec, v0, s0, surrogate, slope, options):
-        spikes, membrane, v = _scan(
-            current, beta, theta, w_rec, v0, s0, surrogate, slope, options
-        )
+        spikes, membrane, v = _scan(current, beta, theta, w_rec, v0, s0, surrogate, slope, options)
         ctx.save_for_backward(membrane, spikes, beta, theta, w_rec, v0, s0)
         ctx.surrogate, ctx.slope, ctx.options = surrogate, slope, options
         ctx.set_materialize_grads(False)

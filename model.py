@@ -60,8 +60,12 @@ class ModelConfig:
     head: str = "float"  # what the readout's matrix is fed: float | spikes, of one more population
     spikes: bool = True  # False: the float twin, the same block with graded signals
     # whale
-    modulation: str = "program"  # neurons set by gene programs | shuffled: a control | none: all equal
-    spike_input_gain: float = 2.5  # scale of the input synapses of layers fed by spikes, at the start
+    modulation: str = (
+        "program"  # neurons set by gene programs | shuffled: a control | none: all equal
+    )
+    spike_input_gain: float = (
+        2.5  # scale of the input synapses of layers fed by spikes, at the start
+    )
     clamp: float = 30.0  # bound of the soft clamp on the membrane; 0 is off
     # traits: 0 or False is off
     engram: int = 0  # rows per hash table of the n-gram memory
@@ -108,6 +112,8 @@ class ModelConfig:
         for name in "engram hrm spike_attn progsem kuramoto moe memory mtp".split():
             if not 0 <= getattr(self, name) < 2**31:
                 raise ValueError(f"{name} must be at least 0 and below 2**31")
+        if self.moe == 1:
+            raise ValueError("moe must be 0 or at least 2: a token goes to two experts")
         for name in ("n_layer", "k_max", "hrm", "mtp", "engram_heads"):
             if getattr(self, name) > 1000:
                 raise ValueError(f"{name} must be at most 1000, got {getattr(self, name)}")
@@ -386,8 +392,8 @@ class SelectiveNeurons(nn.Module):
         self.w_beta, self.w_alpha, self.w_theta = (Linear(D, D * N) for _ in range(3))
         self.w_gate, self.w_skip = Linear(D, D, bias=False), Linear(D, D, bias=False)
         beta = torch.linspace(0.8, 0.99, N)
-        # resets take what the input brings, theta * rate ~ sqrt(1 - beta^2); with this factor, found
-        # by measuring random weights, rates fall from 25% to 8% over a channel
+        # resets take what the input brings, theta * rate ~ sqrt(1 - beta^2); with this factor,
+        # found by measuring random weights, rates fall from 25% to 8% over a channel
         theta = 0.06 * (1 - beta**2).sqrt() / torch.linspace(0.25, 0.08, N)
         with torch.no_grad():
             self.w_in.weight.mul_((1 - beta**2).sqrt().repeat(D)[:, None])
@@ -567,9 +573,7 @@ class SpikingLM(nn.Module):
             self.proj_in = Linear(c.n_embd, D)
         self.parts = nn.ModuleDict()  # in the order in which a token passes them
         if c.engram:
-            self.parts["engram"] = Engram(
-                D, c.vocab_size, c.engram, c.engram_heads, c.engram_width
-            )
+            self.parts["engram"] = Engram(D, c.vocab_size, c.engram, c.engram_heads, c.engram_width)
         for i in range(c.n_layer):
             self.parts[f"block{i}"] = BLOCKS[c.block](c, i)
         self.sites = [n for block in self.blocks for n in block.sites]  # neurons per spiking layer
@@ -608,14 +612,18 @@ class SpikingLM(nn.Module):
     @property
     def identity(self):
         """P (neurons of all layers, programs x draws) of neurons set by gene programs, or None."""
-        bridged = [block.modulation.P for block in self.blocks if getattr(block, "modulation", None)]
+        bridged = [
+            block.modulation.P for block in self.blocks if getattr(block, "modulation", None)
+        ]
         return torch.cat(bridged) if bridged else None
 
     def adopt(self, scores):
         """Take the identities of the neurons from a virtual cell: scores (perturbations, programs)
         as cell_bridge.load_scores returns them, in place of the synthetic screen's."""
         if self.identity is None:
-            raise ValueError("a cell needs neurons set by gene programs: block=whale, modulation=program")
+            raise ValueError(
+                "a cell needs neurons set by gene programs: block=whale, modulation=program"
+            )
         for i, block in enumerate(self.blocks):
             shuffle = self.config.modulation == "shuffled"
             block.modulation.P.copy_(identity(scores, self.config.n_hidden, i, shuffle))
@@ -654,7 +662,7 @@ class SpikingLM(nn.Module):
         return x if self.proj_in is None else self.proj_in(x, report), report
 
     def readout(self, x, state, report):
-        """What leaves the last part (..., D) -> logits (..., vocabulary) by the embedding, state."""
+        """What leaves the last part (..., D) -> logits (..., vocabulary) and the state."""
         x = self.norm(x)
         if self.head is not None:
             s, state = self.head(x, state, report)

@@ -1,9 +1,9 @@
 """Let a trained model speak, chat, or score a text.
 
-    python sample.py --ckpt=out/best.pt --prompt="Once upon a time"
-    python sample.py --ckpt=out/best.pt --chat
-    python sample.py --ckpt=out/best.pt --eval=some.txt
-    python sample.py --ckpt=out/best.pt --picture=neurons.png
+python sample.py --ckpt=out/best.pt --prompt="Once upon a time"
+python sample.py --ckpt=out/best.pt --chat
+python sample.py --ckpt=out/best.pt --eval=some.txt
+python sample.py --ckpt=out/best.pt --picture=neurons.png
 """
 
 import codecs
@@ -156,7 +156,9 @@ def picture(c):
     if not all(getattr(block, "modulation", None) for block in blocks):
         config.stop(f"the neurons of {c.ckpt} have no gene programs: train with block='whale'")
     figure = Figure(figsize=(5 * len(blocks), 5.6), layout="constrained")
-    for i, (block, axes) in enumerate(zip(blocks, figure.subplots(1, len(blocks), squeeze=False)[0])):
+    for i, (block, axes) in enumerate(
+        zip(blocks, figure.subplots(1, len(blocks), squeeze=False)[0])
+    ):
         P = block.modulation.P
         program = P.view(len(P), DRAWS, len(PROGRAMS)).mean(1).argmax(1)  # (N,)
         order = program.argsort(stable=True)
@@ -170,7 +172,9 @@ def picture(c):
             axes.scatter(x[own], y[own], area[own], f"C{k}", label=label, linewidths=0)
         axes.set(title=f"layer {i + 1}: {len(P)} neurons", aspect="equal")
         axes.axis("off")
-        axes.legend(loc="upper center", bbox_to_anchor=(0.5, 0), ncols=2, fontsize=8, markerscale=0.8)
+        axes.legend(
+            loc="upper center", bbox_to_anchor=(0.5, 0), ncols=2, fontsize=8, markerscale=0.8
+        )
     figure.savefig(c.picture, dpi=120)
     print(f"wrote {c.picture}")
 

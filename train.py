@@ -46,7 +46,7 @@ from model import (
 @dataclass(frozen=True)
 class TrainConfig(ModelConfig):
     # data
-    dataset: str = "auto"  # auto | real_sam (download) | nursery (built in) | .txt, .jsonl, folder
+    dataset: str = "auto"  # auto | real_sam | nursery | PATH | stream:owner/name/config@weight,...
     data_dir: str = "data"  # where downloads and token caches live
     tokenizer: str = "bpe"  # bpe | lengthmax | byte | char | gpt2
     phases: str = "words:8 phrases:16 sentences:32 stories:64 conversations:64"  # name:length ...
@@ -66,6 +66,7 @@ class TrainConfig(ModelConfig):
     beta2: float = 0.95  # and of their squares
     weight_decay: float = 0.1  # of AdamW's matrices; vectors have none
     muon_decay: float = 0.01  # weight decay of Muon's matrices
+    shard: bool = False  # each process keeps the optimisers' states of its share of the parameters
     grad_clip: float = 1.0  # norm to which gradients are clipped; 0 is off
     # curriculum: a phase ends when its validation loss has converged
     phase_share: float = 0.1  # a phase but the last takes at most this share of max_steps
@@ -77,7 +78,9 @@ class TrainConfig(ModelConfig):
     eval_tokens: int = 65536  # held-out tokens scored at most, always the same ones
     sample_tokens: int = 60  # length of the sample printed at an evaluation; 0 prints none
     out_dir: str = "out"  # checkpoints and log; a run that was there moves to out_dir/previous
-    cell: str = ""  # file of cell_bridge.py that sets block whale's neurons; empty: synthetic scores
+    cell: str = (
+        ""  # file of cell_bridge.py that sets block whale's neurons; empty: synthetic scores
+    )
     result: str = ""  # also write a summary of the finished run to this .json file
     init_from: str = "scratch"  # scratch | resume
     # machine
@@ -144,7 +147,7 @@ class Run:
         if self.world > 1:
             device = "cpu" if device == "mps" else device  # gloo can not reduce tensors of MPS
             backend = "nccl" if device == "cuda" else "gloo"
-            # torchrun keeps its store when it restarts workers: without a prefix of their own they
+            # the store outlives workers that torchrun restarts: without a prefix of their own they
             # would read the addresses of the dead
             store, _, _ = next(rendezvous("env://"))
             store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
@@ -253,9 +256,17 @@ def make_optimizers(c, model, device):
         group("table", c.lr * c.table_lr, 0.0),
         group("vector", c.lr * c.neuron_lr, 0.0),
     ] + [group("matrix", c.lr, c.weight_decay)] * (c.optimizer == "adamw")
+
+    def build(kind, groups, **options):  # sharded: ZeRO's first stage (1910.02054)
+        if c.shard and dist.is_initialized():
+            from torch.distributed.optim import ZeroRedundancyOptimizer  # slow to import
+
+            return ZeroRedundancyOptimizer(groups, kind, **options)
+        return kind(groups, **options)
+
     fused = device.type in ("cuda", "cpu")
-    optimizers = [torch.optim.AdamW(adamw, betas=(c.beta1, c.beta2), fused=fused)]
-    return optimizers + ([torch.optim.Muon(muon)] if muon else [])
+    optimizers = [build(torch.optim.AdamW, adamw, betas=(c.beta1, c.beta2), fused=fused)]
+    return optimizers + ([build(torch.optim.Muon, muon)] if muon else [])
 
 
 def train_step(model, raw, optimizers, x, y, c, run):
@@ -318,17 +329,28 @@ def converged(history, c):
     return len(gains) == c.phase_patience and max(gains) < c.phase_gain
 
 
-def next_batch(corpus, curriculum, position, c, run):
+def open_stream(corpus, position, c, run):
+    """The stream of a dataset that is not stored, where `position` left it; else None."""
+    if not corpus.mixture:
+        return None
+    places = position["stream"] or [None] * run.world
+    if len(places) != run.world:
+        raise ValueError(f"the checkpoint is of {len(places)} processes: resume with as many")
+    seat = run.rank, run.world, places[run.rank]
+    return data.Stream(corpus.mixture, corpus.tokenizer, c.seed, *seat)
+
+
+def next_batch(corpus, stream, curriculum, position, c, run):
     """This process's rows x, y of the next step: the phase's text, and some of the one before."""
     phase, length = curriculum[position["phase"]]
     rows = c.tokens_per_step // length // run.world * run.world
+    if stream and phase not in data.CUTS:  # words, phrases and sentences come from its sample
+        return stream.batch(rows // run.world, length)
     before = curriculum[position["phase"] - 1][0] if position["phase"] else None
     old = int(rows * c.rehearse) // run.world * run.world if before else 0
     parts = [(phase, rows - old, c.seed)] + [(before, old, c.seed + 1)] * (old > 0)
     batches = [
-        data.batch(
-            corpus.train[name], position["phase_step"], n, length, seed, run.rank, run.world
-        )
+        data.batch(corpus.train[name], position["phase_step"], n, length, seed, run.rank, run.world)
         for name, n, seed in parts
     ]
     return (torch.cat(side) for side in zip(*batches))
@@ -380,10 +402,13 @@ def save(out, is_best, raw, optimizers, c, corpus, position, record, run):
 
     Every process has to call it. best.pt is first: a run killed in between does the step again.
     """
+    for optimizer in optimizers:
+        if c.shard and run.world > 1:
+            optimizer.consolidate_state_dict(to=0)  # the shares of all
     checkpoint = {
         "version": VERSION,
         "model": raw.state_dict(),
-        "optimizers": [optimizer.state_dict() for optimizer in optimizers],
+        "optimizers": [optimizer.state_dict() for optimizer in optimizers if run.main],
         "random": run.of_all([g.get_rng_state() for g in run.generators]),
         "config": asdict(c),
         "tokenizer": corpus.tokenizer.state(),
@@ -431,11 +456,9 @@ def restore(checkpoint, raw, optimizers, position, c, corpus, run):
     except (AttributeError, IndexError, KeyError, RuntimeError, TypeError) as error:
         raise ValueError(f"the checkpoint is damaged ({error!r}): start from scratch") from None
     raw.load_state_dict(checkpoint["model"])
-    for optimizer, state in zip(optimizers, checkpoint["optimizers"]):
-        settings = [{k: v for k, v in g.items() if k != "params"} for g in optimizer.param_groups]
-        optimizer.load_state_dict(state)
-        for group, setting in zip(optimizer.param_groups, settings):
-            group |= setting  # those of this run, which may have changed
+    for optimizer, saved in zip(optimizers, checkpoint["optimizers"]):
+        groups = optimizer.state_dict()["param_groups"]  # this run's rates, which may be new
+        optimizer.load_state_dict({"state": saved["state"], "param_groups": groups})
     return checkpoint["position"]
 
 
@@ -471,10 +494,13 @@ def check_optimizers(saved, optimizers):
     is_good = len(saved) == len(optimizers)
     for state, optimizer in zip(saved, optimizers):
         params = [p for group in optimizer.param_groups for p in group["params"]]
-        groups, here = state["param_groups"], optimizer.state_dict()["param_groups"]
-        is_good &= [group["params"] for group in groups] == [group["params"] for group in here]
+        numbers = [i for group in state["param_groups"] for i in group["params"]]
+        sizes = [len(group["params"]) for group in optimizer.param_groups]
+        is_good &= numbers == list(range(len(params)))
+        is_good &= [len(group["params"]) for group in state["param_groups"]] == sizes
+        kind = type(getattr(optimizer, "optim", optimizer))  # of each share, if it is sharded
         for i, tensors in state["state"].items():
-            is_good &= set(tensors) == names[type(optimizer).__name__] and all(
+            is_good &= set(tensors) == names[kind.__name__] and all(
                 t.shape in ((), params[i].shape) and t.dtype == params[i].dtype
                 for t in tensors.values()
             )
@@ -616,10 +642,12 @@ def train(c, run):
     optimizers = make_optimizers(c, raw, run.device)
     position = {"step": 0, "phase": 0, "phase_step": 0, "tokens": 0, "history": [], "losses": []}
     position |= {"evaluated": -1, "best": math.inf, "curriculum": curriculum, "minutes": 0.0}
+    position["stream"] = []  # of each process
     if checkpoint:
         position = restore(checkpoint, raw, optimizers, position, c, corpus, run)
     if run.main:
         rewind_log(out, position["step"]) if checkpoint else set_aside(out)
+    stream = open_stream(corpus, position, c, run)
     model = torch.compile(raw) if c.compile else raw
     if run.world > 1:
         model = DistributedDataParallel(model, broadcast_buffers=False)
@@ -642,6 +670,8 @@ def train(c, run):
         position["minutes"] = (time.time() - start) / 60
         stopped = run.any_stopping()
         is_due = step % c.eval_interval == 0 or step == c.max_steps
+        if stream and (is_due or stopped):
+            position["stream"] = run.of_all(stream.position)
         if is_due and step != position["evaluated"] and not stopped:
             line = {"step": step, "phase": phase, "tokens": position["tokens"]}
             line["tokens_per_s"] = tokens / max(1e-9, time.time() - mark)
@@ -674,7 +704,7 @@ def train(c, run):
 
         for group in (group for optimizer in optimizers for group in optimizer.param_groups):
             group["lr"] = group["peak"] * schedule(c, step)
-        x, y = next_batch(corpus, curriculum, position, c, run)
+        x, y = next_batch(corpus, stream, curriculum, position, c, run)
         nats, norm, rates = train_step(model, raw, optimizers, x, y, c, run)
         for name, value in (("loss", nats), ("gradient", norm)):
             check_finite(name, value, position, phase, corpus, out)

@@ -3,6 +3,7 @@
 import gzip
 import hashlib
 import http.server
+import functools
 import json
 import math
 import multiprocessing
@@ -22,6 +23,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import data
+import train
 from data import DataError, Tokenizer
 
 SAMPLE = "The cat's hat, the cat sat. That's that: 12345 hats_and cats!\n\n  A caterpillar sat.  "
@@ -1001,7 +1003,7 @@ def shorten(path):
 
 def alter(path):
     raw = path.read_bytes()  # still well formed, but another number or another order
-    numbers = raw.replace(rb'heldout_bytes\": ', rb'heldout_bytes\": 1')
+    numbers = raw.replace(rb"heldout_bytes\": ", rb"heldout_bytes\": 1")
     path.write_bytes(numbers if path.suffix == ".json" else raw[::-1])
 
 
@@ -1125,3 +1127,26 @@ def test_main(capsys):
     data.main()
     out = capsys.readouterr().out
     assert "bits per byte" in out and all(f"{phase}: " in out for phase in data.PHASES)
+
+
+def test_training_goes_on_in_a_stream_where_it_stopped(rows_server, tmp_path, monkeypatch):
+    bases = dict.fromkeys(data.BASES, rows_server.url)
+    monkeypatch.setattr(data, "prepare", functools.partial(data.prepare, bases=bases))
+    fetch = functools.partial(data.fetch_page, bases=bases, pause=0.01)
+    monkeypatch.setattr(data, "Stream", functools.partial(data.Stream, fetch=fetch))
+    monkeypatch.setattr(data, "HELD_BYTES", 2_000)
+    monkeypatch.setattr(data, "SAMPLE_BYTES", 8_000)
+    common = ["configs/sam_6m.py", f"--dataset=stream:{MIXTURE}", f"--data_dir={tmp_path}/data"]
+    common += "--tokenizer=byte --vocab_size=300 --n_embd=16 --n_hidden=32 --n_layer=1".split()
+    common += "--tokens_per_step=128 --phases=stories:32 --eval_interval=2 --eval_tokens=64".split()
+    common += "--eval_length=32 --sample_tokens=0 --device=cpu --threads=1".split()
+
+    def losses(out, *more):
+        train.main([*common, f"--out_dir={tmp_path / out}", *more])
+        lines = (tmp_path / out / "log.jsonl").read_text().splitlines()
+        return [(x["step"], x["train"], x["heldout"]) for x in map(json.loads, lines)]
+
+    whole = losses("whole", "--max_steps=6")
+    (tmp_path / "whole" / "step_00000006.pt").unlink()  # as if killed before it was written
+    (tmp_path / "whole" / "best.pt").unlink()
+    assert losses("whole", "--max_steps=6", "--init_from=resume") == whole

@@ -30,7 +30,7 @@ MAY_IMPORT = {
     "train": {"cell_bridge", "config", "data", "model"},
     "sample": {"cell_bridge", "config", "data", "model"},
     # bench times the training step itself, so it takes it from train.py
-    "bench": {"config", "data", "kernels", "lif", "model", "train"},
+    "bench": {"cell_bridge", "config", "data", "kernels", "lif", "model", "train"},
 }
 PACKAGES = {"torch", "numpy", "tiktoken", "requests", "tqdm"}
 OPTIONAL = {"triton", "snntorch", "spikingjelly", "norse", "h5py", "matplotlib"}  # where used
@@ -104,9 +104,10 @@ def test_commands_parse_against_the_real_settings(line, monkeypatch):
 def test_the_commands_that_people_start_with_are_there():
     assert "python train.py configs/sam_6m.py" in README
     assert "pip install -r requirements.txt -r tests/requirements.txt && python -m pytest" in README
-    assert "pip install -r requirements.txt -r tests/requirements.txt && python -m pytest" in (
-        ROOT / ".ci" / "run"
-    ).read_text()
+    assert (
+        "pip install -r requirements.txt -r tests/requirements.txt && python -m pytest"
+        in (ROOT / ".ci" / "run").read_text()
+    )
 
 
 def test_quick_start_runs(tmp_path):

@@ -1,6 +1,6 @@
 """Nothing is lost: kills, faults of the machine, hostile files. Every mistake is one clear line.
 
-    FUZZ=3000 python -m pytest tests/test_faults.py -k fuzz      more than the usual few hundred
+FUZZ=3000 python -m pytest tests/test_faults.py -k fuzz      more than the usual few hundred
 """
 
 import contextlib

@@ -67,7 +67,9 @@ def test_softclamp_has_slope_one_and_its_bound():
 
 @pytest.mark.parametrize("per_step", [False, True])
 @pytest.mark.parametrize("heads", [None, 1, 2])
-@pytest.mark.parametrize("reset, clamp", [("soft", 0.0), ("soft", 2.0), ("none", 0.0), ("none", 2.0)])
+@pytest.mark.parametrize(
+    "reset, clamp", [("soft", 0.0), ("soft", 2.0), ("none", 0.0), ("none", 2.0)]
+)
 @pytest.mark.parametrize("surrogate", ["fast_sigmoid", "gaussian"])
 def test_gradcheck(surrogate, reset, clamp, heads, per_step):
     """Fired with its own smooth step, the surrogate gradient is the true one: all of them."""

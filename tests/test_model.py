@@ -165,7 +165,7 @@ def test_synops_of_the_model_are_counted_from_real_spikes():
     assert report.macs == 2 * 2 * 32 * 32 + 32 * 16 + 50 * 16  # per block in and gate; out; head
 
 
-# ---- traits: any with any block --------------------------------------------------------------------
+# ---- traits: any with any block ------------------------------------------------------------------
 
 TRAITS = {
     "engram": {"engram": 61},

@@ -41,16 +41,16 @@ def text(tmp_path_factory):
     return folder
 
 
-def settings(text, out, *more):
-    return ["configs/sam_6m.py", *TINY, f"--dataset={text / 'text.txt'}"] + [
+def settings(text, out, *more, config="configs/sam_6m.py"):
+    return [config, *TINY, f"--dataset={text / 'text.txt'}"] + [
         f"--data_dir={text / 'cache'}", f"--out_dir={out}", *more
     ]  # fmt: skip
 
 
-def run(text, out, *more, start=("train.py",), code=0):
+def run(text, out, *more, start=("train.py",), code=0, **config):
     """A run in processes of its own; returns its log, a dictionary per evaluation."""
     done = subprocess.run(
-        [sys.executable, *start, *settings(text, out, *more)],
+        [sys.executable, *start, *settings(text, out, *more, **config)],
         cwd=ROOT, capture_output=True, text=True, timeout=200,
     )  # fmt: skip
     assert done.returncode == code, done.stdout + done.stderr
@@ -135,7 +135,10 @@ def test_resume_goes_on_bit_for_bit(text, one, tmp_path):
 @pytest.mark.parametrize(
     "more, message",
     [("--n_layer=1", "n_layer=2"), ("--vocab_size=301", "vocab_size=300")]
-    + [("--tokenizer=char", "another tokenizer"), ("--phases=words:4 stories:16", "other --phases")],
+    + [
+        ("--tokenizer=char", "another tokenizer"),
+        ("--phases=words:4 stories:16", "other --phases"),
+    ],
 )
 def test_resume_of_another_run_is_refused(text, one, tmp_path, more, message):
     shutil.copytree(one[0], tmp_path / "copy")
@@ -277,6 +280,35 @@ def test_a_damaged_or_hostile_checkpoint_is_refused(tmp_path, capsys):
     assert not (tmp_path / "ran").exists()
 
 
+# ---- scale: the 1B config, shrunk ----------------------------------------------------------------
+
+BIG = "--n_embd=32 --n_layer=2 --d_ff=64 --phases=stories:16 --dtype=float32 --tokenizer=byte"
+
+
+@pytest.fixture(scope="module")
+def one_big(text, tmp_path_factory):
+    out = tmp_path_factory.mktemp("big")
+    return run(text, out, *BIG.split(), "--checkpointing=False", config="configs/snn_1b.py")
+
+
+@pytest.mark.parametrize(
+    "more, start",
+    [("--checkpointing=True", ("train.py",)), ("--checkpointing=True --shard=True", TORCHRUN)],
+)
+def test_neither_processes_nor_sharding_nor_checkpointing_change_the_losses(
+    text, one_big, tmp_path, more, start
+):
+    more = [*BIG.split(), *more.split()]
+    log = run(text, tmp_path, *more, start=start, config="configs/snn_1b.py")
+    for a, b in zip(losses(one_big), losses(log), strict=True):
+        assert all(x == y or x == pytest.approx(y, abs=1e-5) for x, y in zip(a, b)), (a, b)
+    (tmp_path / "step_00000008.pt").unlink()  # as if killed before the last save
+    (tmp_path / "best.pt").unlink()
+    more += ["--init_from=resume"]
+    again = run(text, tmp_path, *more, start=start, config="configs/snn_1b.py")
+    assert losses(again) == losses(log)
+
+
 # ---- optimisers ----------------------------------------------------------------------------------
 
 
@@ -288,8 +320,8 @@ def test_every_parameter_has_one_optimiser_of_its_kind():
     names = {id(p): name for name, p in model.named_parameters()}
     lr = {names[id(p)]: (type(o).__name__, g["peak"], g["weight_decay"])
           for o in optimizers for g in o.param_groups for p in g["params"]}  # fmt: skip
-    assert len(lr) == len(names) == sum(
-        len(g["params"]) for o in optimizers for g in o.param_groups
+    assert (
+        len(lr) == len(names) == sum(len(g["params"]) for o in optimizers for g in o.param_groups)
     )
     for name in ("parts.block0.fc_in.weight", "parts.block5.w_rec", "parts.block1.gate.weight"):
         assert lr[name] == ("Muon", c.muon_lr, c.muon_decay), name
