@@ -22,9 +22,11 @@ Importing train.py is on purpose: what is timed is the training step itself, not
 import itertools
 import json
 import math
+import multiprocessing
+import os
 import random
+import signal
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
@@ -740,23 +742,33 @@ KILLED = (  # a run of seconds that saves after every step, so that many a kill 
 ).split()
 
 
+def train_quietly(argv):
+    sys.stdout = sys.stderr = open(os.devnull, "w")
+    trainer.main(argv)
+
+
 def start_training(folder, out, *more):
-    """A process that trains, once its first line says that training begins."""
+    """A process that trains; it begins with train.py imported, or that would be most of its life."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["train"])
     paths = [f"--dataset={folder}/text.txt", f"--data_dir={folder}", f"--out_dir={out}"]
-    command = [sys.executable, Path(__file__).with_name("train.py"), *KILLED, *paths, *more]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
-    process.stdout.readline()
+    process = context.Process(target=train_quietly, args=([*KILLED, *paths, *more],))
+    process.start()
     return process
 
 
+def read_log(out):
+    path = out / "log.jsonl"
+    log = [json.loads(x) for x in path.read_text().split("\n")[:-1]] if path.exists() else []
+    return [[x[key] for key in ("step", "train", "valid", "heldout", "minutes")] for x in log]
+
+
 def finished(process, out):
-    """After the end: (losses of every evaluation, weights); None if it failed."""
-    process.communicate()
-    if process.returncode:
+    """After its end: (losses of every evaluation, weights); None if it failed."""
+    process.join()
+    if process.exitcode:
         return None
-    log = [json.loads(text) for text in (out / "log.jsonl").read_text().splitlines()]
-    losses = [[x[key] for key in ("step", "train", "valid", "heldout")] for x in log]
-    return losses, load_checkpoint(max(out.glob("step_*.pt")))["model"]
+    return [x[:-1] for x in read_log(out)], load_checkpoint(max(out.glob("step_*.pt")))["model"]
 
 
 def resume(c, run):
@@ -765,23 +777,26 @@ def resume(c, run):
     with tempfile.TemporaryDirectory() as folder:
         documents, _ = data.nursery(60_000, c.seed)
         Path(folder, "text.txt").write_text(data.END_TEXT.join(documents))
-        start_training(folder, Path(folder, "first")).communicate()  # prepares the data
-        process, start = start_training(folder, Path(folder, "peace")), time.perf_counter()
-        expected, weights = finished(process, Path(folder, "peace"))
-        lasts = time.perf_counter() - start
+        peace = Path(folder, "peace")
+        expected, weights = finished(start_training(folder, peace), peace)
+        log = read_log(peace)
+        seconds = 60 * (log[-1][-1] - log[0][-1]) / len(log)  # of a step, evaluated and saved
         for i in range(c.trials):
             out = Path(folder, str(i))
-            process = start_training(folder, out)
-            time.sleep(rng.uniform(0, lasts))
+            process, step = start_training(folder, out), rng.randrange(expected[-1][0] - 1)
+            while process.is_alive() and len(read_log(out)) <= step:
+                time.sleep(0.001)
+            time.sleep(rng.uniform(0, seconds))
             seen = max(out.glob("step_*.pt"), default=None)
             process.kill()
-            process.communicate()
+            process.join()
             in_a_save, files = any(out.glob("*.tmp")), sorted(out.glob("step_*.pt"))
             whole = [load_checkpoint(path)["position"]["step"] for path in files]  # or ValueError
             more = ["--init_from=resume"] if files else []
             end = finished(start_training(folder, out, *more), out)
             trials.append({
                 "step": max(whole, default=None),
+                "killed": process.exitcode == -signal.SIGKILL,
                 "in_a_save": in_a_save,
                 "lost": seen is not None and (not files or files[-1] < seen),
                 "same_losses": end is not None and end[0] == expected,
@@ -790,7 +805,7 @@ def resume(c, run):
             })  # fmt: skip
             print(f"{i + 1:3d} {trials[-1]}", flush=True)
     counts = {key: sum(trial[key] for trial in trials) for key in trials[0] if key != "step"}
-    print(f"of {c.trials} runs killed: {counts}")
+    print(f"of {c.trials} runs: {counts}")
     what = "training killed by SIGKILL at random moments and resumed, beside a run in peace"
     return {"what": what, "command_line": KILLED, "final": expected[-1], "counts": counts,
             "trials": trials}  # fmt: skip

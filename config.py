@@ -25,6 +25,7 @@ def one_line(*mistakes):
     sys.stdout.reconfigure(errors="replace")  # a terminal may lack a character
     try:
         yield
+        sys.stdout.flush()
     except KeyboardInterrupt:
         raise SystemExit(130) from None
     except BrokenPipeError:

@@ -312,7 +312,7 @@ def test_torchrun_recovers_from_a_killed_worker(run, tmp_path):
     """The same command, nothing added: torchrun starts its workers again, and they resume."""
     argv, _ = run
     argv = [*argv, "--max_steps=30", "--sample_tokens=0"]
-    command = [sys.executable, *TORCHRUN[:-1], "--max-restarts=1", TORCHRUN[-1], *argv]
+    command = [sys.executable, *TORCHRUN[:-1], "--max-restarts=3", TORCHRUN[-1], *argv]
     quiet = {"cwd": ROOT, "stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE, "text": True}
     calm = subprocess.Popen([*command, f"--out_dir={tmp_path / 'calm'}"], **quiet)
     hit = subprocess.Popen([*command, f"--out_dir={tmp_path / 'hit'}"], **quiet)
@@ -348,6 +348,16 @@ def test_a_full_disk_is_one_line_and_loses_nothing(run, again, monkeypatch):
     assert not list(out.glob("*.tmp"))
     assert outcome(train.main, *argv, "--max_steps=12", "--init_from=resume")[0] == 0
     assert [line["step"] for line in read_log(out)] == list(range(13))
+
+
+def test_what_the_disk_said_is_not_hidden(tmp_path):
+    """torch.save raises an error of its own on top of the disk's."""
+    with pytest.raises(OSError, match="quota"), train.whole_file(tmp_path / "x"):
+        try:
+            raise OSError("quota")
+        except OSError:
+            raise RuntimeError("unexpected pos")  # noqa: B904
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_folder_that_takes_no_files_is_one_line(run):
@@ -555,15 +565,19 @@ def test_a_character_that_the_tokenizer_never_saw(run, tmp_path):
     assert "'é'" in mistake(sample.main, f"--ckpt={tmp_path / 'char.pt'}", "--prompt=é")
 
 
-def test_a_closed_pipe_is_silent(run):
-    process = subprocess.Popen(
-        [sys.executable, "sample.py", f"--ckpt={run[1] / 'best.pt'}", "--max_new_tokens=100000"]
-        + ["--stop_at_end=False"], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-    )  # fmt: skip
-    process.stdout.read(1)
-    process.stdout.close()
-    err = process.stderr.read().decode()
-    assert process.wait(60) == 141 and "rror" not in err and "Traceback" not in err
+def test_a_closed_pipe_is_silent(run, tmp_path):
+    (tmp_path / "a.txt").write_text("The cat sat.")
+    endless = ["--max_new_tokens=100000", "--stop_at_end=False"]
+    for more in (endless, [f"--eval={tmp_path / 'a.txt'}"]):
+        process = subprocess.Popen(
+            [sys.executable, "sample.py", f"--ckpt={run[1] / 'best.pt'}", *more],
+            cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        )  # fmt: skip
+        if more is endless:
+            process.stdout.read(1)
+        process.stdout.close()
+        err = process.stderr.read().decode()
+        assert process.wait(60) == 141 and "rror" not in err and "Traceback" not in err
 
 
 def test_ctrl_c_in_a_chat_is_silent(run, monkeypatch):
@@ -714,14 +728,14 @@ NUMBERS = st.sampled_from(
 ODD = st.sampled_from(["", "True", "None", "[]", "torch", "resume", "\0", "é"])
 WORDS = st.one_of(NUMBERS, ODD, st.text(max_size=8))
 LONG = {"max_steps", "sample_tokens", "threads", "compile", "max_new_tokens"}  # as long as asked
-PATHS = {"out_dir", "data_dir", "dataset", "ckpt", "picture"}  # may be real files
+PATHS = {"out_dir", "data_dir", "dataset", "ckpt", "picture", "result"}  # only those below
 
 
 def flags(cls):
     names = st.sampled_from([f.name for f in fields(cls) if f.name not in LONG | PATHS])
     known = st.builds("--{}={}".format, names, WORDS)
     paths = st.builds("--{}={}".format, st.sampled_from(sorted(PATHS)), st.sampled_from(
-        ["/proc/x", "/dev/null", "a\0b", "x" * 300, "nowhere", "README.md/x"]))  # fmt: skip
+        ["/proc/x", "/dev/null/x", "a\0b", "x" * 300, "README.md/x"]))  # fmt: skip
     wild = st.one_of(st.text(max_size=12), st.builds("--{}".format, st.text(max_size=12)))
     return st.lists(st.one_of(known, known, known, paths, wild), min_size=1, max_size=3)
 
