@@ -1,4 +1,6 @@
 # python train.py configs/snn_6m.py
+# 6.06M parameters, every matrix but the head fed by spikes; wide and shallow, as its search found:
+# each layer codes the stream anew, and every code costs. --spikes=False is the float twin.
 block = "snn"
 vocab_size = 4096
 n_embd = 512
