@@ -25,8 +25,7 @@ from traits import HRM, JEPA, MTP, Engram, Kuramoto, Memory, MoE, ProgSem, Spike
 @dataclass(frozen=True)
 class ModelConfig:
     # model
-    # sam: Real Sam | whale: SpikeWhale | spark: NeuronSpark | snn: population codes | gpt: control
-    block: str = "sam"
+    block: str = "sam"  # sam: Real Sam | whale: SpikeWhale | spark: NeuronSpark | snn | gpt: control
     vocab_size: int = 4096  # tokens the embedding has room for; the tokenizer may use fewer
     n_embd: int = 256  # width of the tied embedding
     n_hidden: int = 512  # width of the residual stream = neurons per block
@@ -52,8 +51,7 @@ class ModelConfig:
     # firing rate
     rate_target: float = 0.1  # spikes per neuron (snn: population) and token, for the penalty
     rate_weight: float = 10.0  # weight of the penalty (rate - target)^2, summed over layers
-    # both: of a layer off target | above it | below: of a neuron below | mean: of all layers above
-    rate_penalty: str = "both"
+    rate_penalty: str = "both"  # both | above: a layer's | below: a neuron's | mean: of all, above
     homeostasis: float = 0.0  # sam V3: thresholds move by this * (rate - target) per step; 0 is off
     # snn
     levels: int = 3  # neurons of a population, at thresholds theta, 2 theta, ...; 1 is plain spikes
