@@ -748,7 +748,7 @@ def train_quietly(argv):
 
 
 def start_training(folder, out, *more):
-    """A process that trains; it begins with train.py imported, or that would be most of its life."""
+    """A process that trains; it begins with train.py imported: that is most of its life."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["train"])
     paths = [f"--dataset={folder}/text.txt", f"--data_dir={folder}", f"--out_dir={out}"]

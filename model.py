@@ -25,7 +25,7 @@ from traits import HRM, JEPA, MTP, Engram, Kuramoto, Memory, MoE, ProgSem, Spike
 @dataclass(frozen=True)
 class ModelConfig:
     # model
-    block: str = "sam"  # sam: Real Sam | whale: SpikeWhale | spark: NeuronSpark | snn | gpt: control
+    block: str = "sam"  # sam: Real Sam | whale: SpikeWhale | spark: NeuronSpark | snn | gpt
     vocab_size: int = 4096  # tokens the embedding has room for; the tokenizer may use fewer
     n_embd: int = 256  # width of the tied embedding
     n_hidden: int = 512  # width of the residual stream = neurons per block
@@ -526,8 +526,13 @@ class SparkOutput(nn.Module):
         return self.inhibit(y.to(x.dtype)), (v,)  # a norm likes the precision of the stream
 
 
-BLOCKS = {"sam": SamBlock, "whale": WhaleBlock, "spark": SparkBlock}
-BLOCKS |= {"snn": SNNBlock, "gpt": GPTBlock}
+BLOCKS = {
+    "sam": SamBlock,
+    "whale": WhaleBlock,
+    "spark": SparkBlock,
+    "snn": SNNBlock,
+    "gpt": GPTBlock,
+}
 
 
 def recomputed(part, x, state, report):
