@@ -692,27 +692,33 @@ def parameters_of(settings):
         return sum(p.numel() for p in SpikingLM(settings).parameters())
 
 
+def finished(settings):
+    """The log of a complete run, a dictionary per evaluation; [] if it is not complete."""
+    path = Path(settings.out_dir) / "log.jsonl"
+    log = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    return log if log and log[-1]["step"] == settings.max_steps else []
+
+
 def ablate(c, run):
     """Train every variant of the config with every seed; all have the parameters of the bare one.
 
-    What an ingredient adds is taken from n_hidden, in steps of 8.
+    What an ingredient adds is taken from n_hidden, in steps of 8. A run that is complete in out_dir
+    is not repeated: a stopped ablation goes on, and several processes may share one.
     """
     bare, rows = replace(c, **BARE), {}
     most = parameters_of(bare)
-    out = Path(tempfile.mkdtemp(prefix="ablate-"))
     for i, (name, overrides) in itertools.product(range(c.seeds), ABLATION.items()):
         if c.variants and not any(word in name for word in c.variants.split()):
             continue
-        settings = replace(bare, **overrides, seed=c.seed + i, out_dir=str(out / f"{name}{i}"))
+        out = Path(c.out_dir) / "ablate" / f"{name} {c.seed + i}"
+        settings = replace(bare, **overrides, seed=c.seed + i, out_dir=str(out))
         settings = replace(settings, result="", n_hidden=settings.n_hidden + 64)
         while parameters_of(settings) > most:
             settings = replace(settings, n_hidden=settings.n_hidden - 8)
         print(f"\n{name}, seed {settings.seed}: n_hidden {settings.n_hidden}")
-        trainer.train(settings, run)
-        log = [
-            json.loads(x)
-            for x in (Path(settings.out_dir) / "log.jsonl").read_text().split("\n")[:-1]
-        ]
+        if not (log := finished(settings)):
+            trainer.train(settings, run)
+            log = finished(settings)
         row = rows.setdefault(name, {"overrides": overrides, "n_hidden": settings.n_hidden})
         row["parameters"] = parameters_of(settings)
         row.setdefault("bpb", []).append(log[-1]["bpb"])

@@ -36,7 +36,7 @@ from tqdm import tqdm
 END_TEXT = "<|endoftext|>"  # separates the documents of a .txt file; never encoded as text
 PHASES = ("words", "phrases", "sentences", "stories", "conversations")  # the curriculum
 YOU, SAM = "You: ", "Sam: "  # a conversation is lines of these
-FORMAT = 1  # raise it when the same source would give other token files: old caches are left
+FORMAT = 2  # raise it when the same source would give other token files: old caches are left
 
 
 class DataError(Exception):
