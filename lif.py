@@ -613,7 +613,6 @@ class Report:
     spikes: torch.Tensor = None  # (B, T, N) of the layer that fired last
     membrane: list = field(default_factory=list)  # per block that shows it: (B, T, N), for readouts
     stream: torch.Tensor = None  # (B, T, D) what the last part leaves to the readout
-    updates: dict = field(default_factory=dict)  # part -> mean norm of what it adds to the stream
     rate: list = field(default_factory=list)  # per spiking layer: (N,) spikes per neuron and token
     synops: list = field(default_factory=list)  # per spike-fed matrix: operations really triggered
     synapses: list = field(default_factory=list)  # per spike-fed matrix: multiplications if dense
@@ -623,7 +622,7 @@ class Report:
 
     def fresh(self):
         """A report for one part: what the pass is about is here, nothing is counted yet."""
-        empty = dict(rate=[], synops=[], synapses=[], macs=0, updates={}, losses={}, log={})
+        empty = dict(rate=[], synops=[], synapses=[], macs=0, losses={}, log={})
         return replace(self, membrane=list(self.membrane), **empty)
 
     def add(self, part):

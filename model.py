@@ -640,16 +640,18 @@ class SpikingLM(nn.Module):
         part and one for the readout) and a Report.
         """
         x, report = self.embed(tokens)
-        state, after = state or [None] * (len(self.parts) + 1), []
+        state, after, updates = state or [None] * (len(self.parts) + 1), [], {}
         for (name, part), before in zip(self.parts.items(), state):
             if self.config.checkpointing and torch.is_grad_enabled():
                 y, now = recomputed(part, x, before, report)
             else:
                 y, now = part(x, before, report)
-            if not torch.is_grad_enabled() and x.shape == y.shape:
-                report.updates[name] = (y - x).norm(dim=-1).mean()
+            if tokens.shape[1] > 1 and not torch.is_grad_enabled() and x.shape == y.shape:
+                updates[name] = (y - x).norm(dim=-1).mean()
             x = y
             after.append(now)
+        for name, norm in updates.items():  # a part's share of all that is added to the stream
+            report.log[f"share {name}"] = norm / sum(updates.values())
         report.stream = x
         logits, now = self.readout(x, state[-1], report)
         return logits, after + [now], report

@@ -730,6 +730,7 @@ def train(c, run):
 def in_words(line, minutes_left):
     """One line of words for one evaluation."""
     entropy = line.get("entropy_bpb")
+    memory, synapses = line["log"].get("share memory"), line["synapses"]
     ponder = [x for name, x in line["log"].items() if name.startswith("E[K]")]  # per layer
     parts = [
         f"{line['step']:6d} {line['phase']}",
@@ -738,6 +739,8 @@ def in_words(line, minutes_left):
         f"held-out {line['heldout']:.3f} nats/token, {line['bpb']:.3f} bits/byte"
         + (f" (entropy {entropy:.3f} + {line['above_entropy']:.3f})" if entropy else ""),
         "rate " + " ".join(f"{100 * r:.0f}" for r in line["rate"]) + "%" if line["rate"] else "",
+        f"SynOps {100 * line['synops'] / synapses:.0f}%" if synapses else "",
+        f"memory {100 * memory:.0f}% of updates" if memory else "",
         f"stress {line['stress']:.2f}",
         "E[K] " + " ".join(f"{x:.1f}" for x in ponder) if ponder else "",
         f"{line['tokens_per_s']:.0f} tokens/s" if line["train"] else "",

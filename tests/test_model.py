@@ -250,6 +250,20 @@ def test_twin_of_snn_is_the_same_block_with_floats():
             assert error[error.abs() < 0.81].numel() > 0.97 * error.numel()  # theta is 0.8
 
 
+def test_shares_of_the_updates():
+    model = model_of(shrunk("gpt_6m.py", memory=8))
+    with torch.no_grad():
+        model.parts["memory"].read.weight.normal_()
+        for part in model.blocks:
+            part.out.weight.zero_(), part.down.weight.zero_()
+        _, _, report = model(torch.randint(50, (2, 200)))
+    assert report.log["share memory"] == 1 and report.log["share block1"] == 0
+    with torch.no_grad():
+        _, _, report = model_of(shrunk("sam_6m.py", memory=8))(torch.randint(50, (2, 20)))
+    shares = [value for name, value in report.log.items() if name.startswith("share")]
+    assert len(shares) == 3 and sum(shares) == pytest.approx(1, abs=1e-6)
+
+
 # ---- events: one token reads only the rows of the neurons that fired ----------------------------
 
 
