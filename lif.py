@@ -414,7 +414,14 @@ def population(v, theta, levels, surrogate="triangle", slope=None, dtype=None):
     """
     chosen = surrogate_named(surrogate)
     slope = chosen.slope if slope is None else slope
-    return _Population.apply(v, theta, levels, chosen, slope, dtype or v.dtype)
+    if torch.is_grad_enabled() or v.shape[1] > 1:
+        return _Population.apply(v, theta, levels, chosen, slope, dtype or v.dtype)
+    sides, K, N = levels.shape  # one token: few operations count for more than few bytes
+    k = torch.bucketize(v if sides == 1 else v.abs(), theta, right=True)  # how many are reached
+    neuron = (k - 1).clamp_(min=0).add_((v < 0).mul(K) if sides == 2 else 0)
+    sent = levels.view(1, sides * K, N).expand(len(v), -1, -1).gather(1, neuron)
+    reached = (k > 0).to(sent.dtype)
+    return (sent * reached).to(dtype or v.dtype), reached.mean((0, 1))
 
 
 # ---- neurons that run several frames within a token (NeuronSpark, arXiv 2603.16148) ------------
