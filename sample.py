@@ -175,7 +175,7 @@ def picture(c):
         axes.legend(
             loc="upper center", bbox_to_anchor=(0.5, 0), ncols=2, fontsize=8, markerscale=0.8
         )
-    figure.savefig(c.picture, dpi=120)
+    figure.savefig(c.picture, dpi=120, bbox_inches="tight")
     print(f"wrote {c.picture}")
 
 
