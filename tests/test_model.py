@@ -250,6 +250,45 @@ def test_twin_of_snn_is_the_same_block_with_floats():
             assert error[error.abs() < 0.81].numel() > 0.97 * error.numel()  # theta is 0.8
 
 
+# ---- the bridge: gene programs set theta, beta and gain ------------------------------------------
+
+
+def test_without_modulation_all_neurons_are_alike():
+    for block in model_of(shrunk("spikewhale_6m.py", modulation="none")).blocks:
+        assert (
+            block.modulation is None and len(block.theta.unique()) == len(block.beta.unique()) == 1
+        )
+    for block in model_of(shrunk("spikewhale_6m.py")).blocks:
+        assert all(len(x.unique()) > 10 for x in block.modulation())
+
+
+def test_the_strengths_learn_and_travel_in_the_checkpoint():
+    model = model_of(shrunk("spikewhale_6m.py"))
+    tokens = torch.randint(50, (4, 20))
+    logits, _, report = model(tokens)
+    model.loss(logits, tokens, report)[0].backward()
+    for block in model.blocks:
+        for strength in (block.modulation.g_theta, block.modulation.g_beta, block.modulation.g_in):
+            assert strength.grad.abs().sum() > 0
+            strength.data += 0.01
+    model.adopt(torch.randn(20, 6))  # another virtual cell
+    torch.manual_seed(9)
+    again = SpikingLM(model.config).eval()
+    assert not torch.equal(again.identity, model.identity)
+    again.load_state_dict(model.state_dict())
+    assert torch.equal(again.identity, model.identity)
+    assert torch.equal(again.parts["progsem"].P, model.identity)
+    assert torch.equal(again(tokens)[0], model(tokens)[0])
+
+
+def test_shuffling_keeps_each_program_and_moves_it():
+    P = model_of(shrunk("spikewhale_6m.py")).identity
+    other = model_of(shrunk("spikewhale_6m.py", modulation="shuffled")).identity
+    assert not torch.equal(P, other)
+    n = P.shape[0] // 2  # two layers
+    torch.testing.assert_close(P[:n].sort(0).values, other[:n].sort(0).values)
+
+
 def test_shares_of_the_updates():
     model = model_of(shrunk("gpt_6m.py", memory=8))
     with torch.no_grad():
