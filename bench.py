@@ -432,9 +432,8 @@ def generate(c, run):
         model = SpikingLM(settings).to(run.device).eval()
         if settings.block == "snn":
             set_rates(model, trained_rates(c))
-        for p in model.parameters():
-            if half and p.dim() == 2:
-                p.data = p.data.bfloat16()
+        if half:
+            model.halve_synapses()
         rows[name] = {"parameters": sum(p.numel() for p in model.parameters())}
         stream = model.generate(torch.zeros(1, 1, dtype=torch.long, device=run.device))
         streams[name] = partial(draw, stream, piece, events)

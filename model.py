@@ -633,6 +633,12 @@ class SpikingLM(nn.Module):
         if self.config.progsem:
             self.parts["progsem"].P.copy_(self.identity)
 
+    def halve_synapses(self):
+        """Keep the rows that spikes read in bfloat16: half the memory, half the bytes per spike."""
+        rows = [part.weight for part in self.modules() if isinstance(part, Synapse)]
+        for weight in rows + [self.embedding.weight] * (self.head is not None):
+            weight.data = weight.data.bfloat16()
+
     def forward(self, tokens, state=None):
         """tokens (B, T) int64; state as returned by an earlier call, or None for silence.
 
@@ -659,7 +665,7 @@ class SpikingLM(nn.Module):
     def embed(self, tokens):
         """tokens (B, T) -> what enters the first part (B, T, D), and a fresh Report."""
         report = Report(tokens, self.stress)
-        x = self.embedding(tokens)  # (B, T, E)
+        x = self.embedding(tokens).to(self.stress.dtype)  # (B, T, E)
         if self.config.encoder == "spikes":
             x = spike_encode(x)
         else:

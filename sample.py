@@ -37,6 +37,7 @@ class SampleConfig:
     seed: int = 1337  # of the draws
     eval_length: int = 256  # tokens of a row that is scored; each starts from silence
     device: str = "auto"  # auto | cpu | cuda | mps
+    dtype: str = "float32"  # of the matrices fed by spikes: float32 | bfloat16
     threads: int = 0  # CPU threads; 0 leaves it to torch
 
     def __post_init__(self):
@@ -46,6 +47,8 @@ class SampleConfig:
             raise ValueError("max_new_tokens and threads must not be negative, eval_length >= 1")
         if self.threads > 1024:
             raise ValueError("threads must be at most 1024")
+        if self.dtype not in ("float32", "bfloat16"):
+            raise ValueError(f"dtype must be float32 or bfloat16, got {self.dtype!r}")
 
 
 class Speaker:
@@ -56,6 +59,8 @@ class Speaker:
         self.tokenizer = data.tokenizer_from_state(checkpoint["tokenizer"])
         self.device = find_device(c.device)
         self.model = build(checkpoint).to(self.device)
+        if c.dtype == "bfloat16":
+            self.model.halve_synapses()
         if self.tokenizer.vocab_size > self.model.config.vocab_size:
             raise ValueError(f"{c.ckpt} has a tokenizer larger than its model: take another")
         self.generator = torch.Generator(device=self.device).manual_seed(c.seed)

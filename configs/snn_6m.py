@@ -1,6 +1,7 @@
 # python train.py configs/snn_6m.py
 # 6.06M parameters, every matrix but the head fed by spikes; wide and shallow, as its search found:
 # each layer codes the stream anew, and every code costs. --spikes=False is the float twin.
+# Not trained at this size yet; the README has smaller ones beside a transformer.
 block = "snn"
 vocab_size = 4096
 n_embd = 512

@@ -250,6 +250,21 @@ def test_twin_of_snn_is_the_same_block_with_floats():
             assert error[error.abs() < 0.81].numel() > 0.97 * error.numel()  # theta is 0.8
 
 
+@pytest.mark.parametrize("head", ["float", "spikes"])
+def test_halved_synapses_say_nearly_the_same(head):
+    model = model_of(shrunk("snn_6m.py", head=head, n_embd=16, n_hidden=16))
+    tokens = torch.randint(50, (1, 20))
+    with torch.no_grad():
+        whole = model(tokens)[0]
+        model.halve_synapses()
+        halved = model(tokens)[0]
+    assert model.blocks[0].w_in.weight.dtype == torch.bfloat16 and halved.dtype == torch.float32
+    first = (halved - whole)[:, 0].abs()  # later a flipped spike may tell them apart
+    assert 0 < first.max() < 0.05 * whole.std()
+    kinds = {p.dtype for name, p in model.named_parameters() if not name.endswith("weight")}
+    assert kinds == {torch.float32}
+
+
 # ---- the bridge: gene programs set theta, beta and gain ------------------------------------------
 
 
