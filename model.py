@@ -58,12 +58,8 @@ class ModelConfig:
     head: str = "float"  # what the readout's matrix is fed: float | spikes, of one more population
     spikes: bool = True  # False: the float twin, the same block with graded signals
     # whale
-    modulation: str = (
-        "program"  # neurons set by gene programs | shuffled: a control | none: all equal
-    )
-    spike_input_gain: float = (
-        2.5  # scale of the input synapses of layers fed by spikes, at the start
-    )
+    modulation: str = "program"  # gene programs set neurons | shuffled: control | none: all equal
+    spike_input_gain: float = 2.5  # starting scale of the synapses into layers fed by spikes
     clamp: float = 30.0  # bound of the soft clamp on the membrane; 0 is off
     # traits: 0 or False is off
     engram: int = 0  # rows per hash table of the n-gram memory

@@ -11,6 +11,7 @@ Read train() last: it is the loop, and what stands before it are its words.
 """
 
 import datetime
+import itertools
 import json
 import math
 import os
@@ -78,9 +79,7 @@ class TrainConfig(ModelConfig):
     eval_tokens: int = 65536  # held-out tokens scored at most, always the same ones
     sample_tokens: int = 60  # length of the sample printed at an evaluation; 0 prints none
     out_dir: str = "out"  # checkpoints and log; a run that was there moves to out_dir/previous
-    cell: str = (
-        ""  # file of cell_bridge.py that sets block whale's neurons; empty: synthetic scores
-    )
+    cell: str = ""  # file of cell_bridge.py that sets block whale's neurons; empty: synthetic
     result: str = ""  # also write a summary of the finished run to this .json file
     init_from: str = "scratch"  # scratch | resume
     # machine
@@ -457,7 +456,9 @@ def restore(checkpoint, raw, optimizers, position, c, corpus, run):
         raise ValueError(f"the checkpoint is damaged ({error!r}): start from scratch") from None
     raw.load_state_dict(checkpoint["model"])
     for optimizer, saved in zip(optimizers, checkpoint["optimizers"]):
-        groups = optimizer.state_dict()["param_groups"]  # this run's rates, which may be new
+        number, groups = itertools.count(), []  # with this run's rates, which may be new
+        for group in optimizer.param_groups:
+            groups.append(group | {"params": [next(number) for _ in group["params"]]})
         optimizer.load_state_dict({"state": saved["state"], "param_groups": groups})
     return checkpoint["position"]
 
