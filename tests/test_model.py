@@ -328,10 +328,14 @@ def test_events_equal_the_dense_product(dtype, near, fired):
     synapse, s = Synapse(200, 31).to(dtype), torch.zeros(1, 1, 200)
     s[0, 0, torch.randperm(200)[:fired]] = torch.rand(fired) + 0.5  # levels of populations
     report, reports = Report(), Report()
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2)  # two bags of rows, where there are enough
     with torch.no_grad():
         events, dense = synapse(s, report), synapse(s.expand(2, 1, 200), reports)[:1]
+    torch.set_num_threads(threads)
     torch.testing.assert_close(events, dense, rtol=near, atol=near)
     assert report.synops[0] == pytest.approx(fired * 31) == reports.synops[0]
+    assert report.synapses == reports.synapses == [200 * 31]
     torch.testing.assert_close(
         events[0, 0], s[0, 0] @ synapse.weight.float() + synapse.bias.float(), rtol=near, atol=near
     )
