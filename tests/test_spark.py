@@ -33,6 +33,7 @@ def in_the_repository(monkeypatch):
 def settings(**more):
     c = config.load(TrainConfig, ["configs/neuronspark_6m.py"])
     small = dict(vocab_size=30, n_embd=12, n_hidden=12, n_layer=2, n_state=3, k_max=5, d_ff=10)
+    small["ponder_weight"] = 0.01  # the paper's
     return replace(c, **small | more)
 
 
