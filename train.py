@@ -726,6 +726,8 @@ def train(c, run):
         record["parameters"] = sum(p.numel() for p in raw.parameters())
         log = (out / "log.jsonl").read_text().splitlines()
         write_result(c.result, record | {"log": [json.loads(text) for text in log]})
+    if run.world > 1:
+        dist.barrier()  # a process that left while another still listens would make it abort
 
 
 def in_words(line, minutes_left):
