@@ -5,8 +5,8 @@
     python train.py configs/sam_6m.py --init_from=resume   go on where the last run stopped
     torchrun --nproc_per_node=8 --max-restarts=3 train.py configs/sam_6m.py
 
-out_dir holds log.jsonl, best.pt and the last two step_*.pt; killed at any moment, the run goes on
-from the newest of them that is whole, on a CPU bit for bit as if nothing had happened.
+out_dir holds log.jsonl, best.pt and the last two step_*.pt. A run that was killed goes on where the
+newest whole one of them stands, on a CPU bit for bit as if nothing had happened.
 Read train() last: it is the loop, and what stands before it are its words.
 """
 
