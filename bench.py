@@ -3,7 +3,7 @@
     python bench.py scan                          one layer of neurons: ours and the peers'
     python bench.py train configs/sam_6m.py       training: ours, snnTorch, a transformer
     python bench.py generate configs/sam_6m.py    generation: ours and a transformer
-    python bench.py generate configs/snn_1b.py --rates=results/tinystories_snn_6m.json
+    python bench.py generate configs/snn_1b.py --rates=results/tinystories_snn_sparse.json
     python bench.py params configs/sam_6m.py      parameters and operations per token
     python bench.py frames configs/neuronspark_6m.py --k_max=16   what skipped frames save
     python bench.py cell                          the virtual cell beside its baselines
@@ -30,7 +30,7 @@ import statistics
 import sys
 import tempfile
 import time
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -486,6 +486,8 @@ def trained_rates(c):
         raise ValueError("--rates=results/FILE.json must name the result of a trained snn model")
     result = json.loads(Path(c.rates).read_text())
     rate, layers = result["log"][-1]["rate"], result["config"]["n_layer"]
+    if len(rate) != 2 * layers + 1:
+        raise ValueError(f"{c.rates} is not of a block snn with head=spikes")
     mean = statistics.mean
     return mean(rate[: 2 * layers : 2]), mean(rate[1 : 2 * layers : 2]), rate[-1]
 
@@ -673,16 +675,11 @@ ABLATION = {
     "memory": {"memory": 64},
     "mtp": {"mtp": 1},
     "jepa": {"jepa": True},
-    "all": {
-        "engram": 512,
-        "engram_heads": 1,
-        "hrm": 2,
-        "spike_attn": 4,
-        "progsem": 18,
-        "kuramoto": 32,
-        "mtp": 1,
-    }
-    | {"jepa": True, "modulation": "program"},
+}
+ABLATION["all"] = {
+    key: value
+    for name in "bridge engram hrm spike_attn progsem kuramoto mtp jepa".split()
+    for key, value in ABLATION[name].items()
 }
 
 
@@ -691,17 +688,24 @@ def parameters_of(settings):
         return sum(p.numel() for p in SpikingLM(settings).parameters())
 
 
-def finished(settings):
-    """The log of a complete run, a dictionary per evaluation; [] if it is not complete."""
-    path = Path(settings.out_dir) / "log.jsonl"
-    log = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-    return log if log and log[-1]["step"] == settings.max_steps else []
+def log_of(settings):
+    """The log of a complete run of these settings, a dictionary per evaluation; else []."""
+    out = Path(settings.out_dir)
+    try:
+        old = load_checkpoint(out / f"step_{settings.max_steps:08d}.pt")["config"]
+    except ValueError:
+        return []
+    places = ("out_dir", "data_dir", "result", "threads", "init_from")  # these change no result
+    names = [f.name for f in fields(TrainConfig) if f.name not in places]
+    if any(old.get(name) != getattr(settings, name) for name in names):
+        return []
+    return [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
 
 
 def ablate(c, run):
-    """Train every variant of the config with every seed; all have the parameters of the bare one.
+    """Train every variant of the config with every seed, at most at the parameters of the bare one.
 
-    What an ingredient adds is taken from n_hidden, in steps of 8. A run that is complete in out_dir
+    What an ingredient adds is taken from n_hidden, in steps of 8. A run that out_dir holds complete
     is not repeated: a stopped ablation goes on, and several processes may share one.
     """
     bare, rows = replace(c, **BARE), {}
@@ -715,9 +719,9 @@ def ablate(c, run):
         while parameters_of(settings) > most:
             settings = replace(settings, n_hidden=settings.n_hidden - 8)
         print(f"\n{name}, seed {settings.seed}: n_hidden {settings.n_hidden}")
-        if not (log := finished(settings)):
+        if not (log := log_of(settings)):
             trainer.train(settings, run)
-            log = finished(settings)
+            log = log_of(settings)
         row = rows.setdefault(name, {"overrides": overrides, "n_hidden": settings.n_hidden})
         row["parameters"] = parameters_of(settings)
         row.setdefault("bpb", []).append(log[-1]["bpb"])
