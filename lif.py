@@ -132,12 +132,18 @@ def _steps(x, T):
 
 
 def _add_recurrent(out, s, w):
-    """out (B, N) += s (B, N) @ w (H, d, d), head by head, in place."""
+    """out (B, N) += s (B, N) @ w (H, d, d), head by head, in place; the product in w's dtype."""
     H, d, _ = w.shape
     if H == 1:
-        out.addmm_(s, w[0])
+        w = w[0]
     else:
-        out.unflatten(1, (H, d)).transpose(0, 1).baddbmm_(s.unflatten(1, (H, d)).transpose(0, 1), w)
+        out, s = (x.unflatten(1, (H, d)).transpose(0, 1) for x in (out, s))
+    if w.dtype != out.dtype:
+        out += s.to(w.dtype) @ w
+    elif H == 1:
+        out.addmm_(s, w)
+    else:
+        out.baddbmm_(s, w)
 
 
 def before(first, x):
@@ -281,8 +287,10 @@ class _Scan(torch.autograd.Function):
 
         if ctx.needs_input_grad[3]:
             H, d, _ = w_rec.shape
-            s_before = before(s0, spikes).reshape(B * T, H, d)
-            d_w = torch.einsum("xhi,xhj->hij", s_before, d_pre.reshape(B * T, H, d))
+            s_before, d_now = (
+                x.to(w_rec.dtype).reshape(B * T, H, d) for x in (before(s0, spikes), d_pre)
+            )
+            d_w = torch.einsum("xhi,xhj->hij", s_before, d_now)
         return d_pre, d_beta, d_theta, d_w, d_v0, d_s, None, None, None
 
 
@@ -304,7 +312,7 @@ def lif_torch(
 
     current (B, T, N); beta, theta (N,) or (B, T, N); w_rec (H, N/H, N/H) or None; state (v, s),
     each (B, N), or None for silence. Units: current, theta and the membrane share one arbitrary
-    unit, time is counted in steps.
+    unit, time is counted in steps. A w_rec in bfloat16 is multiplied in bfloat16.
     surrogate, slope: a name of SURROGATES and its k (None: the usual one).
     reset: 'soft' subtracts theta after a spike, 'none' lets the membrane run on.
     reset_grad: whether the gradient also flows through the s of the reset.
@@ -320,7 +328,7 @@ def lif_torch(
     dtype = torch.promote_types(current.dtype, torch.float32)  # the membrane is never half
     B, T, N = current.shape
     v, s = state if state is not None else (current.new_zeros(B, N), current.new_zeros(B, N))
-    w = None if w_rec is None else w_rec.to(dtype)
+    w = w_rec if w_rec is None or w_rec.dtype.itemsize == 2 else w_rec.to(dtype)
     scan = _Scan.apply if torch.is_grad_enabled() else _scan
     spikes, membrane, v = scan(
         *(x.to(dtype) for x in (current, beta, theta)), w, v.to(dtype), s.to(dtype),

@@ -139,7 +139,12 @@ def recurrent(n, heads):
 
 
 def heads(w):
-    return None if w is None else w.view(-1, w.shape[1], w.shape[1])
+    """w (N, d) as the scan's (N/d, d, d), in the dtype of autocast, as of any other matrix."""
+    if w is None:
+        return None
+    device = w.device.type
+    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else w.dtype
+    return w.view(-1, w.shape[1], w.shape[1]).to(dtype)
 
 
 class SamBlock(nn.Module):

@@ -387,6 +387,19 @@ def test_no_half_precision_and_no_gpu(monkeypatch):
         train.Run(TrainConfig(device="cuda"))
 
 
+@pytest.mark.parametrize(
+    "can, half", [({"avx512_bf16": True}, True), ({"amx_bf16": True}, True), ({"avx2": True}, False)]
+)
+def test_auto_takes_half_precision_where_the_cpu_has_it(can, half, monkeypatch):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: can, raising=False)
+    with train.Run(TrainConfig(device="cpu")).autocast:
+        assert torch.is_autocast_enabled("cpu") == half
+    with train.Run(TrainConfig(device="cpu", dtype="float32")).autocast:
+        assert not torch.is_autocast_enabled("cpu")
+    with train.Run(TrainConfig(device="cpu", dtype="bfloat16")).autocast:
+        assert torch.is_autocast_enabled("cpu")  # who asks for it gets it, slow or not
+
+
 @pytest.mark.parametrize("what", ["loss", "gradient"])
 def test_a_number_that_is_none_stops_and_says_where(again, what, monkeypatch):
     argv, out = again

@@ -1,7 +1,10 @@
 """The reference scan: by hand, by finite differences, whole against split, and its surrogates."""
 
+import re
+
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from lif import SURROGATES, lif_torch, population, softclamp
 
@@ -177,6 +180,42 @@ def test_causal():
     spikes, membrane, _ = lif_torch(current, beta, theta, w)
     (d,) = torch.autograd.grad((spikes + membrane)[:, 5].sum(), current)
     assert d[:, :6].abs().sum() > 0 and d[:, 6:].abs().sum() == 0
+
+
+@pytest.mark.parametrize("H", [1, 2])
+def test_a_half_matrix_is_multiplied_in_half(H):
+    """Products of few bits, hence exact in both; where they are not, only W's gradient rounds."""
+    torch.manual_seed(0)
+    B, T, N = 3, 12, 8
+    current, beta, theta = torch.randn(B, T, N) + 0.5, torch.full((N,), 0.7), torch.ones(N)
+    w = torch.randint(-4, 5, (H, N // H, N // H)) / 8
+    seen, results = [], []
+    for dtype in (torch.float32, torch.bfloat16):
+        leaves = [x.clone().requires_grad_() for x in (current, w.to(dtype))]
+        x, w_rec = leaves
+        with Products() as products:
+            s, membrane, _ = lif_torch(x, beta, theta, w_rec, surrogate="ste", reset_grad=False)
+            s.sum().backward()
+        seen.append(products.dtypes)
+        assert w_rec.grad.dtype == dtype and membrane.dtype == torch.float32
+        results.append([s, membrane, x.grad, w_rec.grad.float()])
+    assert seen == [{torch.float32}, {torch.bfloat16}]
+    for name, a, b in zip(("s", "membrane", "d_current", "d_w"), *results):
+        torch.testing.assert_close(a, b, rtol=2e-2, atol=2e-2, msg=name)
+    assert results[0][0].any() and torch.equal(results[0][0], results[1][0])
+
+
+class Products(TorchDispatchMode):
+    """Notes the dtypes in which matrices are multiplied."""
+
+    def __init__(self):
+        super().__init__()
+        self.dtypes = set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if re.search(r"\.(add|badd)?b?mm_?\.", str(func)):
+            self.dtypes.add(args[-1].dtype)
+        return func(*args, **kwargs or {})
 
 
 def test_half_input_keeps_a_float_membrane():

@@ -24,6 +24,7 @@ TINY = (
     "--tokenizer=byte --vocab_size=300 --n_embd=16 --n_hidden=32 --n_layer=2 --n_head=2 --d_ff=32"
     " --tokens_per_step=256 --micro_tokens=256 --max_steps=8 --eval_interval=4 --warmup_steps=2"
     " --sample_tokens=5 --eval_length=32 --eval_tokens=200 --threads=1 --device=cpu --seed=1"
+    " --dtype=float32"
 ).split()
 
 
