@@ -388,7 +388,8 @@ def test_no_half_precision_and_no_gpu(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "can, half", [({"avx512_bf16": True}, True), ({"amx_bf16": True}, True), ({"avx2": True}, False)]
+    "can, half",
+    [({"avx512_bf16": True}, True), ({"amx_bf16": True}, True), ({"avx2": True}, False)],
 )
 def test_auto_takes_half_precision_where_the_cpu_has_it(can, half, monkeypatch):
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: can, raising=False)
