@@ -84,6 +84,8 @@ class BenchConfig(TrainConfig):
         self.scan_shapes()
         if self.rounds < 1 or self.warmup < 0 or not 0 < self.length <= self.micro_tokens:
             raise ValueError("rounds >= 1, warmup >= 0 and 0 < length <= micro_tokens must hold")
+        if self.gpus < 0 or min(self.gpu_flops, self.gpu_link, self.seeds, self.trials) <= 0:
+            raise ValueError("gpus >= 0; gpu_flops, gpu_link, seeds and trials > 0 must hold")
 
 
 # ---- taking turns -----------------------------------------------------------------------------
@@ -726,7 +728,7 @@ def ablate(c, run):
         row["parameters"] = parameters_of(settings)
         row.setdefault("bpb", []).append(log[-1]["bpb"])
         row.setdefault("nats", []).append(log[-1]["heldout"])
-        row.setdefault("rate", []).append(statistics.mean(log[-1]["rate"]))
+        row.setdefault("rate", []).append(statistics.mean(log[-1]["rate"] or [0.0]))
         row.setdefault("tokens_per_s", []).append(
             statistics.median(line["tokens_per_s"] for line in log[1:])
         )
