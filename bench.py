@@ -837,7 +837,8 @@ def main(argv):
         result = environment(run.device, c.seed) | COMMANDS[argv[0]](c, run)
     if c.save:
         files = [a.split("/")[-1].removesuffix(".py") for a in argv[1:] if not a.startswith("--")]
-        name = "_".join([argv[0], *files, run.device.type])
+        chosen = [] if c.dtype == "auto" else [c.dtype]
+        name = "_".join([argv[0], *files, run.device.type, *chosen])
         settings = {k: v for k, v in asdict(c).items() if not k.endswith(("_dir", "dataset"))}
         write_result(f"results/{name}.json", result | {"config": settings})
 

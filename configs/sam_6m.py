@@ -19,7 +19,7 @@ rate_weight = 10.0
 lr = 2e-3
 tokens_per_step = 2048
 micro_tokens = 2048
-max_steps = 1000
+max_steps = 2000
 warmup_steps = 50
 
 # curriculum
