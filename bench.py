@@ -164,7 +164,9 @@ class PlainSpike(torch.autograd.Function):
 def _ours(scan, N, device):
     beta = torch.full((N,), BETA, device=device, requires_grad=True)
     theta = torch.full((N,), THETA, device=device)
-    return lambda x: scan(x, beta, theta, surrogate="atan", slope=SLOPE)[0], beta
+    return lambda x: scan(x, beta, theta, surrogate="atan", slope=SLOPE, return_membrane=False)[
+        0
+    ], beta
 
 
 def _plain(N, device):
