@@ -271,8 +271,9 @@ def _backward_kernel(
 
 
 def _tiling(w_rec):
-    """(width, ROWS, COLS, STEPS, warps): neurons per tile and, padded, its shape; steps per block;
-    threads by the 32."""
+    """(width, ROWS, COLS, STEPS, warps): neurons per tile; padded, its shape; steps per block;
+    threads by the 32.
+    """
     if w_rec is None:
         return NEURONS, 1, NEURONS, STEPS, 4
     d = w_rec.shape[-1]
@@ -288,13 +289,15 @@ def _launch(kernel, tensors, numbers, w_rec, **constants):
     grid = (triton.cdiv(B, rows) * triton.cdiv(N, width),)
     with torch.cuda.device_of(tensors[0]):  # Triton launches on the current device
         kernel[grid](
-            *tensors, *numbers[:3], width, *numbers[3:], **constants, ROWS=rows, COLS=cols, STEPS=steps,
+            *tensors, *numbers[:3], width, *numbers[3:],
+            **constants, ROWS=rows, COLS=cols, STEPS=steps,
             num_warps=warps, enable_fp_fusion=False,  # round where lif_torch rounds: same spikes
         )  # fmt: skip
 
 
-# To PyTorch the scan is two operators, so that torch.compile passes over it without looking inside.
-# A Tensor? is None where there is none; `membrane`: whether that is kept for backward, and not u.
+# To PyTorch the scan is two operators, each with a function that makes the empty results: what
+# torch.compile needs to know, so as not to look inside and give up. `membrane`: whether that is
+# kept for backward, and not u. What is `Tensor?` may be None.
 
 _OPTIONS = "bool membrane, str surrogate, float slope, bool reset, bool reset_grad, float clamp"
 
@@ -329,6 +332,7 @@ def _outputs(current, beta, theta, w_rec, v0, s0, membrane, *_):
 
 
 def _membrane_or_u(kept, membrane):
+    """What is kept in the two places that the kernels have for it."""
     return (kept, None) if membrane else (None, kept)
 
 
@@ -378,7 +382,7 @@ def _save(ctx, inputs, output):
 
 
 @once_differentiable
-def _differentiate(ctx, *cotangents):  # on spikes, membrane, v, s; None where there is none
+def _differentiate(ctx, *cotangents):  # on spikes, kept, v, s; None where there is none
     beta, theta, w_rec, v0, s0, kept, spikes = ctx.saved_tensors
     needs = ctx.needs_input_grad
     d_current, d_beta, d_theta, d_v0, d_s0 = _backward(

@@ -165,18 +165,13 @@ def test_without_the_membrane(heads, options, dtype):
 
 @needs_triton
 def test_what_is_kept_for_backward():
-    """Without membrane and recurrent synapses 2 bytes per element, in bfloat16; with it, it."""
+    """One tensor (B, T, N): the membrane if it is returned, else u with 2 bytes per element."""
     arguments, cotangents = neurons(7, seed=13, dtype=torch.bfloat16)
     for return_membrane, dtype in ((False, torch.bfloat16), (True, torch.float32)):
         kept = []
         with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x) or x, lambda x: x):
-            run(
-                kernels.lif_triton,
-                arguments,
-                [cotangents[0]],
-                DEVICE,
-                return_membrane=return_membrane,
-            )
+            options = dict(return_membrane=return_membrane)
+            run(kernels.lif_triton, arguments, cotangents[:1], DEVICE, **options)
         assert [x.dtype for x in kept if x.dim() == 3] == [dtype]
 
 
