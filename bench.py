@@ -166,7 +166,8 @@ class PlainSpike(torch.autograd.Function):
 def _ours(scan, N, device):
     beta = torch.full((N,), BETA, device=device, requires_grad=True)
     theta = torch.full((N,), THETA, device=device)
-    return lambda x: scan(x, beta, theta, surrogate="atan", slope=SLOPE)[0], beta
+    options = dict(surrogate="atan", slope=SLOPE, return_membrane=False)
+    return lambda x: scan(x, beta, theta, **options)[0], beta
 
 
 def _plain(N, device):

@@ -34,6 +34,7 @@ else:
     HAS_TRITON, INTERPRETED = True, triton.knobs.runtime.interpret
 
 NEURONS = 128  # neurons of a tile without recurrent synapses: one per thread of four warps
+STEPS = 16  # and steps whose loads it starts together
 CHANNELS = 256  # and of one that runs frames: loads ahead of time bring 4 bytes per thread, or more
 SEQUENCES = 16  # sequences of a tile with them: the fewest that tl.dot takes
 MAX_HEAD = 128  # neurons of a head: W stays on the chip for the whole scan, and must fit there
@@ -128,18 +129,37 @@ def _softclamp_slope(x, BOUND: tl.constexpr):
 #   d_pre = d_membrane + d_r + d_f
 #   d_v   = beta * d_pre                          of the step before
 #   d_I = d_pre,  d_beta = d_pre * v',  d_theta = -d_f - s * d_r,  d_W = s'^T d_pre
-# Only the membrane need be kept, and it is returned anyway: s and v are recomputed from it. (dW,
-# made afterwards, takes the spikes.)
+# Kept for this is u = pre - theta, in bfloat16 where the current is 16 bits wide, and nothing else:
+# its sign is s, and pre = u + theta. If the membrane is asked for, it serves instead. (dW, made
+# afterwards, takes the spikes.)
+#
+# A step needs the one before it, but its inputs do not: a thread that loaded and stepped in turn
+# would wait for memory T times. So time goes in blocks of STEPS: all loads of a block, then its
+# steps; and what is left of T goes one step at a time.
+
+
+@triton.jit
+def _loads(p, now, step, neurons, live, C: tl.constexpr, PER_STEP: tl.constexpr):
+    """The tiles of C steps as a tuple, `step` apart in (B, T, N); or a tile of (N,), C times."""
+    tiles = ()
+    if not PER_STEP:
+        tile = _load(p, neurons, live)
+    for i in tl.static_range(C):
+        if PER_STEP:
+            tile = _load(p, now, live)
+            now += step  # one after the other: C addresses at once would cost as many registers
+        tiles += (tile,)
+    return tiles
 
 
 @triton.jit
 def _forward_kernel(
     p_current, p_beta, p_theta, p_w, p_v0, p_s0,  # p_w None: no recurrent synapses
-    p_spikes, p_membrane, p_v, p_s,
+    p_spikes, p_membrane, p_u, p_v, p_s,  # p_membrane or p_u is None
     B, T, N, width,
     BETA_STEPS: tl.constexpr, THETA_STEPS: tl.constexpr,  # per step (B, T, N), or per neuron (N,)
     RESET: tl.constexpr, CLAMP: tl.constexpr,
-    ROWS: tl.constexpr, COLS: tl.constexpr,
+    ROWS: tl.constexpr, COLS: tl.constexpr, STEPS: tl.constexpr,
 ):  # fmt: skip
     rows, neurons, live = _tile(B, N, width, ROWS, COLS)
     state = rows * N + neurons  # where this tile lies in a (B, N) tensor
@@ -148,36 +168,43 @@ def _forward_kernel(
         w = _head(p_w, N, width, COLS, TRANSPOSED=False)
 
     now = rows * T * N + neurons  # and where in step t of a (B, T, N) one
-    for _ in range(T):
-        current = _load(p_current, now, live)
-        beta = _load(p_beta, now if BETA_STEPS else neurons, live)
-        theta = _load(p_theta, now if THETA_STEPS else neurons, live)
+    left = T
+    for C in tl.static_range(STEPS, 0, 1 - STEPS if STEPS > 1 else -1):  # STEPS, then 1
+        for _ in range(left // C):
+            current = _loads(p_current, now, N, neurons, live, C, True)
+            beta = _loads(p_beta, now, N, neurons, live, C, BETA_STEPS)
+            theta = _loads(p_theta, now, N, neurons, live, C, THETA_STEPS)
+            for i in tl.static_range(C):
+                pre = tl.fma(beta[i], v, current[i])  # charge; rounds once, as torch.addcmul does
+                if p_w is not None:
+                    pre += tl.dot(s.to(w.dtype), w, input_precision="ieee")
+                s = tl.where(pre >= theta[i], 1.0, 0.0)  # fire
+                v = pre - theta[i] * s if RESET else pre  # reset
+                if CLAMP > 0:
+                    v = _softclamp(v, CLAMP)
 
-        pre = tl.fma(beta, v, current)  # charge; rounds once, as torch.addcmul does
-        if p_w is not None:
-            pre += tl.dot(s.to(w.dtype), w, input_precision="ieee")
-        s = tl.where(pre >= theta, 1.0, 0.0)  # fire
-        v = pre - theta * s if RESET else pre  # reset
-        if CLAMP > 0:
-            v = _softclamp(v, CLAMP)
-
-        tl.store(p_spikes + now, s, mask=live)
-        tl.store(p_membrane + now, pre, mask=live)
-        now += N
+                tl.store(p_spikes + now, s, mask=live)
+                if p_u is None:
+                    tl.store(p_membrane + now, pre, mask=live)
+                else:  # a u < 0 that bfloat16 rounded to 0 would turn into a spike
+                    u = pre - theta[i]
+                    tl.store(p_u + now, tl.where(s > 0, u, tl.minimum(u, -1e-37)), mask=live)
+                now += N
+        left %= C
     tl.store(p_v + state, v, mask=live)
     tl.store(p_s + state, s, mask=live)
 
 
 @triton.jit
 def _backward_kernel(
-    p_membrane, p_beta, p_theta, p_w, p_v0,
+    p_beta, p_theta, p_w, p_v0, p_membrane, p_u,  # p_membrane or p_u is None
     p_d_spikes, p_d_membrane, p_d_v, p_d_s,  # each None if the loss does not depend on it
     p_d_current, p_d_beta, p_d_theta,  # the last two None if nobody asks
     p_d_v0, p_d_s0,
     B, T, N, width, slope,
     BETA_STEPS: tl.constexpr, THETA_STEPS: tl.constexpr,
     RESET: tl.constexpr, RESET_GRAD: tl.constexpr, CLAMP: tl.constexpr, SURROGATE: tl.constexpr,
-    ROWS: tl.constexpr, COLS: tl.constexpr,
+    ROWS: tl.constexpr, COLS: tl.constexpr, STEPS: tl.constexpr,
 ):  # fmt: skip
     rows, neurons, live = _tile(B, N, width, ROWS, COLS)
     state = rows * N + neurons
@@ -188,43 +215,51 @@ def _backward_kernel(
     if p_w is not None:
         w_back = _head(p_w, N, width, COLS, TRANSPOSED=True)
 
-    now = (rows * T + T - 1) * N + neurons
-    for i in range(T):
-        pre = _load(p_membrane, now, live)
-        beta = _load(p_beta, now if BETA_STEPS else neurons, live)
-        theta = _load(p_theta, now if THETA_STEPS else neurons, live)
-        if p_d_spikes is not None:
-            d_s += _load(p_d_spikes, now, live)
+    last = (rows * T + T - 1) * N + neurons
+    now, left = last, T
+    for C in tl.static_range(STEPS, 0, 1 - STEPS if STEPS > 1 else -1):
+        for _ in range(left // C):
+            beta = _loads(p_beta, now, -N, neurons, live, C, BETA_STEPS)
+            theta = _loads(p_theta, now, -N, neurons, live, C, THETA_STEPS)
+            kept = _loads(p_membrane if p_u is None else p_u, now, -N, neurons, live, C, True)
+            if p_d_spikes is not None:
+                d_spikes = _loads(p_d_spikes, now, -N, neurons, live, C, True)
+            if p_d_membrane is not None:
+                d_membrane = _loads(p_d_membrane, now, -N, neurons, live, C, True)
+            for i in tl.static_range(C):
+                if p_d_spikes is not None:
+                    d_s += d_spikes[i]
+                u = kept[i] - theta[i] if p_u is None else kept[i]
+                s = tl.where(u >= 0, 1.0, 0.0)
+                r = u + theta[i] * (1 - s) if RESET else u + theta[i]
+                if p_d_beta is not None:  # of the step after: this v is its v', its d_pre at hand
+                    d_beta_after = d_pre * (_softclamp(r, CLAMP) if CLAMP > 0 else r)
+                    if BETA_STEPS:
+                        tl.store(p_d_beta + (now + N), d_beta_after, mask=live & (now < last))
+                    else:
+                        d_beta += d_beta_after
 
-        s = tl.where(pre >= theta, 1.0, 0.0)
-        r = pre - theta * s if RESET else pre
-        if p_d_beta is not None:  # of the step after: this v is its v', and its d_pre is at hand
-            d_beta_after = d_pre * (_softclamp(r, CLAMP) if CLAMP > 0 else r)
-            if BETA_STEPS:
-                tl.store(p_d_beta + (now + N), d_beta_after, mask=live & (i > 0))
-            else:
-                d_beta += d_beta_after
+                d_r = d_v * _softclamp_slope(r, CLAMP) if CLAMP > 0 else d_v
+                d_f = _surrogate(u, slope, SURROGATE) * (
+                    d_s - theta[i] * d_r if RESET and RESET_GRAD else d_s
+                )
+                d_pre = d_r + d_f
+                if p_d_membrane is not None:
+                    d_pre += d_membrane[i]
+                d_v = beta[i] * d_pre
+                d_s = zero
+                if p_w is not None:
+                    d_s = tl.dot(d_pre.to(w_back.dtype), w_back, input_precision="ieee")
 
-        d_r = d_v * _softclamp_slope(r, CLAMP) if CLAMP > 0 else d_v
-        d_f = _surrogate(pre - theta, slope, SURROGATE) * (
-            d_s - theta * d_r if RESET and RESET_GRAD else d_s
-        )
-        d_pre = d_r + d_f
-        if p_d_membrane is not None:
-            d_pre += _load(p_d_membrane, now, live)
-        d_v = beta * d_pre
-        d_s = zero
-        if p_w is not None:
-            d_s = tl.dot(d_pre.to(w_back.dtype), w_back, input_precision="ieee")
-
-        tl.store(p_d_current + now, d_pre, mask=live)
-        if p_d_theta is not None:
-            d_theta_now = -d_f - s * d_r if RESET else -d_f
-            if THETA_STEPS:
-                tl.store(p_d_theta + now, d_theta_now, mask=live)
-            else:
-                d_theta += d_theta_now
-        now -= N
+                tl.store(p_d_current + now, d_pre, mask=live)
+                if p_d_theta is not None:
+                    d_theta_now = -d_f - s * d_r if RESET else -d_f
+                    if THETA_STEPS:
+                        tl.store(p_d_theta + now, d_theta_now, mask=live)
+                    else:
+                        d_theta += d_theta_now
+                now -= N
+        left %= C
 
     tl.store(p_d_v0 + state, d_v, mask=live)
     tl.store(p_d_s0 + state, d_s, mask=live)
@@ -236,78 +271,137 @@ def _backward_kernel(
 
 
 def _tiling(w_rec):
-    """(width, ROWS, COLS, warps): neurons per tile and, padded, its shape; threads by the 32."""
+    """(width, ROWS, COLS, STEPS, warps): neurons per tile; padded, its shape; steps per block;
+    threads by the 32.
+    """
     if w_rec is None:
-        return NEURONS, 1, NEURONS, 4
+        return NEURONS, 1, NEURONS, STEPS, 4
     d = w_rec.shape[-1]
     cols = max(16, triton.next_power_of_2(d))  # tl.dot takes no less
-    return d, SEQUENCES, cols, max(4, cols // 8)  # 4 neurons per thread; with 8 registers run out
+    # 4 neurons per thread, and no blocks of steps: with 8 or with blocks registers run out
+    return d, SEQUENCES, cols, 1, max(4, cols // 8)
 
 
 def _launch(kernel, tensors, numbers, w_rec, **constants):
     """Run a kernel over all tiles of (B, T, N) = numbers[:3]."""
     B, _, N = numbers[:3]
-    width, rows, cols, warps = _tiling(w_rec)
+    width, rows, cols, steps, warps = _tiling(w_rec)
     grid = (triton.cdiv(B, rows) * triton.cdiv(N, width),)
     with torch.cuda.device_of(tensors[0]):  # Triton launches on the current device
         kernel[grid](
-            *tensors, *numbers[:3], width, *numbers[3:], **constants, ROWS=rows, COLS=cols,
+            *tensors, *numbers[:3], width, *numbers[3:],
+            **constants, ROWS=rows, COLS=cols, STEPS=steps,
             num_warps=warps, enable_fp_fusion=False,  # round where lif_torch rounds: same spikes
         )  # fmt: skip
 
 
-class _Scan(torch.autograd.Function):
-    """(current, beta, theta, w_rec, v0, s0) -> spikes, membrane (B,T,N), v, s (B,N)."""
+# To PyTorch the scan is two operators, each with a function that makes the empty results: what
+# torch.compile needs to know, so as not to look inside and give up. `membrane`: whether that is
+# kept for backward, and not u. What is `Tensor?` may be None.
 
-    @staticmethod
-    def forward(ctx, current, beta, theta, w_rec, v0, s0, surrogate, slope, options):
-        reset, reset_grad, clamp = options
-        inputs = current, beta, theta, w_rec, v0, s0
-        inputs = tuple(None if x is None else x.contiguous() for x in inputs)
-        spikes = torch.empty_like(inputs[0])
-        membrane = torch.empty_like(spikes, dtype=torch.float32)
-        v, s = (torch.empty_like(inputs[4], dtype=torch.float32) for _ in range(2))
-        switches = dict(
-            BETA_STEPS=beta.dim() == 3, THETA_STEPS=theta.dim() == 3, RESET=reset, CLAMP=clamp
-        )
-        outputs = spikes, membrane, v, s
-        _launch(_forward_kernel, inputs + outputs, current.shape, w_rec, **switches)
-        ctx.save_for_backward(*inputs[1:], membrane, None if w_rec is None else spikes)
-        ctx.slope, ctx.dtype = slope, current.dtype
-        ctx.switches = dict(switches, RESET_GRAD=reset_grad, SURROGATE=surrogate)
-        ctx.set_materialize_grads(False)
-        return outputs
+_OPTIONS = "bool membrane, str surrogate, float slope, bool reset, bool reset_grad, float clamp"
 
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, *cotangents):  # on spikes, membrane, v, s; None where there is none
-        beta, theta, w_rec, v0, s0, membrane, spikes = ctx.saved_tensors
-        B, T, N = membrane.shape
-        need_beta, need_theta, need_w = ctx.needs_input_grad[1:4]
-        cotangents = (None if x is None else x.contiguous() for x in cotangents)
 
-        def empty(x):  # a per-neuron gradient leaves the kernel as (B, N): no atomics, so that the
-            return membrane.new_empty((B, T, N) if x.dim() == 3 else (B, N))  # sum is reproducible
+@torch.library.custom_op(
+    "lif::forward",
+    mutates_args=(),
+    schema="(Tensor current, Tensor beta, Tensor theta, Tensor? w_rec, Tensor v0, Tensor s0,"
+    f" {_OPTIONS}) -> (Tensor, Tensor, Tensor, Tensor)",
+)
+def _forward(current, beta, theta, w_rec, v0, s0, *options):
+    """-> spikes, kept: the membrane or u (B,T,N); v, s (B,N)."""
+    membrane, _, _, reset, _, clamp = options
+    inputs = (x if x is None else x.contiguous() for x in (current, beta, theta, w_rec, v0, s0))
+    spikes, kept, v, s = outputs = _outputs(current, beta, theta, w_rec, v0, s0, *options)
+    _launch(
+        _forward_kernel, (*inputs, spikes, *_membrane_or_u(kept, membrane), v, s),
+        current.shape, w_rec, RESET=reset, CLAMP=clamp,
+        BETA_STEPS=beta.dim() == 3, THETA_STEPS=theta.dim() == 3,
+    )  # fmt: skip
+    return outputs
 
-        d_current = torch.empty_like(membrane, dtype=ctx.dtype)
-        d_beta = empty(beta) if need_beta else None
-        d_theta = empty(theta) if need_theta else None
-        d_v0, d_s0 = empty(v0), empty(s0)
-        gradients = d_current, d_beta, d_theta, d_v0, d_s0
-        _launch(
-            _backward_kernel, (membrane, beta, theta, w_rec, v0, *cotangents, *gradients),
-            (B, T, N, ctx.slope), w_rec, **ctx.switches,
-        )  # fmt: skip
-        if need_beta and beta.dim() == 1:
-            d_beta = d_beta.sum(0)
-        if need_theta and theta.dim() == 1:
-            d_theta = d_theta.sum(0)
-        d_w = None
-        if need_w:  # of all steps in one product per head, in the dtype of current
-            H, d, _ = w_rec.shape
-            s_before = before(s0.to(ctx.dtype), spikes).view(B * T, H, d)
-            d_w = torch.einsum("xhi,xhj->hij", s_before, d_current.view(B * T, H, d))
-        return d_current, d_beta, d_theta, d_w, d_v0, d_s0, None, None, None
+
+@_forward.register_fake
+def _outputs(current, beta, theta, w_rec, v0, s0, membrane, *_):
+    """What _forward returns, not yet filled."""
+    exact = membrane or current.dtype == torch.float32
+    spikes = current.new_empty(current.shape)
+    kept = spikes.new_empty(spikes.shape, dtype=torch.float32 if exact else torch.bfloat16)
+    v, s = (v0.new_empty(v0.shape, dtype=torch.float32) for _ in range(2))
+    return spikes, kept, v, s
+
+
+def _membrane_or_u(kept, membrane):
+    """What is kept in the two places that the kernels have for it."""
+    return (kept, None) if membrane else (None, kept)
+
+
+@torch.library.custom_op(
+    "lif::backward",
+    mutates_args=(),
+    schema="(Tensor kept, Tensor beta, Tensor theta, Tensor? w_rec, Tensor v0,"
+    " Tensor? d_spikes, Tensor? d_membrane, Tensor? d_v, Tensor? d_s,"
+    " ScalarType dtype, bool need_beta, bool need_theta,"
+    f" {_OPTIONS}) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+)
+def _backward(kept, beta, theta, w_rec, v0, *arguments):
+    """-> d_current (B,T,N) in `dtype`; d_beta, d_theta, (B,T,N) or (B,N); d_v0, d_s0 (B,N)."""
+    cotangents = (x if x is None else x.contiguous() for x in arguments[:4])
+    membrane, surrogate, slope, reset, reset_grad, clamp = arguments[-6:]
+    gradients = _gradients(kept, beta, theta, w_rec, v0, *arguments)
+    inputs = (x if x is None else x.contiguous() for x in (beta, theta, w_rec, v0))
+    _launch(
+        _backward_kernel,
+        (*inputs, *_membrane_or_u(kept, membrane), *cotangents,
+         *(x if x.numel() else None for x in gradients)),
+        (*kept.shape, slope), w_rec, SURROGATE=surrogate,
+        RESET=reset, RESET_GRAD=reset_grad, CLAMP=clamp,
+        BETA_STEPS=beta.dim() == 3, THETA_STEPS=theta.dim() == 3,
+    )  # fmt: skip
+    return gradients
+
+
+@_backward.register_fake
+def _gradients(kept, beta, theta, w_rec, v0, d1, d2, d3, d4, dtype, need_beta, need_theta, *_):
+    """What _backward returns, not yet filled; an empty tensor for a gradient nobody asks for."""
+
+    def empty(x, needed=True):  # a per-neuron gradient leaves the kernel as (B, N): no atomics, so
+        shape = kept.shape if x.dim() == 3 else v0.shape  # that the sum is reproducible
+        return kept.new_empty(shape if needed else 0, dtype=torch.float32)
+
+    d_current = kept.new_empty(kept.shape, dtype=dtype)
+    return d_current, empty(beta, need_beta), empty(theta, need_theta), empty(v0), empty(v0)
+
+
+def _save(ctx, inputs, output):
+    current, beta, theta, w_rec, v0, s0, *options = inputs
+    spikes, kept, _, _ = output
+    ctx.save_for_backward(beta, theta, w_rec, v0, s0, kept, None if w_rec is None else spikes)
+    ctx.dtype, ctx.options = current.dtype, options
+    ctx.set_materialize_grads(False)
+
+
+@once_differentiable
+def _differentiate(ctx, *cotangents):  # on spikes, kept, v, s; None where there is none
+    beta, theta, w_rec, v0, s0, kept, spikes = ctx.saved_tensors
+    needs = ctx.needs_input_grad
+    d_current, d_beta, d_theta, d_v0, d_s0 = _backward(
+        kept, beta, theta, w_rec, v0, *cotangents, ctx.dtype, needs[1], needs[2], *ctx.options
+    )
+    if beta.dim() == 1:
+        d_beta = d_beta.sum(0)
+    if theta.dim() == 1:
+        d_theta = d_theta.sum(0)
+    d_w = None
+    if needs[3]:  # of all steps in one product per head, in the dtype of current
+        H, d, _ = w_rec.shape
+        s_before = before(s0.to(ctx.dtype), spikes).view(-1, H, d)
+        d_w = torch.einsum("xhi,xhj->hij", s_before, d_current.view(-1, H, d))
+    d_beta, d_theta = d_beta if needs[1] else None, d_theta if needs[2] else None
+    return d_current, d_beta, d_theta, d_w, d_v0, d_s0, *[None] * len(ctx.options)
+
+
+_forward.register_autograd(_differentiate, setup_context=_save)
 
 
 def lif_triton(
@@ -322,6 +416,7 @@ def lif_triton(
     reset="soft",
     reset_grad=True,
     clamp=0.0,
+    return_membrane=True,
 ):
     """lif.lif_torch on the GPU: the same arguments, shapes, results and errors, but no `soft`.
 
@@ -337,11 +432,11 @@ def lif_triton(
         raise obstacle
     B, T, N = current.shape
     v, s = state if state is not None else (current.new_zeros(B, N), current.new_zeros(B, N))
-    spikes, membrane, *state = _Scan.apply(
-        current, beta, theta, w_rec, v, s,
-        surrogate, float(chosen.slope if slope is None else slope), options,
+    spikes, kept, *state = _forward(
+        current, beta, theta, w_rec, v, s, return_membrane,
+        surrogate, float(chosen.slope if slope is None else slope), *options,
     )  # fmt: skip
-    return spikes, membrane, tuple(state)
+    return spikes, kept if return_membrane else None, tuple(state)
 
 
 # ---- neurons over the frames of tokens --------------------------------------------------------
@@ -595,6 +690,7 @@ def _choose(in_triton, in_torch, backend, x, w_rec=None):
     return in_torch, f"lif: torch ({device})" + (f", as {obstacle}" if obstacle else "")
 
 
+@torch.compiler.assume_constant_result  # while a graph is compiled it speaks all the same
 def _say(line):
     if line not in _said and os.environ.get("RANK", "0") == "0":
         print(line, file=sys.stderr)  # stdout is for what a program says

@@ -181,6 +181,7 @@ class SamBlock(nn.Module):
             current, torch.sigmoid(self.beta_logit), self.theta,
             heads(self.w_rec), state,
             surrogate=c.surrogate, slope=c.slope, reset_grad=c.reset_grad, backend=c.backend,
+            return_membrane=False,
         )  # fmt: skip
         rate = report.fired(s)
         if c.rec_heads:

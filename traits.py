@@ -128,7 +128,10 @@ class SpikeAttn(nn.Module):
         h, B, T = rms(x), *x.shape[:2]
         current = self.query_key(h, report).view(B * T, 1, -1)  # all tokens in one step of lif
         one = torch.ones_like(current[0, 0])
-        s, _, _ = lif(current, 0 * one, one, surrogate="triangle", backend=self.backend)
+        s, _, _ = lif(
+            current, 0 * one, one,
+            surrogate="triangle", backend=self.backend, return_membrane=False,
+        )  # fmt: skip
         report.log["attention_rate"] = s.detach().float().mean()
         q, k, v = (
             y.float().reshape(B, T, self.heads, self.width).transpose(1, 2)
@@ -279,6 +282,7 @@ class Memory(nn.Module):
         s, _, state = lif(
             gate * self.write(h, report), beta * (1 - gate), torch.full_like(beta, 0.05),
             state=state, surrogate="triangle", reset="none", backend=self.backend,
+            return_membrane=False,
         )  # fmt: skip
         report.log["memory_rate"] = s.detach().mean()
         return x + self.read(s.to(x.dtype), report), state
