@@ -61,6 +61,7 @@ class BenchConfig(TrainConfig):
     length: int = 64  # train, frames: tokens of a sequence
     against: str = "configs/gpt_6m.py"  # train, generate: the transformer to compare with
     tokens: int = 2000  # generate: tokens from the first to the last measurement
+    long: int = 0  # generate: first write one text of so many tokens, on Linux; 0 writes none
     threads: int = 2  # CPU threads of PyTorch
     rates: str = ""  # generate, block snn: the result of a trained one whose firing rates to take
     gpus: int = 0  # params: plan a run of train.py on so many GPUs; 0 plans none
@@ -86,6 +87,8 @@ class BenchConfig(TrainConfig):
         self.scan_shapes()
         if self.rounds < 1 or self.warmup < 0 or not 0 < self.length <= self.micro_tokens:
             raise ValueError("rounds >= 1, warmup >= 0 and 0 < length <= micro_tokens must hold")
+        if self.long and self.long < EARLY:
+            raise ValueError(f"long must be 0 or at least {EARLY}, got {self.long}")
 
 
 # ---- taking turns -----------------------------------------------------------------------------
@@ -428,14 +431,10 @@ def generate(c, run):
     A block snn runs four times: events in float32 and with bfloat16 rows, dense, and beside a
     transformer of its own size; its neurons fire at the rates of the result that `rates` names.
     """
+    long = one_long_text(c, run) if c.long else None  # first, with the memory to itself
     streams, rows, piece = {}, {}, min(20, c.tokens)
     for name, (settings, half, events) in generators_of(c).items():
-        torch.manual_seed(c.seed)
-        model = SpikingLM(settings).to(run.device).eval()
-        if settings.block == "snn":
-            set_rates(model, trained_rates(c))
-        if half:
-            model.halve_synapses()
+        model = generator_of(settings, half, c, run)
         rows[name] = {"parameters": sum(p.numel() for p in model.parameters())}
         stream = model.generate(torch.zeros(1, 1, dtype=torch.long, device=run.device))
         streams[name] = partial(draw, stream, piece, events)
@@ -453,7 +452,56 @@ def generate(c, run):
         row["ratio"] = row["late_ms_per_token"] / rows[OURS]["late_ms_per_token"]
         times = f"{row['early_ms_per_token']:10.2f} {row['late_ms_per_token']:10.2f}"
         print(f"  {name:28s} {times} {row['ratio']:8.2f} {row['parameters']:14,d} parameters")
-    return {"what": "ms per token, batch 1, random weights", "late": late, "contestants": rows}
+    what = "ms per token, batch 1, random weights"
+    return {"what": what, "late": late, "contestants": rows} | ({"long": long} if long else {})
+
+
+EARLY = 1000  # tokens after which a text counts as begun
+
+
+def one_long_text(c, run):
+    """Speed and memory after c.long tokens beside those after the first 1,000.
+
+    The speeds are taken at the end, in turns with a second text of the same model that is 1,000
+    tokens old: between the beginning and the end of the long one the machine may have changed.
+    """
+    model = generator_of(c, False, c, run)
+    start, piece = torch.zeros(1, 1, dtype=torch.long, device=run.device), 100
+    texts = {EARLY: model.generate(start), c.long: model.generate(start)}
+    rows = {}
+    for tokens, more in ((EARLY, EARLY), (c.long, c.long - EARLY)):
+        for _ in range(more // piece):
+            draw(texts[c.long], piece, True)
+        rows[str(tokens)] = resident()
+    for _ in range(EARLY // piece):
+        draw(texts[EARLY], piece, True)
+    turns = {n: partial(draw, text, piece, True) for n, text in texts.items()}
+    times = take_turns(turns, c.rounds, c.warmup, run.device)
+    print("\none long text: tokens   tokens/s    MB now   MB at most")
+    for n in texts:
+        row = rows[str(n)]
+        row["tokens_per_s"] = piece / statistics.median(times[n])
+        now, most = row["resident_mb"], row["peak_mb"]
+        print(f"  {n:21,d} {row['tokens_per_s']:10.1f} {now:9.1f} {most:12.1f}")
+    return rows | {"ratio": rows[str(c.long)]["tokens_per_s"] / rows[str(EARLY)]["tokens_per_s"]}
+
+
+def resident():
+    """Megabytes of memory that this process takes now, and has taken at most; Linux only."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    kb = {key: text.split()[0] for key, text in (x.split(":", 1) for x in lines) if text.strip()}
+    return {"resident_mb": int(kb["VmRSS"]) / 1e3, "peak_mb": int(kb["VmHWM"]) / 1e3}
+
+
+def generator_of(settings, half, c, run):
+    """A model of random weights; block snn fires at the rates of the result that `rates` names."""
+    torch.manual_seed(c.seed)
+    model = SpikingLM(settings).to(run.device).eval()
+    if settings.block == "snn":
+        set_rates(model, trained_rates(c))
+    if half:
+        model.halve_synapses()
+    return model
 
 
 def generators_of(c):
@@ -854,7 +902,7 @@ def recall(c, run):
         for what in ("accuracy", "nats", "share"):
             row[f"mean_{what}"] = {d: statistics.mean(x) for d, x in row[what].items()}
         print(f"{name:12s}" + "".join(f"{100 * x:6.0f}%" for x in row["mean_accuracy"].values()),
-              f"{100 * row['mean_share']['512']:15.0f}% {row['parameters']:12d}")  # fmt: skip
+              f"{100 * row['mean_share'][str(ASKED[0])]:15.0f}% {row['parameters']:12d}")  # fmt: skip
     what = "names recalled after so many tokens, by tiny models; a list has a value per seed"
     return {"what": what, "chance": 1 / NAMES, "taught": TAUGHT, "variants": rows}
 

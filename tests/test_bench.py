@@ -1,4 +1,4 @@
-"""What bench.py measures is what it says: the recall task."""
+"""What bench.py measures is what it says: the recall task, one long text."""
 
 from types import SimpleNamespace
 
@@ -50,10 +50,45 @@ def test_ask_scores_the_last_name_told(distance):
     assert filler["accuracy"] == 0 and filler["nats"] > 3
 
 
-def test_recall_compares_models_of_equal_size():
-    argv = [*bench.RECALL, "--max_steps=2", "--seeds=1", "--threads=1", "--device=cpu"]
+def test_recall_compares_models_of_equal_size(monkeypatch):
+    monkeypatch.setattr(bench, "ASKED", (1, 8))
+    argv = [
+        *bench.RECALL,
+        "--max_steps=2",
+        "--seeds=1",
+        "--tokens_per_step=64",
+        "--threads=1",
+        "--device=cpu",
+    ]
     c = config.load(bench.BenchConfig, [*argv, "--phases=words:8 phrases:16", "--variants=snn"])
     rows = bench.recall(c, RUN)["variants"]
     assert set(rows) == {"snn", "snn+memory"}
     assert rows["snn+memory"]["parameters"] <= rows["snn"]["parameters"] < 200_000
-    assert rows["snn"]["mean_share"]["512"] == 0 < rows["snn+memory"]["mean_share"]["512"]
+    assert rows["snn"]["mean_share"]["8"] == 0 < rows["snn+memory"]["mean_share"]["8"]
+
+
+def test_one_long_text_is_as_long_as_it_says(monkeypatch):
+    monkeypatch.setattr(bench, "EARLY", 200)
+    argv = "configs/snn_6m.py --n_hidden=16 --n_embd=16 --d_ff=16 --long=300 --rounds=1".split()
+    rates = "--rates=results/tinystories_snn_sparse.json"
+    c = config.load(bench.BenchConfig, [*argv, rates, "--vocab_size=50", "--warmup=0"])
+    drawn, seen, draw, resident = {}, [], bench.draw, bench.resident
+
+    def count(stream, n, events):
+        drawn[id(stream)] = drawn.get(id(stream), 0) + n
+        draw(stream, n, events)
+
+    def look():
+        seen.append(max(drawn.values()))
+        return resident()
+
+    monkeypatch.setattr(bench, "draw", count)
+    monkeypatch.setattr(bench, "resident", look)
+    result = bench.one_long_text(c, RUN)
+    assert seen == [200, 300]  # where memory is looked at
+    turns = 2 * 100
+    assert sorted(drawn.values()) == [200 + turns, 300 + turns]
+    for row in (result["200"], result["300"]):
+        assert 50 < row["resident_mb"] <= row["peak_mb"] and row["tokens_per_s"] > 1
+    with pytest.raises(SystemExit):
+        config.load(bench.BenchConfig, ["--long=199"])
