@@ -9,6 +9,7 @@
     python bench.py cell                          the virtual cell beside its baselines
     python bench.py tokens --dataset=my.txt       bytes per token: length-max beside BPE
     python bench.py ablate configs/spikewhale_6m.py --dataset=my.txt   what each ingredient is worth
+    python bench.py recall                        a name, hundreds of tokens later: who was it?
     python bench.py resume                        training killed at random moments and resumed
 
 All contestants of a comparison run in one process, taking turns round by round, so that a slow
@@ -36,6 +37,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Callable, NamedTuple
 
+import numpy as np
 import torch
 import torch.nn as nn
 
@@ -59,13 +61,14 @@ class BenchConfig(TrainConfig):
     length: int = 64  # train, frames: tokens of a sequence
     against: str = "configs/gpt_6m.py"  # train, generate: the transformer to compare with
     tokens: int = 2000  # generate: tokens from the first to the last measurement
+    long: int = 0  # generate: first write one text of so many tokens, on Linux; 0 writes none
     threads: int = 2  # CPU threads of PyTorch
     rates: str = ""  # generate, block snn: the result of a trained one whose firing rates to take
     gpus: int = 0  # params: plan a run of train.py on so many GPUs; 0 plans none
     gpu_flops: float = 4e14  # params: what a GPU reaches per second in bfloat16 matrix products
     gpu_link: float = 1e11  # params: bytes per second at which a GPU exchanges gradients
-    variants: str = ""  # ablate: only those whose names contain one of these words
-    seeds: int = 2  # ablate: runs per variant
+    variants: str = ""  # ablate, recall: only those whose names contain one of these words
+    seeds: int = 2  # ablate, recall: runs per variant
     trials: int = 50  # resume: runs that are killed
     save: bool = True  # write the result to results/
 
@@ -86,6 +89,8 @@ class BenchConfig(TrainConfig):
             raise ValueError("rounds >= 1, warmup >= 0 and 0 < length <= micro_tokens must hold")
         if self.gpus < 0 or min(self.gpu_flops, self.gpu_link, self.seeds, self.trials) <= 0:
             raise ValueError("gpus >= 0; gpu_flops, gpu_link, seeds and trials > 0 must hold")
+        if self.long and self.long < EARLY:
+            raise ValueError(f"long must be 0 or at least {EARLY}, got {self.long}")
 
 
 # ---- taking turns -----------------------------------------------------------------------------
@@ -429,14 +434,10 @@ def generate(c, run):
     A block snn runs four times: events in float32 and with bfloat16 rows, dense, and beside a
     transformer of its own size; its neurons fire at the rates of the result that `rates` names.
     """
+    long = one_long_text(c, run) if c.long else None  # first, with the memory to itself
     streams, rows, piece = {}, {}, min(20, c.tokens)
     for name, (settings, half, events) in generators_of(c).items():
-        torch.manual_seed(c.seed)
-        model = SpikingLM(settings).to(run.device).eval()
-        if settings.block == "snn":
-            set_rates(model, trained_rates(c))
-        if half:
-            model.halve_synapses()
+        model = generator_of(settings, half, c, run)
         rows[name] = {"parameters": sum(p.numel() for p in model.parameters())}
         stream = model.generate(torch.zeros(1, 1, dtype=torch.long, device=run.device))
         streams[name] = partial(draw, stream, piece, events)
@@ -454,7 +455,56 @@ def generate(c, run):
         row["ratio"] = row["late_ms_per_token"] / rows[OURS]["late_ms_per_token"]
         times = f"{row['early_ms_per_token']:10.2f} {row['late_ms_per_token']:10.2f}"
         print(f"  {name:28s} {times} {row['ratio']:8.2f} {row['parameters']:14,d} parameters")
-    return {"what": "ms per token, batch 1, random weights", "late": late, "contestants": rows}
+    what = "ms per token, batch 1, random weights"
+    return {"what": what, "late": late, "contestants": rows} | ({"long": long} if long else {})
+
+
+EARLY = 1000  # tokens after which a text counts as begun
+
+
+def one_long_text(c, run):
+    """Speed and memory after c.long tokens beside those after the first 1,000.
+
+    The speeds are taken at the end, in turns with a second text of the same model that is 1,000
+    tokens old: between the beginning and the end of the long one the machine may have changed.
+    """
+    model = generator_of(c, False, c, run)
+    start, piece = torch.zeros(1, 1, dtype=torch.long, device=run.device), 100
+    texts = {EARLY: model.generate(start), c.long: model.generate(start)}
+    rows = {}
+    for tokens, more in ((EARLY, EARLY), (c.long, c.long - EARLY)):
+        for _ in range(more // piece):
+            draw(texts[c.long], piece, True)
+        rows[str(tokens)] = resident()
+    for _ in range(EARLY // piece):
+        draw(texts[EARLY], piece, True)
+    turns = {n: partial(draw, text, piece, True) for n, text in texts.items()}
+    times = take_turns(turns, c.rounds, c.warmup, run.device)
+    print("\none long text: tokens   tokens/s    MB now   MB at most")
+    for n in texts:
+        row = rows[str(n)]
+        row["tokens_per_s"] = piece / statistics.median(times[n])
+        now, most = row["resident_mb"], row["peak_mb"]
+        print(f"  {n:21,d} {row['tokens_per_s']:10.1f} {now:9.1f} {most:12.1f}")
+    return rows | {"ratio": rows[str(c.long)]["tokens_per_s"] / rows[str(EARLY)]["tokens_per_s"]}
+
+
+def resident():
+    """Megabytes of memory that this process takes now, and has taken at most; Linux only."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    kb = {key: text.split()[0] for key, text in (x.split(":", 1) for x in lines) if text.strip()}
+    return {"resident_mb": int(kb["VmRSS"]) / 1e3, "peak_mb": int(kb["VmHWM"]) / 1e3}
+
+
+def generator_of(settings, half, c, run):
+    """A model of random weights; block snn fires at the rates of the result that `rates` names."""
+    torch.manual_seed(c.seed)
+    model = SpikingLM(settings).to(run.device).eval()
+    if settings.block == "snn":
+        set_rates(model, trained_rates(c))
+    if half:
+        model.halve_synapses()
+    return model
 
 
 def generators_of(c):
@@ -691,6 +741,14 @@ def parameters_of(settings):
         return sum(p.numel() for p in SpikingLM(settings).parameters())
 
 
+def narrowed(settings, most):
+    """The settings with the n_hidden, in steps of 8, that leaves at most so many parameters."""
+    settings = replace(settings, n_hidden=settings.n_hidden + 64)
+    while parameters_of(settings) > most:
+        settings = replace(settings, n_hidden=settings.n_hidden - 8)
+    return settings
+
+
 def log_of(settings):
     """The log of a complete run of these settings, a dictionary per evaluation; else []."""
     out = Path(settings.out_dir)
@@ -718,9 +776,7 @@ def ablate(c, run):
             continue
         out = Path(c.out_dir) / "ablate" / f"{name} {c.seed + i}"
         settings = replace(bare, **overrides, seed=c.seed + i, out_dir=str(out))
-        settings = replace(settings, result="", n_hidden=settings.n_hidden + 64)
-        while parameters_of(settings) > most:
-            settings = replace(settings, n_hidden=settings.n_hidden - 8)
+        settings = narrowed(replace(settings, result=""), most)
         print(f"\n{name}, seed {settings.seed}: n_hidden {settings.n_hidden}")
         if not (log := log_of(settings)):
             trainer.train(settings, run)
@@ -743,6 +799,115 @@ def ablate(c, run):
             f" {speed:10.0f} {row['parameters']:12d}"
         )
     return {"what": "held-out bits per byte, equal tokens and parameters", "variants": rows}
+
+
+# ---- recall: a name, hundreds of tokens later ---------------------------------------------------
+#
+# A document is  I_AM name filler ... filler WHO name,  name and filler drawn evenly, and no name in
+# the filler. A row is one document after the other, so that each name has to make way for the next.
+# Only the answers are learned and scored: what is random can not be.
+
+NAMES, I_AM, WHO, WORDS = 16, 16, 17, 64  # tokens: 0 to 15 are names, 18 to 63 filler
+TAUGHT = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)  # tokens of filler in training ...
+ASKED = (32, 128, 512, 600, 2000)  # ... and in the test
+RECALL = (  # short documents first: what they teach makes the long ones learnable
+    "--vocab_size=64 --n_embd=64 --n_hidden=96 --n_layer=2 --d_ff=256 --n_head=4 --window=10000"
+    " --encoder=float --beta_low=0.02 --beta_high=0.95 --theta=0.8 --rate_target=0.19 --memory=64"
+    " --rate_weight=30 --rate_penalty=mean --tokens_per_step=5120 --micro_tokens=5120"
+    " --max_steps=600 --optimizer=muon --lr=4e-3 --dtype=float32"
+).split() + ["--phases=phrases:80 stories:640"]
+REMEMBERS = {
+    "snn": {"block": "snn", "memory": 0},
+    "snn+memory": {"block": "snn"},
+    "sam": {"block": "sam", "memory": 0},
+    "sam+memory": {"block": "sam"},
+    "transformer": {"block": "gpt", "memory": 0},
+}
+
+
+def documents(rng, rows, length):
+    """Tokens (rows, length): documents of distances drawn from those taught that still fit."""
+    text = rng.integers(WHO + 1, WORDS, (rows, length))
+    for row in text:
+        at = 0
+        while fits := [d for d in TAUGHT if at + d + 4 <= length]:
+            end, name = at + rng.choice(fits) + 4, rng.integers(NAMES)
+            row[at : at + 2], row[end - 2 : end] = (I_AM, name), (WHO, name)
+            at = end
+    return torch.from_numpy(text)
+
+
+def teach(c, run):
+    """A model trained on the documents; of the steps each phase, by its length, has equal parts."""
+    torch.manual_seed(c.seed)
+    model, rng = SpikingLM(c).to(run.device), np.random.default_rng(c.seed)
+    optimizers, phases = make_optimizers(c, model, run.device), c.curriculum()
+    for step in range(c.max_steps):
+        for group in (group for optimizer in optimizers for group in optimizer.param_groups):
+            group["lr"] = group["peak"] * trainer.schedule(c, step)
+        _, length = phases[step * len(phases) // c.max_steps]
+        text = documents(rng, c.tokens_per_step // length, length + 1)
+        x, y = text[:, :-1], text[:, 1:].masked_fill(text[:, :-1] != WHO, -100)  # -100: no target
+        nats, _, rates = train_step(model, model, optimizers, x, y, c, run)
+        model.observe(nats, rates)
+        if step % c.eval_interval == 0:
+            print(f"step {step}: {nats:.3f} nats per name", flush=True)
+    return model.eval()
+
+
+@torch.no_grad()
+def ask(model, distance, seed, run, rows=256):
+    """Tell a name, soon over, then another one, and ask after so many tokens of filler who it is.
+
+    Returns how often the likeliest token is the second name, the nats that it costs, and the
+    memory's share of the updates of the stream.
+    """
+    rng = np.random.default_rng((seed, distance))
+    text = rng.integers(WHO + 1, WORDS, (rows, 20 + 2 + distance + 1))
+    first = rng.integers(NAMES, size=rows)
+    name = (first + rng.integers(1, NAMES, rows)) % NAMES
+    text[:, 0], text[:, 1], text[:, 18], text[:, 19] = I_AM, first, WHO, first
+    text[:, 20], text[:, 21], text[:, -1] = I_AM, name, WHO
+    text, name = (torch.from_numpy(x).to(run.device) for x in (text, name))
+    logits = []
+    for part in text.split(32):
+        with run.autocast:
+            out, _, report = model(part)
+        logits.append(out[:, -1].float())
+    logits = torch.cat(logits)
+    return {
+        "accuracy": (logits.argmax(-1) == name).double().mean().item(),
+        "nats": nn.functional.cross_entropy(logits, name).item(),
+        "share": float(report.log.get("share memory", 0.0)),
+    }
+
+
+def recall(c, run):
+    """What tiny models of equal size, taught by the same documents, still know of a name.
+
+    None has more parameters than block snn without memory.
+    """
+    most, rows = parameters_of(replace(c, **REMEMBERS["snn"])), {}
+    for i, (name, overrides) in itertools.product(range(c.seeds), REMEMBERS.items()):
+        if c.variants and not any(word in name for word in c.variants.split()):
+            continue
+        settings = narrowed(replace(c, **overrides, seed=c.seed + i), most)
+        print(f"\n{name}, seed {settings.seed}: n_hidden {settings.n_hidden}")
+        model = teach(settings, run)
+        row = rows.setdefault(name, {"overrides": overrides, "n_hidden": settings.n_hidden})
+        row["parameters"] = parameters_of(settings)
+        for distance in ASKED:
+            for what, value in ask(model, distance, settings.seed, run).items():
+                row.setdefault(what, {}).setdefault(str(distance), []).append(value)
+    print(f"\nnames recalled after so many tokens; by chance {100 / NAMES:.0f}%")
+    print(f"{'':12s}" + "".join(f"{d:7d}" for d in ASKED) + "   memory's share   parameters")
+    for name, row in rows.items():
+        for what in ("accuracy", "nats", "share"):
+            row[f"mean_{what}"] = {d: statistics.mean(x) for d, x in row[what].items()}
+        print(f"{name:12s}" + "".join(f"{100 * x:6.0f}%" for x in row["mean_accuracy"].values()),
+              f"{100 * row['mean_share'][str(ASKED[0])]:15.0f}% {row['parameters']:12d}")  # fmt: skip
+    what = "names recalled after so many tokens, by tiny models; a list has a value per seed"
+    return {"what": what, "chance": 1 / NAMES, "taught": TAUGHT, "variants": rows}
 
 
 # ---- resume: is anything lost? ----------------------------------------------------------------
@@ -827,13 +992,15 @@ def resume(c, run):
 
 COMMANDS = {"scan": scan, "train": train, "generate": generate, "frames": frames}
 COMMANDS |= {"params": params, "ablate": ablate, "tokens": tokens, "cell": cell, "resume": resume}
+COMMANDS |= {"recall": recall}
+PRESET = {"recall": RECALL}  # settings that a command begins with; what is given is stronger
 
 
 def main(argv):
     if not argv or argv[0] not in COMMANDS:
         config.stop(f"python bench.py {'|'.join(COMMANDS)} [CONFIG.py] [--key=value ...]")
     with config.one_line(data.DataError):
-        c = config.load(BenchConfig, argv[1:])
+        c = config.load(BenchConfig, [*PRESET.get(argv[0], ()), *argv[1:]])
         run = Run(c)
         result = environment(run.device, c.seed) | COMMANDS[argv[0]](c, run)
     if c.save:

@@ -1,0 +1,94 @@
+"""What bench.py measures is what it says: the recall task, one long text."""
+
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+
+import bench
+import config
+from bench import I_AM, NAMES, TAUGHT, WHO, WORDS
+
+RUN = bench.Run(config.load(bench.BenchConfig, ["--device=cpu", "--dtype=float32"]))
+
+
+def test_documents_ask_for_the_name_they_began_with():
+    text, seen = bench.documents(np.random.default_rng(0), rows=20, length=641), set()
+    for row in text.tolist():
+        told, answers = [], []
+        for i, token in enumerate(row[:-1]):
+            told += [(i, row[i + 1])] * (token == I_AM)
+            answers += [(i, row[i + 1])] * (token == WHO)
+        assert [name for _, name in told] == [name for _, name in answers]
+        distances = [asked - at - 2 for (at, _), (asked, _) in zip(told, answers)]
+        assert set(distances) <= set(TAUGHT)
+        # each name stands twice in its document, at both ends: none in the filler
+        assert sum(token < NAMES for token in row) == 2 * len(told)
+        seen |= set(distances)
+    assert seen == set(TAUGHT) and text.max() < WORDS
+
+
+class Oracle(torch.nn.Module):
+    """Answers with the name that stands at this place of the text."""
+
+    def __init__(self, place):
+        super().__init__()
+        self.place = place
+
+    def forward(self, tokens):
+        logits = 9 * torch.nn.functional.one_hot(tokens[:, self.place], WORDS).float()
+        return logits[:, None], None, SimpleNamespace(log={"share memory": 0.5})
+
+
+@pytest.mark.parametrize("distance", [1, 40])
+def test_ask_scores_the_last_name_told(distance):
+    best = bench.ask(Oracle(21), distance, 0, RUN)
+    assert best["accuracy"] == 1 and best["nats"] < 0.01 and best["share"] == 0.5
+    assert bench.ask(Oracle(1), distance, 0, RUN)["accuracy"] == 0  # the name before is wrong
+    filler = bench.ask(Oracle(22), distance, 0, RUN)
+    assert filler["accuracy"] == 0 and filler["nats"] > 3
+
+
+def test_recall_compares_models_of_equal_size(monkeypatch):
+    monkeypatch.setattr(bench, "ASKED", (1, 8))
+    argv = [
+        *bench.RECALL,
+        "--max_steps=2",
+        "--seeds=1",
+        "--tokens_per_step=64",
+        "--threads=1",
+        "--device=cpu",
+    ]
+    c = config.load(bench.BenchConfig, [*argv, "--phases=words:8 phrases:16", "--variants=snn"])
+    rows = bench.recall(c, RUN)["variants"]
+    assert set(rows) == {"snn", "snn+memory"}
+    assert rows["snn+memory"]["parameters"] <= rows["snn"]["parameters"] < 200_000
+    assert rows["snn"]["mean_share"]["8"] == 0 < rows["snn+memory"]["mean_share"]["8"]
+
+
+def test_one_long_text_is_as_long_as_it_says(monkeypatch):
+    monkeypatch.setattr(bench, "EARLY", 200)
+    argv = "configs/snn_6m.py --n_hidden=16 --n_embd=16 --d_ff=16 --long=300 --rounds=1".split()
+    rates = "--rates=results/tinystories_snn_sparse.json"
+    c = config.load(bench.BenchConfig, [*argv, rates, "--vocab_size=50", "--warmup=0"])
+    drawn, seen, draw, resident = {}, [], bench.draw, bench.resident
+
+    def count(stream, n, events):
+        drawn[id(stream)] = drawn.get(id(stream), 0) + n
+        draw(stream, n, events)
+
+    def look():
+        seen.append(max(drawn.values()))
+        return resident()
+
+    monkeypatch.setattr(bench, "draw", count)
+    monkeypatch.setattr(bench, "resident", look)
+    result = bench.one_long_text(c, RUN)
+    assert seen == [200, 300]  # where memory is looked at
+    turns = 2 * 100
+    assert sorted(drawn.values()) == [200 + turns, 300 + turns]
+    for row in (result["200"], result["300"]):
+        assert 50 < row["resident_mb"] <= row["peak_mb"] and row["tokens_per_s"] > 1
+    with pytest.raises(SystemExit):
+        config.load(bench.BenchConfig, ["--long=199"])
