@@ -19,6 +19,7 @@ import sys
 from types import SimpleNamespace
 
 import torch
+from torch import library
 from torch.autograd.function import once_differentiable
 
 from lif import before, check, check_plif, lif_torch, plif_torch, surrogate_named
@@ -302,7 +303,7 @@ def _launch(kernel, tensors, numbers, w_rec, **constants):
 _OPTIONS = "bool membrane, str surrogate, float slope, bool reset, bool reset_grad, float clamp"
 
 
-@torch.library.custom_op(
+@library.custom_op(
     "lif::forward",
     mutates_args=(),
     schema="(Tensor current, Tensor beta, Tensor theta, Tensor? w_rec, Tensor v0, Tensor s0,"
@@ -336,7 +337,7 @@ def _membrane_or_u(kept, membrane):
     return (kept, None) if membrane else (None, kept)
 
 
-@torch.library.custom_op(
+@library.custom_op(
     "lif::backward",
     mutates_args=(),
     schema="(Tensor kept, Tensor beta, Tensor theta, Tensor? w_rec, Tensor v0,"

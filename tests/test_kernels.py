@@ -17,6 +17,7 @@ os.environ.setdefault("TRITON_INTERPRET", "1")  # for this file run alone; read 
 
 import pytest
 import torch
+from torch import library
 
 import kernels
 from lif import SURROGATES, lif_torch
@@ -318,13 +319,13 @@ def test_operators(heads, membrane):
     """What PyTorch asks of an operator: a true schema, shapes without data, gradients."""
     leaves = [x if x is None else x.to(DEVICE).requires_grad_() for x in neurons(5, heads)[0]]
     options = membrane, "atan", 2.0, True, True, 0.0
-    torch.library.opcheck(kernels._forward, (*leaves, *options))
+    library.opcheck(kernels._forward, (*leaves, *options))
     _, beta, theta, w, v0, _ = (x if x is None else x.detach() for x in leaves)
     spikes, kept, v, s = (x.detach() for x in kernels._forward(*leaves, *options))
     d_membrane = kept if membrane else None
     needs = torch.bfloat16, True, membrane
     arguments = kept, beta, theta, w, v0, spikes, d_membrane, v, None, *needs, *options
-    torch.library.opcheck(kernels._backward, arguments)
+    library.opcheck(kernels._backward, arguments)
 
 
 # ---- errors and the choice of a backend -------------------------------------------------------
