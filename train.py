@@ -53,6 +53,7 @@ class TrainConfig(ModelConfig):
     tokenizer: str = "bpe"  # bpe | lengthmax | byte | char | gpt2
     phases: str = "words:8 phrases:16 sentences:32 stories:64 conversations:64"  # name:length ...
     rehearse: float = 0.0  # share of a batch drawn from the phase before
+    carry: int = 1  # steps for which a row goes on in its document, with its memory; 1 draws anew
     # optimiser
     max_steps: int = 1000  # optimiser steps in all
     tokens_per_step: int = 2048  # tokens in one optimiser step, whatever the phase and world size
@@ -103,7 +104,7 @@ class TrainConfig(ModelConfig):
                 raise ValueError(
                     f"{name} must be one of {', '.join(allowed)}, got {getattr(self, name)!r}"
                 )
-        at_least_1 = "eval_interval eval_length eval_tokens phase_patience micro_tokens"
+        at_least_1 = "eval_interval eval_length eval_tokens phase_patience micro_tokens carry"
         for name in at_least_1.split():
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
@@ -114,6 +115,8 @@ class TrainConfig(ModelConfig):
             raise ValueError("threads must be at most 1024 and tokens_per_step 2**30")
         if not 0 <= self.rehearse < 1:
             raise ValueError(f"rehearse must be at least 0 and less than 1, got {self.rehearse}")
+        if self.carry > 1 and (not self.memory or self.dataset.startswith("stream:")):
+            raise ValueError("carry needs a memory, --memory=64, and a dataset that is no stream")
         if self.tokens_per_step < self.longest():
             raise ValueError(f"tokens_per_step must hold a sequence of {self.longest()} tokens")
 
@@ -292,31 +295,39 @@ def make_optimizers(c, model, device):
     return optimizers + ([build(torch.optim.Muon, muon)] if muon else [])
 
 
-def train_step(model, raw, optimizers, x, y, c, run):
+def train_step(model, raw, optimizers, x, y, c, run, memory=None):
     """One optimiser step on this process's tokens x and targets y (rows, length).
 
     They go through in pieces of micro_tokens; gradients add up, and processes average them at the
-    last piece. Returns, of all processes, the nats per token, the norm of the gradient and the
-    rates of all neurons.
+    last piece. memory: what traits.Memory kept of the rows in the step before; None is silence.
+    Returns, of all processes, the nats per token, the norm of the gradient and the rates of all
+    neurons; and the memory of this process's rows, None if the model has none.
     """
     rows = max(1, c.micro_tokens // x.shape[1])
     nats_mean, rates = torch.zeros((), device=run.device), torch.zeros_like(raw.rate)
+    kept, place = [], list(raw.parts).index("memory") if c.memory else None
     for start in range(0, len(x), rows):
         x_now, y_now = (z[start : start + rows].to(run.device) for z in (x, y))
         share = len(x_now) / len(x)
         last = start + rows >= len(x)
         with nullcontext() if last or run.world == 1 else model.no_sync():
             with run.autocast:
-                logits, _, report = model(x_now)
+                state = None
+                if memory is not None:
+                    state = [None] * (len(raw.parts) + 1)
+                    state[place] = tuple(z[start : start + rows] for z in memory)
+                logits, state, report = model(x_now, state)
                 nats, others = raw.loss(logits, y_now, report)
             ((nats + sum(others.values())) * share).backward()
         nats_mean += nats.detach() * share
         rates += torch.cat(report.rate or [rates]).detach() * share
+        kept += [[z.detach() for z in state[place]]] if c.memory else []
     norm = torch.nn.utils.clip_grad_norm_(raw.parameters(), c.grad_clip or math.inf)
     for optimizer in optimizers:
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-    return run.mean(nats_mean).item(), norm.item(), run.mean(rates)
+    memory = tuple(map(torch.cat, zip(*kept))) or None
+    return run.mean(nats_mean).item(), norm.item(), run.mean(rates), memory
 
 
 def evaluate(raw, corpus, phase, length, c, run):
@@ -364,19 +375,29 @@ def open_stream(corpus, position, c, run):
 
 
 def next_batch(corpus, stream, curriculum, position, c, run):
-    """This process's rows x, y of the next step: the phase's text, and some of the one before."""
+    """This process's rows x, y of the next step: the phase's text, and some of the one before.
+
+    With `carry` a row is drawn so many times as long, and cut into the pieces of as many steps.
+    """
     phase, length = curriculum[position["phase"]]
     rows = c.tokens_per_step // length // run.world * run.world
+    draw, piece = divmod(position["phase_step"], c.carry)
     if stream and phase not in data.CUTS:  # words, phrases and sentences come from its sample
         return stream.batch(rows // run.world, length)
     before = curriculum[position["phase"] - 1][0] if position["phase"] else None
     old = int(rows * c.rehearse) // run.world * run.world if before else 0
     parts = [(phase, rows - old, c.seed)] + [(before, old, c.seed + 1)] * (old > 0)
     batches = [
-        data.batch(corpus.train[name], position["phase_step"], n, length, seed, run.rank, run.world)
+        data.batch(corpus.train[name], draw, n, length * c.carry, seed, run.rank, run.world)
         for name, n, seed in parts
     ]
-    return (torch.cat(side) for side in zip(*batches))
+    return (torch.cat(side).split(length, 1)[piece] for side in zip(*batches))
+
+
+def forget(memory, y, end):
+    """The memory of rows with targets y, in silence again where a document has ended."""
+    goes_on = (y != end).all(1, keepdim=True).to(memory[0].device)
+    return tuple(z * goes_on for z in memory)
 
 
 def check_finite(name, value, position, phase, corpus, out):
@@ -420,7 +441,7 @@ def whole_file(path):
         temporary.unlink(missing_ok=True)
 
 
-def save(out, is_best, raw, optimizers, c, corpus, position, record, run):
+def save(out, is_best, raw, optimizers, c, corpus, position, memory, record, run):
     """Write step_*.pt, if it is the best best.pt too, and remove all step_*.pt but the one before.
 
     Every process has to call it. best.pt is first: a run killed in between does the step again.
@@ -437,6 +458,7 @@ def save(out, is_best, raw, optimizers, c, corpus, position, record, run):
         "tokenizer": corpus.tokenizer.state(),
         "data": corpus.sha256,
         "position": position,
+        "memory": run.of_all(memory and [z.cpu() for z in memory]),
         "environment": record,  # commit and versions among others
     }
     if run.main:
@@ -463,7 +485,9 @@ def newest(out, c, run):
 
 
 def restore(checkpoint, raw, optimizers, position, c, corpus, run):
-    """Put a checkpoint back and return its position; `position` is that of a beginning.
+    """Put a checkpoint back; return its position, and the memory of this process's rows.
+
+    `position` is that of a beginning. Memory is None, silence, where it does not fit the rows.
 
     ValueError, before anything is touched, if it is another run's or not as `save` writes it.
     """
@@ -476,6 +500,14 @@ def restore(checkpoint, raw, optimizers, position, c, corpus, run):
         if len(checkpoint["random"]) == run.world:
             for generator, state in zip(run.generators, checkpoint["random"][run.rank]):
                 generator.set_rng_state(state)
+        place = checkpoint["position"]
+        _, length = place["curriculum"][place["phase"]]
+        shape = c.tokens_per_step // length // run.world, c.memory
+        memories = checkpoint.get("memory", [])  # before `carry` there were none
+        memory = memories[run.rank] if len(memories) == run.world else None
+        if memory is not None:
+            fits = all(z.shape == shape and z.isfinite().all() for z in memory)
+            memory = tuple(z.to(run.device) for z in memory) if fits else None
     except (AttributeError, IndexError, KeyError, RuntimeError, TypeError) as error:
         raise ValueError(f"the checkpoint is damaged ({error!r}): start from scratch") from None
     raw.load_state_dict(checkpoint["model"])
@@ -484,7 +516,7 @@ def restore(checkpoint, raw, optimizers, position, c, corpus, run):
         for group in optimizer.param_groups:
             groups.append(group | {"params": [next(number) for _ in group["params"]]})
         optimizer.load_state_dict({"state": saved["state"], "param_groups": groups})
-    return checkpoint["position"]
+    return place, memory
 
 
 def check_run(checkpoint, c, corpus, position):
@@ -630,7 +662,7 @@ def open_corpus(c, run):
             f"the {corpus.tokenizer.kind} tokenizer has {needed} tokens, the model room for "
             f"{c.vocab_size}; set --vocab_size={needed}"
         )
-    enough = [p for p in corpus.valid if len(corpus.train.get(p, ())) > c.longest()]
+    enough = [p for p in corpus.valid if len(corpus.train.get(p, ())) > c.longest() * c.carry]
     left_out = [phase for phase, _ in c.curriculum() if phase not in enough]
     if len(left_out) == len(c.curriculum()):
         raise ValueError(f"{corpus.name} has too little text for each of --phases={c.phases!r}")
@@ -667,9 +699,9 @@ def train(c, run):
     optimizers = make_optimizers(c, raw, run.device)
     position = {"step": 0, "phase": 0, "phase_step": 0, "tokens": 0, "history": [], "losses": []}
     position |= {"evaluated": -1, "best": math.inf, "curriculum": curriculum, "minutes": 0.0}
-    position["stream"] = []  # of each process
+    position["stream"], memory = [], None  # of each process; of this one's rows
     if checkpoint:
-        position = restore(checkpoint, raw, optimizers, position, c, corpus, run)
+        position, memory = restore(checkpoint, raw, optimizers, position, c, corpus, run)
     if run.main:
         rewind_log(out, position["step"]) if checkpoint else set_aside(out)
     stream = open_stream(corpus, position, c, run)
@@ -717,10 +749,10 @@ def train(c, run):
             if run.main:
                 with open(out / "log.jsonl", "a") as log:
                     log.write(json.dumps(line) + "\n")
-            save(out, is_best, raw, optimizers, c, corpus, position, record, run)
+            save(out, is_best, raw, optimizers, c, corpus, position, memory, record, run)
             mark, tokens = time.time(), 0
         elif stopped:
-            save(out, False, raw, optimizers, c, corpus, position, record, run)
+            save(out, False, raw, optimizers, c, corpus, position, memory, record, run)
             bar.close()
             run.say(f"stopped at step {step}, saved; go on with --init_from=resume")
             raise SystemExit(130)
@@ -730,7 +762,11 @@ def train(c, run):
         for group in (group for optimizer in optimizers for group in optimizer.param_groups):
             group["lr"] = group["peak"] * schedule(c, step)
         x, y = next_batch(corpus, stream, curriculum, position, c, run)
-        nats, norm, rates = train_step(model, raw, optimizers, x, y, c, run)
+        if position["phase_step"] % c.carry == 0:
+            memory = None  # each row is a text of its own
+        nats, norm, rates, memory = train_step(model, raw, optimizers, x, y, c, run, memory)
+        if memory:
+            memory = forget(memory, y, corpus.tokenizer.end)
         for name, value in (("loss", nats), ("gradient", norm)):
             check_finite(name, value, position, phase, corpus, out)
         raw.observe(nats, rates)

@@ -8,8 +8,11 @@ import shutil
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 
@@ -17,7 +20,7 @@ import config
 import data
 import sample
 from model import SpikingLM
-from train import TrainConfig, make_optimizers
+from train import Run, TrainConfig, forget, make_optimizers, next_batch, train_step
 
 ROOT = Path(__file__).parent.parent
 TINY = (
@@ -394,3 +397,84 @@ def test_picture_without_programs_or_matplotlib(one, monkeypatch, capsys):
         with pytest.raises(SystemExit) as stopped:
             sample.main([f"--ckpt={one[0] / 'best.pt'}", "--picture=x.png"])
         assert stopped.value.code == 2 and said in capsys.readouterr().err
+
+
+# ---- memory that goes on from step to step ----
+
+CARRY = (STORIES, "--memory=8", "--lr=0.02", "--eval_interval=2", "--carry=4")
+
+
+@pytest.fixture(scope="module")
+def carried(text, tmp_path_factory):
+    out = tmp_path_factory.mktemp("carried")
+    return out, run(text, out, *CARRY)
+
+
+def test_rows_go_on_where_they_were_cut():
+    corpus = SimpleNamespace(train={"stories": np.arange(5000, dtype=np.uint16)})
+    c = config.load(TrainConfig, ["--carry=3", "--memory=4", "--tokens_per_step=64", STORIES])
+    alone, position, starts = SimpleNamespace(rank=0, world=1), {"phase": 0}, []
+    for step in range(6):
+        x, y = next_batch(corpus, None, c.curriculum(), position | {"phase_step": step}, c, alone)
+        assert x.shape == (4, 16) and torch.equal(y, x + 1)
+        if step % 3:
+            assert torch.equal(x, before + 16)
+        else:
+            starts += x[:, 0].tolist()
+        before = x
+    assert len(set(starts)) == 8  # windows do not overlap
+
+
+def test_carried_memory_is_that_of_the_whole_text():
+    c = config.load(TrainConfig, [*TINY, "--memory=8", "--carry=2", "--block=snn", "--lr=0"])
+    torch.manual_seed(0)
+    model, alone = SpikingLM(c), Run(c)
+    model.parts["memory"].read.weight.data.normal_()  # they start as 0 and say nothing
+    x = torch.randint(200, (4, 65))
+    optimizers = make_optimizers(c, model, alone.device)
+
+    def step(part, memory, c=c):
+        return train_step(model, model, optimizers, part[:, :-1], part[:, 1:], c, alone, memory)
+
+    nats, _, _, memory = step(x[:, :33], None)
+    after = step(x[:, 32:], memory)
+    state = [None] * 4
+    state[list(model.parts).index("memory")] = memory
+    logits, whole, _ = model(x[:, 32:-1], state)
+    assert after[0] == pytest.approx(
+        torch.nn.functional.cross_entropy(logits.flatten(0, 1), x[:, 33:].flatten()).item()
+    )
+    assert not memory[0].requires_grad and memory[0].abs().min() > 0
+    for z, w in zip(after[3], whole[state.index(memory)]):
+        torch.testing.assert_close(z, w)
+    pieces = step(x[:, 32:], memory, replace(c, micro_tokens=32))  # a row at a time
+    torch.testing.assert_close(pieces[3][0], after[3][0])
+    assert pieces[0] == pytest.approx(after[0], abs=1e-6)
+    assert abs(after[0] - step(x[:, 32:], None)[0]) > 1e-3
+
+
+def test_memory_ends_with_its_document():
+    memory = torch.ones(3, 5), torch.ones(3, 5)
+    y = torch.tensor([[1, 2, 3], [1, 9, 3], [1, 2, 9]])
+    for z in forget(memory, y, end=9):
+        assert z.sum(1).tolist() == [5, 0, 0]
+
+
+def test_carry_survives_processes_and_resuming(text, carried, tmp_path):
+    assert losses(carried[1]) != losses(run(text, tmp_path / "anew", *CARRY[:-1]))
+    two = run(text, tmp_path / "two", *CARRY, start=TORCHRUN)
+    for a, b in zip(losses(carried[1]), losses(two)):
+        assert all(x == y or x == pytest.approx(y, abs=1e-4) for x, y in zip(a, b))
+    copy = shutil.copytree(carried[0], tmp_path / "killed")  # amid rows that go on
+    (copy / "step_00000008.pt").unlink()
+    (copy / "best.pt").unlink()
+    memory = torch.load(copy / "step_00000006.pt", weights_only=True)["memory"]
+    assert [z.shape for z in memory[0]] == [(16, 8), (16, 8)]
+    assert losses(run(text, copy, *CARRY, "--init_from=resume")) == losses(carried[1])
+
+
+@pytest.mark.parametrize("more", ["--memory=0", "--memory=8 --dataset=stream:a/b/c", "--carry=0"])
+def test_carry_needs_something_to_carry(more, capsys):
+    with pytest.raises(SystemExit):
+        config.load(TrainConfig, ["--carry=2", *more.split()])
+    assert "carry" in capsys.readouterr().err
