@@ -713,7 +713,7 @@ def cell(c, run):
 
 BARE = dict(modulation="none", engram=0, hrm=0, spike_attn=0, progsem=0, kuramoto=0, moe=0)
 BARE |= dict(memory=0, mtp=0, jepa=False)
-ABLATION = {
+ABLATION = {  # block whale, and any other but for what is whale's alone
     "bare": {},
     "bridge": {"modulation": "program"},
     "two-sided penalty": {"rate_penalty": "both"},
@@ -734,6 +734,22 @@ ABLATION["all"] = {
     for name in "bridge engram hrm spike_attn progsem kuramoto mtp jepa".split()
     for key, value in ABLATION[name].items()
 }
+SNN_ABLATION = {  # the ingredients of block snn, then traits
+    "bare": {},
+    "float twin": {"spikes": False},
+    "one threshold": {"levels": 1},
+    "two thresholds": {"levels": 2},
+    "five thresholds": {"levels": 5},
+    "no leak": {"beta_low": 0.001, "beta_high": 0.002},
+    "one leak for all": {"beta_low": 0.5, "beta_high": 0.5},
+    "narrow surrogate": {"slope": 3.0},
+    "no budget": {"rate_weight": 0.0},
+    "budget per layer": {"rate_penalty": "above"},
+    "two layers": {"n_layer": 2},
+    "spiking head": {"head": "spikes"},
+    "AdamW": {"optimizer": "adamw"},
+    **{name: ABLATION[name] for name in "engram hrm spike_attn moe memory mtp jepa".split()},
+}
 
 
 def parameters_of(settings):
@@ -741,11 +757,11 @@ def parameters_of(settings):
         return sum(p.numel() for p in SpikingLM(settings).parameters())
 
 
-def narrowed(settings, most):
-    """The settings with the n_hidden, in steps of 8, that leaves at most so many parameters."""
-    settings = replace(settings, n_hidden=settings.n_hidden + 64)
-    while parameters_of(settings) > most:
-        settings = replace(settings, n_hidden=settings.n_hidden - 8)
+def narrowed(settings, most, name="n_hidden"):
+    """The settings with the width, in steps of 8, that leaves at most so many parameters."""
+    width = getattr(settings, name) + 64
+    while parameters_of(settings := replace(settings, **{name: width})) > most:
+        width -= 8
     return settings
 
 
@@ -766,26 +782,29 @@ def log_of(settings):
 def ablate(c, run):
     """Train every variant of the config with every seed, at most at the parameters of the bare one.
 
-    What an ingredient adds is taken from n_hidden, in steps of 8. A run that out_dir holds complete
+    What an ingredient adds is taken from the width, in steps of 8. A run that out_dir holds complete
     is not repeated: a stopped ablation goes on, and several processes may share one.
     """
     bare, rows = replace(c, **BARE), {}
-    most = parameters_of(bare)
-    for i, (name, overrides) in itertools.product(range(c.seeds), ABLATION.items()):
+    most, variants, width = parameters_of(bare), ABLATION, "n_hidden"
+    if c.block == "snn":  # the width of its stream is that of embedding and head
+        variants, width = SNN_ABLATION, "d_ff"
+    for i, (name, overrides) in itertools.product(range(c.seeds), variants.items()):
         if c.variants and not any(word in name for word in c.variants.split()):
             continue
         out = Path(c.out_dir) / "ablate" / f"{name} {c.seed + i}"
         settings = replace(bare, **overrides, seed=c.seed + i, out_dir=str(out))
-        settings = narrowed(replace(settings, result=""), most)
-        print(f"\n{name}, seed {settings.seed}: n_hidden {settings.n_hidden}")
+        settings = narrowed(replace(settings, result=""), most, width)
+        print(f"\n{name}, seed {settings.seed}: {width} {getattr(settings, width)}")
         if not (log := log_of(settings)):
             trainer.train(settings, run)
             log = log_of(settings)
-        row = rows.setdefault(name, {"overrides": overrides, "n_hidden": settings.n_hidden})
+        row = rows.setdefault(name, {"overrides": overrides, width: getattr(settings, width)})
         row["parameters"] = parameters_of(settings)
         row.setdefault("bpb", []).append(log[-1]["bpb"])
         row.setdefault("nats", []).append(log[-1]["heldout"])
         row.setdefault("rate", []).append(statistics.mean(log[-1]["rate"] or [0.0]))
+        row.setdefault("work", []).append(log[-1]["synops"] / (log[-1]["synapses"] or 1))
         row.setdefault("tokens_per_s", []).append(
             statistics.median(line["tokens_per_s"] for line in log[1:])
         )

@@ -1,5 +1,7 @@
 """What bench.py measures is what it says: the recall task, one long text."""
 
+from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -92,3 +94,32 @@ def test_one_long_text_is_as_long_as_it_says(monkeypatch):
         assert 50 < row["resident_mb"] <= row["peak_mb"] and row["tokens_per_s"] > 1
     with pytest.raises(SystemExit):
         config.load(bench.BenchConfig, ["--long=199"])
+
+
+@pytest.mark.parametrize(
+    "argv, width, variants",
+    [
+        ("configs/snn_6m.py --n_embd=320 --n_hidden=320 --n_layer=1", "d_ff", bench.SNN_ABLATION),
+        ("configs/spikewhale_6m.py --n_hidden=128", "n_hidden", ("bare", "memory")),
+    ],
+)
+def test_ablations_change_one_ingredient_at_no_more_parameters(argv, width, variants, monkeypatch):
+    trained = {}
+    line = dict(bpb=1.0, heldout=2.0, rate=[0.1, 0.3], synops=1.0, synapses=4, tokens_per_s=5.0)
+    monkeypatch.setattr(
+        bench.trainer, "train", lambda s, run: trained.update({Path(s.out_dir).name: s})
+    )
+    monkeypatch.setattr(
+        bench, "log_of", lambda s: [line, line] if Path(s.out_dir).name in trained else []
+    )
+    more = ["--vocab_size=1024", "--seeds=1", f"--variants={' '.join(variants)}"]
+    c = config.load(bench.BenchConfig, [*argv.split(), *more])
+    rows = bench.ablate(c, RUN)["variants"]
+    assert list(rows) == list(variants) and len(trained) == len(rows)
+    bare = trained[f"bare {c.seed}"]
+    for name, settings in trained.items():
+        overrides = rows[name.removesuffix(f" {c.seed}")]["overrides"]
+        others = {"out_dir": bare.out_dir, width: getattr(bare, width)}
+        assert replace(settings, **others) == replace(bare, **overrides)
+        assert bench.parameters_of(settings) <= bench.parameters_of(bare), name
+    assert rows["bare"]["work"] == [0.25] and rows["bare"]["rate"] == [0.2]

@@ -468,9 +468,12 @@ def test_carry_survives_processes_and_resuming(text, carried, tmp_path):
     copy = shutil.copytree(carried[0], tmp_path / "killed")  # amid rows that go on
     (copy / "step_00000008.pt").unlink()
     (copy / "best.pt").unlink()
-    memory = torch.load(copy / "step_00000006.pt", weights_only=True)["memory"]
-    assert [z.shape for z in memory[0]] == [(16, 8), (16, 8)]
+    checkpoint = torch.load(copy / "step_00000006.pt", weights_only=True)
+    assert [z.shape for z in checkpoint["memory"][0]] == [(16, 8), (16, 8)]
+    amnesic = shutil.copytree(copy, tmp_path / "amnesic")
+    torch.save(checkpoint | {"memory": [None]}, amnesic / "step_00000006.pt")
     assert losses(run(text, copy, *CARRY, "--init_from=resume")) == losses(carried[1])
+    assert losses(run(text, amnesic, *CARRY, "--init_from=resume")) != losses(carried[1])
 
 
 @pytest.mark.parametrize("more", ["--memory=0", "--memory=8 --dataset=stream:a/b/c", "--carry=0"])
