@@ -1,8 +1,8 @@
 # python train.py configs/neuronspark_6m.py
 # NeuronSpark (arXiv 2603.16148) at the size of sam_6m.py and gpt_6m.py, 6.03M parameters. A frame
 # costs as much as all layers of those, so there are 4 at most, not 16: two CPU cores are slow.
-# Expect, on TinyStories, 4.6 held-out nats per token after 260 steps of 1024 tokens, at 450 to 900
-# tokens/s on a CPU core of its own. No long run has been made.
+# Expect 1.00 held-out bits per byte after 3M tokens of TinyStories (gpt_6m.py 0.96, sam_6m.py
+# 1.06), at about 800 tokens/s on a CPU core of its own.
 block = "spark"
 vocab_size = 4096
 n_embd = 128
