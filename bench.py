@@ -746,6 +746,8 @@ SNN_ABLATION = {  # the ingredients of block snn, then traits
     "no budget": {"rate_weight": 0.0},
     "budget per layer": {"rate_penalty": "above"},
     "two layers": {"n_layer": 2},
+    "attention": {"attention": 2, "window": 128},
+    "two layers, attention": {"n_layer": 2, "attention": 2, "window": 128},
     "spiking head": {"head": "spikes"},
     "AdamW": {"optimizer": "adamw"},
     **{name: ABLATION[name] for name in "engram hrm spike_attn moe memory mtp jepa".split()},

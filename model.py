@@ -54,6 +54,7 @@ class ModelConfig:
     rate_penalty: str = "both"  # both | above: a layer's | below: a neuron's | mean: of all, above
     homeostasis: float = 0.0  # sam V3: thresholds move by this * (rate - target) per step; 0 is off
     # snn
+    attention: int = 0  # heads of 32 that look back over the window, fed by spikes; 0 is none
     levels: int = 3  # neurons of a population, at thresholds theta, 2 theta, ...; 1 is plain spikes
     head: str = "float"  # what the readout's matrix is fed: float | spikes, of one more population
     spikes: bool = True  # False: the float twin, the same block with graded signals
@@ -77,7 +78,7 @@ class ModelConfig:
     # gpt
     n_head: int = 8  # attention heads
     d_ff: int = 1112  # width of the feed-forward part, here and in spark
-    window: int = 512  # tokens that attention sees: the present one and those before it
+    window: int = 512  # tokens that attention sees, here and in snn: the present one and before it
     # spark
     n_state: int = 8  # hidden neurons per channel
     k_max: int = 16  # frames within a token, at most
@@ -287,31 +288,44 @@ class SNNBlock(nn.Module):
     """Fully spike-driven: floats live in membranes, norms and the stream, spikes cross matrices.
 
     a = population(x / rms(x));  h = population(W_in a);  x + W_out h
+    With attention, + W_o population(rms(o)), o = look_back(q / rms(q), k / rms(k), v) and
+    (q, k, v) = W_qkv a, floats that neurons keep to themselves: what crosses W_qkv, W_o is spikes.
+    State: of the populations a, h, and with attention o, each as of `lif`; as of look_back.
     """
 
     def __init__(self, config, index):
         super().__init__()
-        c, D, N = config, config.n_hidden, config.d_ff
-        self.sites = [D, N] if c.spikes else []
+        c, D, N, M = config, config.n_hidden, config.d_ff, 32 * config.attention
+        self.config, self.sites = c, [D, *[M] * (M > 0), N] if c.spikes else []
         self.a, self.h = Population(D, c, signed=True), Population(N, c, signed=False)
         matrix = Synapse if c.spikes else Linear
         self.w_in, self.w_out = matrix(D, N, bias=False), matrix(N, D, bias=False)
         nn.init.normal_(self.w_in.weight, std=D**-0.5)
         nn.init.normal_(self.w_out.weight, std=0.5 / math.sqrt(c.n_layer * N))
+        if M:
+            self.w_qkv, self.w_o = matrix(D, 3 * M, bias=False), matrix(M, D, bias=False)
+            self.o = Population(M, c, signed=True)
+            nn.init.normal_(self.w_qkv.weight, std=D**-0.5)
+            nn.init.normal_(self.w_o.weight, std=0.5 / math.sqrt(c.n_layer * M))
 
     def forward(self, x, state, report):  # (B, T, D) -> (B, T, D)
-        of_a, of_h = (None, None) if state is None else (state[:2], state[2:])
+        of_a, of_h, of_o, seen = [None] * 4
+        if state is not None:
+            of_a, of_h, of_o, seen = state[:2], state[2:4], state[4:6], state[6:]
         a, of_a = self.a(F.rms_norm(x, x.shape[-1:]), of_a, report)
+        if not self.config.attention:
+            h, of_h = self.h(self.w_in(a, report), of_h, report)
+            return x + self.w_out(h, report), of_a + of_h
+        q, k, v = in_heads(self.w_qkv(a, report), self.config.attention)
+        q, k = (F.rms_norm(y, y.shape[-1:]).to(v.dtype) for y in (q, k))
+        o, seen = look_back(2 * q, k, v, seen, self.config.window)  # 2: sharp enough to single out
+        o, of_o = self.o(F.rms_norm(o, o.shape[-1:]), of_o, report)
         h, of_h = self.h(self.w_in(a, report), of_h, report)
-        return x + self.w_out(h, report), of_a + of_h
+        return x + self.w_out(h, report) + self.w_o(o, report), of_a + of_h + of_o + seen
 
 
 class GPTBlock(nn.Module):
-    """The control: causal attention with rotary positions (Su et al. 2021, arXiv 2104.09864), GELU.
-
-    A token sees itself and the window - 1 tokens before it. State: keys and values of those
-    (B, heads, <= window - 1, d) and the number of tokens so far (B,).
-    """
+    """The control: causal attention, then GELU. State: as of look_back."""
 
     sites = []  # nothing fires
 
@@ -328,29 +342,42 @@ class GPTBlock(nn.Module):
             w.weight.data /= math.sqrt(2 * config.n_layer)
 
     def forward(self, x, state, report):  # (B, T, D) -> (B, T, D)
-        B, T, D = x.shape
-        q, k, v = (
-            y.view(B, T, self.n_head, -1).transpose(1, 2)  # (B, heads, T, d)
-            for y in self.qkv(self.norm_a(x), report).chunk(3, dim=-1)
+        q, k, v = in_heads(self.qkv(self.norm_a(x), report), self.n_head)
+        y, state = look_back(q, k, v, state, self.window)
+        x = x + self.out(y, report)
+        return x + self.down(F.gelu(self.up(self.norm_f(x), report)), report), state
+
+
+def in_heads(qkv, heads):
+    """(B, T, 3 n) -> q, k and v, each (B, heads, T, n / heads)."""
+    B, T, _ = qkv.shape
+    return (y.view(B, T, heads, -1).transpose(1, 2) for y in qkv.chunk(3, dim=-1))
+
+
+def look_back(q, k, v, state, window):
+    """Causal attention with rotary positions (Su et al. 2021, arXiv 2104.09864).
+
+    q, k, v (B, heads, T, d) -> (B, T, heads d). A token sees itself and the window - 1 tokens
+    before it. State: keys and values of those (B, heads, <= window - 1, d) and the number of
+    tokens so far (B,).
+    """
+    B, _, T, _ = q.shape
+    past = 0 if state is None else state[0].shape[2]
+    first = q.new_zeros(B, dtype=torch.long) if state is None else state[2]
+    position = first[:, None] + torch.arange(T, device=q.device)  # (B, T)
+    q, k = rotate(q, position), rotate(k, position)
+    if state is not None:
+        k, v = torch.cat([state[0], k], 2), torch.cat([state[1], v], 2)
+    if past == 0 and T <= window:
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+    else:
+        age = torch.arange(past, past + T, device=q.device)[:, None] - torch.arange(
+            past + T, device=q.device
         )
-        past = 0 if state is None else state[0].shape[2]
-        first = x.new_zeros(B, dtype=torch.long) if state is None else state[2]
-        position = first[:, None] + torch.arange(T, device=x.device)  # (B, T)
-        q, k = rotate(q, position), rotate(k, position)
-        if state is not None:
-            k, v = torch.cat([state[0], k], 2), torch.cat([state[1], v], 2)
-        if past == 0 and T <= self.window:
-            y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
-        else:
-            age = torch.arange(past, past + T, device=x.device)[:, None] - torch.arange(
-                past + T, device=x.device
-            )
-            mask = (age >= 0) & (age < self.window)
-            y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
-        x = x + self.out(y.transpose(1, 2).reshape(B, T, D), report)
-        x = x + self.down(F.gelu(self.up(self.norm_f(x), report)), report)
-        keep = max(0, k.shape[2] - self.window + 1)
-        return x, (k[:, :, keep:], v[:, :, keep:], first + T)
+        mask = (age >= 0) & (age < window)
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+    keep = max(0, k.shape[2] - window + 1)
+    return y.transpose(1, 2).flatten(2), (k[:, :, keep:], v[:, :, keep:], first + T)
 
 
 def rotate(x, position):

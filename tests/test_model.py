@@ -71,6 +71,34 @@ def test_whole_equals_split_equals_token_by_token(name):
     check_state(model_of(shrunk(name)))
 
 
+@pytest.mark.parametrize("spikes", [True, False])
+def test_snn_with_attention_keeps_its_word(spikes):
+    model = model_of(shrunk("snn_6m.py", attention=2, spikes=spikes))
+    check_state(model)  # 30 tokens, a window of 8
+    with torch.no_grad():
+        _, state, report = model(torch.randint(50, (1, 40)))
+    assert [z.shape for z in state[0][6:]] == [(1, 2, 7, 32), (1, 2, 7, 32), (1,)]  # flat
+    if spikes:  # floats cross no matrix but the embedding's, into the stream and out of it
+        blocks = sum(p.numel() for b in model.blocks for n, p in b.named_parameters() if "w_" in n)
+        ends = model.embedding.weight.numel()
+        assert sum(report.synapses) == blocks and report.macs == ends
+    check_causal(model)
+
+
+def test_attention_of_snn_finds_what_a_window_hides():
+    near = model_of(shrunk("snn_6m.py", attention=2, n_layer=1, beta_low=0.01, beta_high=0.011))
+    tokens = torch.randint(50, (1, 9))
+    other = tokens.clone()
+    other[0, 1] = (tokens[0, 1] + 1) % 50
+    with torch.no_grad():
+        change = (near(tokens)[0] - near(other)[0]).abs().amax(-1)[0]
+    assert change[8] > 1e-3  # seven tokens on: in a window of 8, and far beyond the leaks
+    near.blocks[0].config = replace(near.config, window=7)
+    with torch.no_grad():
+        change = (near(tokens)[0] - near(other)[0]).abs().amax(-1)[0]
+    assert change[7] > 1e-3 > 1e-6 > change[8]
+
+
 @pytest.mark.parametrize("name", CONFIGS)
 def test_causal_by_gradient(name):
     check_causal(model_of(shrunk(name)))
