@@ -119,7 +119,7 @@ def test_the_last_two_and_the_best_are_kept(run):
     checkpoint = model.load_checkpoint(out / "step_00000008.pt")
     assert set(checkpoint) == {
         "version", "model", "optimizers", "random", "config", "tokenizer", "data", "position",
-        "environment",
+        "memory", "environment",
     }  # fmt: skip
     assert checkpoint["environment"]["versions"]["torch"] == torch.__version__
 
@@ -407,8 +407,8 @@ def test_a_number_that_is_none_stops_and_says_where(again, what, monkeypatch):
     real, before = train.train_step, (out / "step_00000008.pt").read_bytes()
 
     def spoilt(*args):
-        nats, norm, rates = real(*args)
-        return (math.nan, norm, rates) if what == "loss" else (nats, math.inf, rates)
+        nats, norm, *rest = real(*args)
+        return (math.nan, norm, *rest) if what == "loss" else (nats, math.inf, *rest)
 
     monkeypatch.setattr(train, "train_step", spoilt)
     said = mistake(train.main, *argv, "--max_steps=12", "--init_from=resume")
