@@ -834,7 +834,7 @@ ASKED = (32, 128, 512, 600, 2000)  # ... and in the test
 RECALL = (  # short documents first: what they teach makes the long ones learnable
     "--vocab_size=64 --n_embd=64 --n_hidden=96 --n_layer=2 --d_ff=256 --n_head=4 --window=10000"
     " --encoder=float --beta_low=0.02 --beta_high=0.95 --theta=0.8 --rate_target=0.19 --memory=64"
-    " --rate_weight=30 --rate_penalty=mean --tokens_per_step=5120 --micro_tokens=5120"
+    " --rate_weight=30 --rate_penalty=above --tokens_per_step=5120 --micro_tokens=5120"
     " --max_steps=600 --optimizer=muon --lr=4e-3 --dtype=float32"
 ).split() + ["--phases=phrases:80 stories:640"]
 REMEMBERS = {

@@ -433,7 +433,7 @@ def population(v, theta, levels, surrogate="triangle", slope=None, dtype=None):
     neuron = (k - 1).clamp_(min=0).add_((v < 0).mul(K) if sides == 2 else 0)
     sent = levels.view(1, sides * K, N).expand(len(v), -1, -1).gather(1, neuron)
     reached = (k > 0).to(sent.dtype)
-    return (sent * reached).to(dtype or v.dtype), reached.mean((0, 1))
+    return (sent * reached).to(dtype or v.dtype), reached.view(-1, N).mean(0)
 
 
 # ---- neurons that run several frames within a token (NeuronSpark, arXiv 2603.16148) ------------
@@ -686,12 +686,12 @@ def deliver(s, weight, report):
     thread, so there are as many bags of rows as threads.
     """
     if s.numel() == len(weight) and not torch.is_grad_enabled():
-        active = s.flatten().nonzero()[:, 0]
+        active = (s.flatten() != 0).nonzero()[:, 0]
         report.synops.append(active.new_tensor(len(active) * weight.shape[1]))
         report.synapses.append(weight.numel())
         if len(active) < EVENT_RATE * len(weight) or weight.dtype != s.dtype:
             bags = torch.get_num_threads() if len(active) >= 64 else 1
-            start = torch.arange(bags, device=active.device) * len(active) // bags
+            start = active.new_tensor([len(active) * i // bags for i in range(bags)])
             level = s.flatten()[active].to(weight.dtype)
             rows = F.embedding_bag(active, weight, start, mode="sum", per_sample_weights=level)
             return rows.to(s.dtype).sum(0).view(*s.shape[:-1], -1)

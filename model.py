@@ -49,9 +49,11 @@ class ModelConfig:
     stress_gain: float = 0.3  # kappa: gain = 1 + kappa * stress * factor; 0 switches stress off
     stress_decay: float = 0.99  # stress is this moving average, per step, of loss / ln(vocabulary)
     # firing rate
-    rate_target: float = 0.1  # spikes per neuron (snn: population) and token, for the penalty
+    rate_target: float = 0.1  # spikes per neuron and token; work: triggered share of synapses
     rate_weight: float = 10.0  # weight of the penalty (rate - target)^2, summed over layers
-    rate_penalty: str = "both"  # both | above: a layer's | below: a neuron's | mean: of all, above
+    rate_penalty: str = (
+        "both"  # both | above: a layer's | below: a neuron's | work: all, above (snn)
+    )
     homeostasis: float = 0.0  # sam V3: thresholds move by this * (rate - target) per step; 0 is off
     # snn
     attention: int = 0  # heads of 32 that look back over the window, fed by spikes; 0 is none
@@ -91,7 +93,7 @@ class ModelConfig:
             ("encoder", ("spikes", "float")),
             ("head", ("float", "spikes")),
             ("residual", ("gated", "plain", "none")),
-            ("rate_penalty", ("both", "above", "below", "mean")),
+            ("rate_penalty", ("both", "above", "below", "work")),
             ("modulation", ("program", "shuffled", "none")),
             ("surrogate", tuple(SURROGATES)),
             ("backend", ("auto", "triton", "torch")),
@@ -117,6 +119,8 @@ class ModelConfig:
             raise ValueError(
                 f"n_hidden {self.n_hidden} must be a multiple of {heads} {getattr(self, heads)}"
             )
+        if self.rate_penalty == "work" and self.block != "snn":
+            raise ValueError("rate_penalty=work counts the synapses of block=snn")
         if not 0 < self.beta_low <= self.beta_high < 1:
             raise ValueError("0 < beta_low <= beta_high < 1 must hold for the membrane's decay")
         if self.slope <= 0 or self.theta <= 0:
@@ -272,9 +276,13 @@ class Population(nn.Module):
         c = self.config
         beta = torch.sigmoid(self.beta_logit)
         current = (1 - beta**2).sqrt() * torch.addcmul(self.bias, self.gain, z)
-        _, v, state = lif(
-            current, beta, torch.ones_like(beta), state=state, reset="none", backend=c.backend
-        )
+        if z.shape[1] == 1 and not torch.is_grad_enabled():  # one token: the scan is one operation
+            v = current if state is None else torch.addcmul(current, beta, state[0][:, None])
+            state = v[:, 0], v[:, 0]
+        else:
+            _, v, state = lif(
+                current, beta, torch.ones_like(beta), state=state, reset="none", backend=c.backend
+            )
         if not c.spikes:
             return (v if self.signed else F.relu(v)).to(z.dtype), state
         levels = self.levels.view(1 + self.signed, c.levels, -1)
@@ -297,6 +305,7 @@ class SNNBlock(nn.Module):
         super().__init__()
         c, D, N, M = config, config.n_hidden, config.d_ff, 32 * config.attention
         self.config, self.sites = c, [D, *[M] * (M > 0), N] if c.spikes else []
+        self.fan_out = [3 * M + N, *[D] * (M > 0), D]  # synapses of a neuron of each site
         self.a, self.h = Population(D, c, signed=True), Population(N, c, signed=False)
         matrix = Synapse if c.spikes else Linear
         self.w_in, self.w_out = matrix(D, N, bias=False), matrix(N, D, bias=False)
@@ -722,12 +731,13 @@ class SpikingLM(nn.Module):
         """
         nats = F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten())
         c, losses = self.config, dict(report.losses)
-        if report.rate and c.rate_weight:
+        if report.rate and c.rate_weight and c.rate_penalty == "work":
+            pressure = (self.work(self.rate.split(self.sites)) - c.rate_target).clamp(min=0)
+            losses["rates"] = 2 * c.rate_weight * pressure * self.work(report.rate)
+        elif report.rate and c.rate_weight:
             losses["rates"] = 0.0
             for rate, before in zip(report.rate, self.rate.split(self.sites)):
-                if c.rate_penalty == "mean":  # one budget for all: the optimiser allots it
-                    pressure = (self.rate_mean() - c.rate_target).clamp(min=0) / len(self.sites)
-                elif c.rate_penalty == "below":  # per neuron (SpikeWhale): none may die
+                if c.rate_penalty == "below":  # per neuron (SpikeWhale): none may die
                     pressure = (before - c.rate_target).clamp(max=0)
                 else:  # of the layer (Real Sam)
                     pressure = before.mean() - c.rate_target
@@ -741,9 +751,13 @@ class SpikingLM(nn.Module):
             losses["jepa"] = self.jepa.loss(report.stream, report.log)
         return nats, losses
 
-    def rate_mean(self):
-        """Mean of the layers' rates at the step before."""
-        return torch.stack([rate.mean() for rate in self.rate.split(self.sites)]).mean()
+    def work(self, rates):
+        """The share of all synapses that spike-fed matrices have which is triggered at such rates,
+        one (N,) per spiking layer: what is spared is the optimiser's to choose."""
+        fan_out = [n for block in self.blocks for n in block.fan_out]
+        fan_out += [self.config.vocab_size] if self.head is not None else []
+        triggered = sum(rate.sum() * n for rate, n in zip(rates, fan_out))
+        return triggered / sum(len(rate) * n for rate, n in zip(rates, fan_out))
 
     @torch.no_grad()
     def observe(self, nats, rates):

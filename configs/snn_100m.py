@@ -19,7 +19,7 @@ levels = 3
 # firing: at most this share of all synaptic operations
 rate_target = 0.1
 rate_weight = 30.0
-rate_penalty = "mean"
+rate_penalty = "work"
 
 # data: streamed, nothing large is stored
 dataset = "stream:HuggingFaceFW/fineweb-edu/sample-10BT"

@@ -19,7 +19,7 @@ levels = 3
 # firing: of all synaptic operations, counted dense, so many are triggered at most
 rate_target = 0.19
 rate_weight = 30.0
-rate_penalty = "mean"
+rate_penalty = "work"
 
 # optimiser
 optimizer = "muon"

@@ -458,18 +458,24 @@ def test_penalty_pulls_the_rate_down():
     assert abs(rates[-1] - 0.1) < 0.03 < abs(rates[0] - 0.1)
 
 
-def test_a_budget_is_for_all_layers_together():
-    """Above it each layer is pressed alike, whatever its own rate; below it none is."""
-    model = model_of(shrunk("snn_6m.py", rate_target=0.2, rate_weight=30.0)).train()
+@pytest.mark.parametrize("more", [{}, {"attention": 1, "head": "spikes", "n_embd": 48}])
+def test_a_budget_is_of_all_synaptic_operations(more):
+    """The share that the matrices count; above the budget it is pressed as a whole, below it not."""
+    settings = dict(rate_target=0.2, rate_weight=30.0, n_hidden=48) | more
+    model = model_of(shrunk("snn_6m.py", **settings)).train()
     tokens = torch.randint(50, (2, 20))
-    rates = [torch.full((n,), r) for n, r in zip(model.sites, (0.9, 0.1, 0.3, 0.1))]  # mean 0.35
     logits, _, report = model(tokens)
+    now = model.work(report.rate)
+    torch.testing.assert_close(now.detach(), sum(report.synops) / sum(report.synapses))
+    rates = [torch.full((n,), 0.5) for n in model.sites]
     model.observe(1.0, torch.cat(rates))
-    _, others = model.loss(logits, tokens, report)
-    now = sum(rate.mean() for rate in report.rate) / 4
-    torch.testing.assert_close(others["rates"], 2 * 30.0 * (0.35 - 0.2) * now)
-    model.observe(1.0, torch.cat([0.5 * rate for rate in rates]))
+    torch.testing.assert_close(
+        model.loss(logits, tokens, report)[1]["rates"], 2 * 30.0 * (0.5 - 0.2) * now
+    )
+    model.observe(1.0, torch.cat([0.3 * rate for rate in rates]))
     assert model.loss(logits, tokens, report)[1]["rates"] == 0
+    with pytest.raises(ValueError, match="counts the synapses"):
+        replace(shrunk("sam_6m.py"), rate_penalty="work")
 
 
 def test_score_counts_every_token_once():
