@@ -534,27 +534,33 @@ def draw(stream, n, events):
 
 
 def trained_rates(c):
-    """Firing rates of a trained model of block snn: block inputs, hidden neurons, head."""
+    """Mean firing rates of a trained model of block snn: {population: spikes per token}."""
     if not c.rates:
         raise ValueError("--rates=results/FILE.json must name the result of a trained snn model")
     result = json.loads(Path(c.rates).read_text())
-    rate, layers = result["log"][-1]["rate"], result["config"]["n_layer"]
-    if len(rate) != 2 * layers + 1:
-        raise ValueError(f"{c.rates} is not of a block snn with head=spikes")
-    mean = statistics.mean
-    return mean(rate[: 2 * layers : 2]), mean(rate[1 : 2 * layers : 2]), rate[-1]
+    was, rates = result["config"], result["log"][-1]["rate"]
+    every = was.get("attention_every", 1) if was.get("attention") else was["n_layer"] + 1
+    blocks = ["ah" if (i + 1) % every else "aoh" for i in range(was["n_layer"])]
+    sites = [*"".join(blocks), *["head"] * (was.get("head") == "spikes")]
+    if was["block"] != "snn" or len(rates) != len(sites):
+        raise ValueError(f"{c.rates} is not of a spiking block snn")
+    return {
+        site: statistics.mean(rate for rate, name in zip(rates, sites) if name == site)
+        for site in sites
+    }
 
 
 @torch.no_grad()
 def set_rates(model, rates):
     """Give random neurons the gain at which they fire so often."""
-    inputs, hidden, head = rates
-    groups = [part for block in model.blocks for part in ((block.a, inputs), (block.h, hidden))]
-    groups += [(model.head, head)] if model.head is not None else []
+    sites = [(block, site) for block in model.blocks for site in "aoh" if hasattr(block, site)]
+    sites += [(model, "head")] if model.head is not None else []
+    if lacking := {site for _, site in sites} - set(rates):
+        raise ValueError(f"the model of `rates` has no population {' or '.join(sorted(lacking))}")
     tokens = torch.randint(model.config.vocab_size, (1, 64), device=model.rate.device)
     for _ in range(8):
-        for (neurons, target), rate in zip(groups, model(tokens)[2].rate):
-            neurons.gain *= (target / rate.mean()).clamp(0.2, 5).sqrt()
+        for (part, site), rate in zip(sites, model(tokens)[2].rate):
+            getattr(part, site).gain *= (rates[site] / rate.mean()).clamp(0.2, 5).sqrt()
 
 
 # ---- frames: does the cost fall with them? ----------------------------------------------------

@@ -57,6 +57,7 @@ class ModelConfig:
     homeostasis: float = 0.0  # sam V3: thresholds move by this * (rate - target) per step; 0 is off
     # snn
     attention: int = 0  # heads of 32 that look back over the window, fed by spikes; 0 is none
+    attention_every: int = 1  # in the last of every so many blocks
     levels: int = 3  # neurons of a population, at thresholds theta, 2 theta, ...; 1 is plain spikes
     head: str = "float"  # what the readout's matrix is fed: float | spikes, of one more population
     spikes: bool = True  # False: the float twin, the same block with graded signals
@@ -103,6 +104,7 @@ class ModelConfig:
                     f"{name} must be one of {', '.join(allowed)}, got {getattr(self, name)!r}"
                 )
         at_least_1 = "vocab_size n_embd n_hidden n_layer n_head d_ff window n_state k_max levels"
+        at_least_1 += " attention_every"
         for name in (at_least_1 + " engram_heads engram_width moe_width").split():
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
@@ -119,7 +121,7 @@ class ModelConfig:
             raise ValueError(
                 f"n_hidden {self.n_hidden} must be a multiple of {heads} {getattr(self, heads)}"
             )
-        if self.rate_penalty == "work" and self.block != "snn":
+        if self.rate_penalty == "work" and self.block not in ("snn", "gpt"):
             raise ValueError("rate_penalty=work counts the synapses of block=snn")
         if not 0 < self.beta_low <= self.beta_high < 1:
             raise ValueError("0 < beta_low <= beta_high < 1 must hold for the membrane's decay")
@@ -303,7 +305,9 @@ class SNNBlock(nn.Module):
 
     def __init__(self, config, index):
         super().__init__()
-        c, D, N, M = config, config.n_hidden, config.d_ff, 32 * config.attention
+        c, D, N = config, config.n_hidden, config.d_ff
+        self.heads = c.attention if (index + 1) % c.attention_every == 0 else 0
+        M = 32 * self.heads
         self.config, self.sites = c, [D, *[M] * (M > 0), N] if c.spikes else []
         self.fan_out = [3 * M + N, *[D] * (M > 0), D]  # synapses of a neuron of each site
         self.a, self.h = Population(D, c, signed=True), Population(N, c, signed=False)
@@ -322,10 +326,10 @@ class SNNBlock(nn.Module):
         if state is not None:
             of_a, of_h, of_o, seen = state[:2], state[2:4], state[4:6], state[6:]
         a, of_a = self.a(F.rms_norm(x, x.shape[-1:]), of_a, report)
-        if not self.config.attention:
+        if not self.heads:
             h, of_h = self.h(self.w_in(a, report), of_h, report)
             return x + self.w_out(h, report), of_a + of_h
-        q, k, v = in_heads(self.w_qkv(a, report), self.config.attention)
+        q, k, v = in_heads(self.w_qkv(a, report), self.heads)
         q, k = (F.rms_norm(y, y.shape[-1:]).to(v.dtype) for y in (q, k))
         o, seen = look_back(2 * q, k, v, seen, self.config.window)  # 2: sharp enough to single out
         o, of_o = self.o(F.rms_norm(o, o.shape[-1:]), of_o, report)
@@ -379,6 +383,8 @@ def look_back(q, k, v, state, window):
         k, v = torch.cat([state[0], k], 2), torch.cat([state[1], v], 2)
     if past == 0 and T <= window:
         y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+    elif T == 1:  # the state holds what one token sees
+        y = F.scaled_dot_product_attention(q, k, v)
     else:
         age = torch.arange(past, past + T, device=q.device)[:, None] - torch.arange(
             past + T, device=q.device
@@ -927,4 +933,6 @@ def pick(logits, temperature, top_k, top_p, generator):
         rest[:, 0] = False  # the likeliest stays, however small top_p is
         value = value.masked_fill(rest, -math.inf)
         logits = torch.empty_like(logits).scatter(-1, order, value)
-    return torch.multinomial(logits.softmax(-1), 1, generator=generator)
+    below = logits.softmax(-1).cumsum(-1)  # faster than torch.multinomial, which draws V numbers
+    drawn = 1 - torch.rand(len(below), 1, generator=generator, device=below.device)  # never 0
+    return torch.searchsorted(below, drawn * below[:, -1:])

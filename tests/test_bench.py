@@ -1,5 +1,6 @@
 """What bench.py measures is what it says: the recall task, one long text."""
 
+import json
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -94,6 +95,30 @@ def test_one_long_text_is_as_long_as_it_says(monkeypatch):
         assert 50 < row["resident_mb"] <= row["peak_mb"] and row["tokens_per_s"] > 1
     with pytest.raises(SystemExit):
         config.load(bench.BenchConfig, ["--long=199"])
+
+
+def test_random_weights_fire_at_trained_rates(tmp_path):
+    rates = {"a": 0.3, "o": 0.2, "h": 0.1, "head": 0.15}
+    trained = dict(block="snn", n_layer=2, attention=1, attention_every=2, head="spikes")
+    result = tmp_path / "trained.json"
+    per_layer = [0.25, 0.05, 0.35, 0.2, 0.15, 0.15]  # a h, a o h, head
+    result.write_text(json.dumps({"config": trained, "log": [{"rate": per_layer}]}))
+    argv = "configs/snn_6m.py --vocab_size=50 --n_layer=3 --attention=1 --attention_every=3".split()
+    argv += ["--n_hidden=64", "--n_embd=64", "--d_ff=128", "--head=spikes", f"--rates={result}"]
+    c = config.load(bench.BenchConfig, argv)
+    found = bench.trained_rates(c)
+    assert found == pytest.approx(rates)
+    model = bench.generator_of(c, False, c, RUN)
+    with torch.no_grad():
+        fired = [r.mean().item() for r in model(torch.randint(50, (1, 400)))[2].rate]
+    wanted = [rates[site] for site in ("a", "h", "a", "h", "a", "o", "h", "head")]
+    assert fired == pytest.approx(wanted, abs=0.05)
+    del found["o"]
+    with pytest.raises(ValueError, match="no population o"):
+        bench.set_rates(model, found)
+    result.write_text(json.dumps({"config": trained, "log": [{"rate": per_layer[1:]}]}))
+    with pytest.raises(ValueError, match="is not of a spiking block snn"):
+        bench.trained_rates(c)
 
 
 @pytest.mark.parametrize(

@@ -99,6 +99,13 @@ def test_attention_of_snn_finds_what_a_window_hides():
     assert change[7] > 1e-3 > 1e-6 > change[8]
 
 
+def test_attention_stands_in_every_so_manyth_block():
+    model = model_of(shrunk("snn_6m.py", attention=1, attention_every=2, n_layer=5))
+    assert [hasattr(block, "w_qkv") for block in model.blocks] == [False, True, False, True, False]
+    assert len(model.sites) == 5 * 2 + 2
+    check_state(model)
+
+
 @pytest.mark.parametrize("name", CONFIGS)
 def test_causal_by_gradient(name):
     check_causal(model_of(shrunk(name)))
