@@ -261,13 +261,14 @@ class Population(nn.Module):
 
         v = beta * v' + sqrt(1 - beta^2) * (g z + b);  sends the spikes of lif.population(v)
     signed: as many neurons again watch -v. The float twin sends v itself, or relu(v) if unsigned.
+    beta starts spread from beta_low of the config to beta_high.
     """
 
-    def __init__(self, n, config, signed):
+    def __init__(self, n, config, signed, beta_high):
         super().__init__()
         c, self.config, self.signed = config, config, signed
         self.gain, self.bias = nn.Parameter(torch.ones(n)), nn.Parameter(torch.zeros(n))
-        beta = torch.linspace(c.beta_low, c.beta_high, n)[torch.randperm(n)]
+        beta = torch.linspace(c.beta_low, beta_high, n)[torch.randperm(n)]
         self.beta_logit = nn.Parameter(torch.logit(beta))
         if c.spikes:
             self.register_buffer("theta", c.theta * torch.arange(1, c.levels + 1))
@@ -310,14 +311,15 @@ class SNNBlock(nn.Module):
         M = 32 * self.heads
         self.config, self.sites = c, [D, *[M] * (M > 0), N] if c.spikes else []
         self.fan_out = [3 * M + N, *[D] * (M > 0), D]  # synapses of a neuron of each site
-        self.a, self.h = Population(D, c, signed=True), Population(N, c, signed=False)
+        self.a = Population(D, c, True, c.beta_high)
+        self.h = Population(N, c, False, c.beta_high)
         matrix = Synapse if c.spikes else Linear
         self.w_in, self.w_out = matrix(D, N, bias=False), matrix(N, D, bias=False)
         nn.init.normal_(self.w_in.weight, std=D**-0.5)
         nn.init.normal_(self.w_out.weight, std=0.5 / math.sqrt(c.n_layer * N))
         if M:
             self.w_qkv, self.w_o = matrix(D, 3 * M, bias=False), matrix(M, D, bias=False)
-            self.o = Population(M, c, signed=True)
+            self.o = Population(M, c, True, c.beta_low)  # what was found is not smeared over time
             nn.init.normal_(self.w_qkv.weight, std=D**-0.5)
             nn.init.normal_(self.w_o.weight, std=0.5 / math.sqrt(c.n_layer * M))
 
@@ -609,7 +611,7 @@ class SpikingLM(nn.Module):
         if c.head == "spikes":
             if c.n_embd != D:
                 raise ValueError("head=spikes needs n_embd equal to the width of the stream")
-            self.head = Population(D, c, signed=True)
+            self.head = Population(D, c, True, c.beta_high)
             # tied, but in memory a row per neuron of the head: what generation reads
             weight = self.embedding.weight.data.t().contiguous().t()
             self.embedding.weight = nn.Parameter(weight)
