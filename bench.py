@@ -751,9 +751,9 @@ SNN_ABLATION = {  # the ingredients of block snn, then traits
     "narrow surrogate": {"slope": 3.0},
     "no budget": {"rate_weight": 0.0},
     "budget per layer": {"rate_penalty": "above"},
+    "no attention": {"attention": 0},
     "two layers": {"n_layer": 2},
-    "attention": {"attention": 2, "window": 128},
-    "two layers, attention": {"n_layer": 2, "attention": 2, "window": 128},
+    "two layers, attention in the last": {"n_layer": 2, "attention_every": 2},
     "spiking head": {"head": "spikes"},
     "AdamW": {"optimizer": "adamw"},
     **{name: ABLATION[name] for name in "engram hrm spike_attn moe memory mtp jepa".split()},
@@ -767,7 +767,7 @@ def parameters_of(settings):
 
 def narrowed(settings, most, name="n_hidden"):
     """The settings with the width, in steps of 8, that leaves at most so many parameters."""
-    width = getattr(settings, name) + 64
+    width = getattr(settings, name) + 512
     while parameters_of(settings := replace(settings, **{name: width})) > most:
         width -= 8
     return settings

@@ -51,9 +51,7 @@ class ModelConfig:
     # firing rate
     rate_target: float = 0.1  # spikes per neuron and token; work: triggered share of synapses
     rate_weight: float = 10.0  # weight of the penalty (rate - target)^2, summed over layers
-    rate_penalty: str = (
-        "both"  # both | above: a layer's | below: a neuron's | work: all, above (snn)
-    )
+    rate_penalty: str = "both"  # both | above: a layer's | below: a neuron's | work: snn's, above
     homeostasis: float = 0.0  # sam V3: thresholds move by this * (rate - target) per step; 0 is off
     # snn
     attention: int = 0  # heads of 32 that look back over the window, fed by spikes; 0 is none
@@ -103,9 +101,8 @@ class ModelConfig:
                 raise ValueError(
                     f"{name} must be one of {', '.join(allowed)}, got {getattr(self, name)!r}"
                 )
-        at_least_1 = "vocab_size n_embd n_hidden n_layer n_head d_ff window n_state k_max levels"
-        at_least_1 += " attention_every"
-        for name in (at_least_1 + " engram_heads engram_width moe_width").split():
+        at_least_1 = "vocab_size n_embd n_hidden n_layer n_head d_ff window n_state k_max levels "
+        for name in (at_least_1 + "attention_every engram_heads engram_width moe_width").split():
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
         for name in "engram hrm spike_attn progsem kuramoto moe memory mtp".split():

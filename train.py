@@ -616,7 +616,7 @@ def environment(device, seed):
 
     def version(package):
         try:
-            return metadata.version(package)
+            return torch.__version__ if package == "torch" else metadata.version(package)
         except metadata.PackageNotFoundError:
             return None
 

@@ -1,5 +1,5 @@
 # torchrun --nproc_per_node=8 train.py configs/snn_1b.py
-# 1.04B parameters, fully spike-driven: every matrix is fed by spikes, the output head too.
+# 1.07B parameters, fully spike-driven: every matrix is fed by spikes, the output head too.
 # Never trained in full yet. Plan the run first: python bench.py params configs/snn_1b.py --gpus=8
 block = "snn"
 vocab_size = 50304
@@ -7,6 +7,9 @@ n_embd = 2048
 n_hidden = 2048
 n_layer = 28
 d_ff = 8192
+attention = 16
+attention_every = 4
+window = 256  # attention keeps so many tokens: it is the leaks that go further back
 encoder = "float"
 head = "spikes"
 beta_low = 0.02
