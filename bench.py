@@ -439,6 +439,9 @@ def generate(c, run):
     for name, (settings, half, events) in generators_of(c).items():
         model = generator_of(settings, half, c, run)
         rows[name] = {"parameters": sum(p.numel() for p in model.parameters())}
+        with torch.no_grad():
+            report = model(torch.randint(settings.vocab_size, (1, 64), device=run.device))[2]
+        rows[name]["work"] = float(sum(report.synops)) / (sum(report.synapses) or 1)
         stream = model.generate(torch.zeros(1, 1, dtype=torch.long, device=run.device))
         streams[name] = partial(draw, stream, piece, events)
     early = take_turns(streams, c.rounds, c.warmup, run.device)
