@@ -113,7 +113,7 @@ class ModelConfig:
         for name in ("n_layer", "k_max", "hrm", "mtp", "engram_heads"):
             if getattr(self, name) > 1000:
                 raise ValueError(f"{name} must be at most 1000, got {getattr(self, name)}")
-        heads = "n_head" if self.block == "gpt" else "rec_heads"
+        heads = {"gpt": "n_head", "snn": "attention"}.get(self.block, "rec_heads")
         if getattr(self, heads) < 0 or self.n_hidden % (getattr(self, heads) or 1):
             raise ValueError(
                 f"n_hidden {self.n_hidden} must be a multiple of {heads} {getattr(self, heads)}"
@@ -296,8 +296,8 @@ class SNNBlock(nn.Module):
     """Fully spike-driven: floats live in membranes, norms and the stream, spikes cross matrices.
 
     a = population(x / rms(x));  h = population(W_in a);  x + W_out h
-    With attention, + W_o population(rms(o)), o = look_back(q / rms(q), k / rms(k), v) and
-    (q, k, v) = W_qkv a, floats that neurons keep to themselves: what crosses W_qkv, W_o is spikes.
+    With attention, + W_o population(o / rms(o)), o = look_back(q / rms(q), k / rms(k), x / rms(x))
+    and (q, k) = W_qk a: floats that neurons keep to themselves, no matrix is fed by them.
     State: of the populations a, h, and with attention o, each as of `lif`; as of look_back.
     """
 
@@ -306,8 +306,8 @@ class SNNBlock(nn.Module):
         c, D, N = config, config.n_hidden, config.d_ff
         self.heads = c.attention if (index + 1) % c.attention_every == 0 else 0
         M = 32 * self.heads
-        self.config, self.sites = c, [D, *[M] * (M > 0), N] if c.spikes else []
-        self.fan_out = [3 * M + N, *[D] * (M > 0), D]  # synapses of a neuron of each site
+        self.config, self.sites = c, [D, *[D] * (M > 0), N] if c.spikes else []
+        self.fan_out = [2 * M + N, *[D] * (M > 0), D]  # synapses of a neuron of each site
         self.a = Population(D, c, True, c.beta_high)
         self.h = Population(N, c, False, c.beta_high)
         matrix = Synapse if c.spikes else Linear
@@ -315,21 +315,23 @@ class SNNBlock(nn.Module):
         nn.init.normal_(self.w_in.weight, std=D**-0.5)
         nn.init.normal_(self.w_out.weight, std=0.5 / math.sqrt(c.n_layer * N))
         if M:
-            self.w_qkv, self.w_o = matrix(D, 3 * M, bias=False), matrix(M, D, bias=False)
-            self.o = Population(M, c, True, c.beta_low)  # what was found is not smeared over time
-            nn.init.normal_(self.w_qkv.weight, std=D**-0.5)
-            nn.init.normal_(self.w_o.weight, std=0.5 / math.sqrt(c.n_layer * M))
+            self.o = Population(D, c, True, c.beta_low)  # what was found is not smeared over time
+            self.w_qk, self.w_o = matrix(D, 2 * M, bias=False), matrix(D, D, bias=False)
+            nn.init.normal_(self.w_qk.weight, std=D**-0.5)
+            nn.init.normal_(self.w_o.weight, std=0.5 / math.sqrt(c.n_layer * D))
 
     def forward(self, x, state, report):  # (B, T, D) -> (B, T, D)
         of_a, of_h, of_o, seen = [None] * 4
         if state is not None:
             of_a, of_h, of_o, seen = state[:2], state[2:4], state[4:6], state[6:]
-        a, of_a = self.a(F.rms_norm(x, x.shape[-1:]), of_a, report)
+        z = F.rms_norm(x, x.shape[-1:])
+        a, of_a = self.a(z, of_a, report)
         if not self.heads:
             h, of_h = self.h(self.w_in(a, report), of_h, report)
             return x + self.w_out(h, report), of_a + of_h
-        q, k, v = in_heads(self.w_qkv(a, report), self.heads)
-        q, k = (F.rms_norm(y, y.shape[-1:]).to(v.dtype) for y in (q, k))
+        q, k = in_heads(self.w_qk(a, report), self.heads, 2)
+        q, k = (F.rms_norm(y, y.shape[-1:]) for y in (q, k))
+        (v,) = in_heads(z, self.heads, 1)
         o, seen = look_back(2 * q, k, v, seen, self.config.window)  # 2: sharp enough to single out
         o, of_o = self.o(F.rms_norm(o, o.shape[-1:]), of_o, report)
         h, of_h = self.h(self.w_in(a, report), of_h, report)
@@ -354,23 +356,22 @@ class GPTBlock(nn.Module):
             w.weight.data /= math.sqrt(2 * config.n_layer)
 
     def forward(self, x, state, report):  # (B, T, D) -> (B, T, D)
-        q, k, v = in_heads(self.qkv(self.norm_a(x), report), self.n_head)
+        q, k, v = in_heads(self.qkv(self.norm_a(x), report), self.n_head, 3)
         y, state = look_back(q, k, v, state, self.window)
         x = x + self.out(y, report)
         return x + self.down(F.gelu(self.up(self.norm_f(x), report)), report), state
 
 
-def in_heads(qkv, heads):
-    """(B, T, 3 n) -> q, k and v, each (B, heads, T, n / heads)."""
-    B, T, _ = qkv.shape
-    return (y.view(B, T, heads, -1).transpose(1, 2) for y in qkv.chunk(3, dim=-1))
+def in_heads(x, heads, parts):
+    """(B, T, parts * n) -> so many (B, heads, T, n / heads)."""
+    return x.unflatten(-1, (parts, heads, -1)).permute(2, 0, 3, 1, 4)
 
 
 def look_back(q, k, v, state, window):
     """Causal attention with rotary positions (Su et al. 2021, arXiv 2104.09864).
 
-    q, k, v (B, heads, T, d) -> (B, T, heads d). A token sees itself and the window - 1 tokens
-    before it. State: keys and values of those (B, heads, <= window - 1, d) and the number of
+    q, k (B, heads, T, d), v (B, heads, T, e) -> (B, T, heads e). A token sees itself and the window - 1 tokens
+    before it. State: keys and values of those (B, heads, <= window - 1, d or e) and the number of
     tokens so far (B,).
     """
     B, _, T, _ = q.shape

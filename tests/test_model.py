@@ -77,7 +77,8 @@ def test_snn_with_attention_keeps_its_word(spikes):
     check_state(model)  # 30 tokens, a window of 8
     with torch.no_grad():
         _, state, report = model(torch.randint(50, (1, 40)))
-    assert [z.shape for z in state[0][6:]] == [(1, 2, 7, 32), (1, 2, 7, 32), (1,)]  # flat
+    half = model.config.n_hidden // 2
+    assert [z.shape for z in state[0][6:]] == [(1, 2, 7, 32), (1, 2, 7, half), (1,)]  # flat
     if spikes:  # floats cross no matrix but the embedding's, into the stream and out of it
         blocks = sum(p.numel() for b in model.blocks for n, p in b.named_parameters() if "w_" in n)
         ends = model.embedding.weight.numel()
@@ -101,7 +102,7 @@ def test_attention_of_snn_finds_what_a_window_hides():
 
 def test_attention_stands_in_every_so_manyth_block():
     model = model_of(shrunk("snn_6m.py", attention=1, attention_every=2, n_layer=5))
-    assert [hasattr(block, "w_qkv") for block in model.blocks] == [False, True, False, True, False]
+    assert [hasattr(block, "w_qk") for block in model.blocks] == [False, True, False, True, False]
     assert len(model.sites) == 5 * 2 + 2
     check_state(model)
 
