@@ -433,7 +433,8 @@ def population(v, theta, levels, surrogate="triangle", slope=None, dtype=None):
     neuron = (k - 1).clamp_(min=0).add_((v < 0).mul(K) if sides == 2 else 0)
     sent = levels.view(1, sides * K, N).expand(len(v), -1, -1).gather(1, neuron)
     reached = (k > 0).to(sent.dtype)
-    return (sent * reached).to(dtype or v.dtype), reached.view(-1, N).mean(0)
+    rate = reached.view(N) if len(v) == 1 else reached[:, 0].mean(0)
+    return (sent * reached).to(dtype or v.dtype), rate
 
 
 # ---- neurons that run several frames within a token (NeuronSpark, arXiv 2603.16148) ------------

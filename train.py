@@ -616,7 +616,7 @@ def environment(device, seed):
 
     def version(package):
         try:
-            return torch.__version__ if package == "torch" else metadata.version(package)
+            return str(torch.__version__) if package == "torch" else metadata.version(package)
         except metadata.PackageNotFoundError:
             return None
 

@@ -1,14 +1,15 @@
 # python train.py configs/snn_6m.py
-# 6.06M parameters, every matrix but the head fed by spikes; wide and shallow, as its search found:
+# 6.07M parameters, every matrix but the head fed by spikes; wide and shallow, as its search found:
 # each layer codes the stream anew, and every code costs. --spikes=False is the float twin.
-# Not trained at this size yet; the README has smaller ones beside a transformer.
 block = "snn"
 vocab_size = 4096
 n_embd = 512
 n_hidden = 512
-n_layer = 2
+n_layer = 1
 encoder = "float"
-d_ff = 1920
+d_ff = 3340
+attention = 8
+window = 128  # tokens that attention sees
 beta_low = 0.02
 beta_high = 0.95
 surrogate = "triangle"
@@ -25,6 +26,7 @@ rate_penalty = "work"
 optimizer = "muon"
 lr = 4e-3
 muon_lr = 0.02
+muon_decay = 0.1
 tokens_per_step = 2048
 micro_tokens = 2048
 max_steps = 3000

@@ -254,11 +254,12 @@ def test_snn_sends_at_most_one_spike_per_population_at_its_learned_level():
                 p += torch.randn_like(p)
     sent = []
     for block in model.blocks:
-        for source, w in ((block.a, block.w_in), (block.h, block.w_out)):
+        ways = [(block.a, block.w_qk), (block.o, block.w_o)]
+        for source, w in ways + [(block.a, block.w_in), (block.h, block.w_out)]:
             w.register_forward_pre_hook(lambda m, i, source=source: sent.append((source, m, i[0])))
     with torch.no_grad():
         _, _, report = model(torch.randint(50, (4, 30)))
-    assert len(sent) == len(report.synops) == len(model.sites)
+    assert len(sent) == len(report.synops) == 4 * len(model.blocks)
     for (source, w, q), synops, synapses in zip(sent, report.synops, report.synapses):
         levels = source.levels.view(-1, 1, 1, q.shape[-1])  # (neurons of a population, 1, 1, N)
         assert ((q == levels).any(0) | (q == 0)).all()
