@@ -3,7 +3,7 @@
     python bench.py scan                          one layer of neurons: ours and the peers'
     python bench.py train configs/sam_6m.py       training: ours, snnTorch, a transformer
     python bench.py generate configs/sam_6m.py    generation: ours and a transformer
-    python bench.py generate configs/snn_1b.py --rates=results/tinystories_snn_sparse.json
+    python bench.py generate configs/snn_1b.py --rates=results/tinystories_snn_6m_sparse.json
     python bench.py params configs/sam_6m.py      parameters and operations per token
     python bench.py frames configs/neuronspark_6m.py --k_max=16   what skipped frames save
     python bench.py cell                          the virtual cell beside its baselines

@@ -72,9 +72,9 @@ def test_recall_compares_models_of_equal_size(monkeypatch):
 
 def test_one_long_text_is_as_long_as_it_says(monkeypatch):
     monkeypatch.setattr(bench, "EARLY", 200)
-    argv = "configs/snn_6m.py --attention=0 --n_hidden=16 --n_embd=16 --d_ff=16".split()
+    argv = "configs/snn_6m.py --n_hidden=16 --n_embd=16 --d_ff=16 --attention=1".split()
     argv += ["--long=300", "--rounds=1"]
-    rates = "--rates=results/tinystories_snn_sparse.json"
+    rates = "--rates=results/tinystories_snn_6m_sparse.json"
     c = config.load(bench.BenchConfig, [*argv, rates, "--vocab_size=50", "--warmup=0"])
     drawn, seen, draw, resident = {}, [], bench.draw, bench.resident
 
