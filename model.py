@@ -370,9 +370,9 @@ def in_heads(x, heads, parts):
 def look_back(q, k, v, state, window):
     """Causal attention with rotary positions (Su et al. 2021, arXiv 2104.09864).
 
-    q, k (B, heads, T, d), v (B, heads, T, e) -> (B, T, heads e). A token sees itself and the window - 1 tokens
-    before it. State: keys and values of those (B, heads, <= window - 1, d or e) and the number of
-    tokens so far (B,).
+    q, k (B, heads, T, d), v (B, heads, T, e) -> (B, T, heads e). A token sees itself and the
+    window - 1 tokens before it. State: keys and values of those (B, heads, <= window - 1, d or e)
+    and the number of tokens so far (B,).
     """
     B, _, T, _ = q.shape
     past = 0 if state is None else state[0].shape[2]

@@ -391,7 +391,7 @@ def test_a_spiking_head_is_fed_by_spikes_and_tied():
     tokens = torch.randint(50, (2, 20))
     logits, _, report = model(tokens)
     assert report.macs == 0  # nothing is fed by floats
-    assert len(report.rate) == len(model.sites) == 2 * 2 + 1
+    assert len(report.rate) == len(model.sites) == 2 * 3 + 1  # a, o, h of two blocks
     assert not any(p.shape == (16, 50) for p in model.parameters())
     assert model.embedding.weight.t().is_contiguous()  # what generation reads, row by row
     logits.square().sum().backward()
