@@ -435,15 +435,13 @@ def generate(c, run):
     transformer of its own size; its neurons fire at the rates of the result that `rates` names.
     """
     long = one_long_text(c, run) if c.long else None  # first, with the memory to itself
-    streams, rows, piece = {}, {}, min(20, c.tokens)
+    models, texts, streams, rows, piece = {}, {}, {}, {}, min(20, c.tokens)
     for name, (settings, half, events) in generators_of(c).items():
         model = generator_of(settings, half, c, run)
         rows[name] = {"parameters": sum(p.numel() for p in model.parameters())}
-        with torch.no_grad():
-            report = model(torch.randint(settings.vocab_size, (1, 64), device=run.device))[2]
-        rows[name]["work"] = float(sum(report.synops)) / (sum(report.synapses) or 1)
-        stream = model.generate(torch.zeros(1, 1, dtype=torch.long, device=run.device))
-        streams[name] = partial(draw, stream, piece, events)
+        models[name] = model
+        texts[name] = model.generate(torch.zeros(1, 1, dtype=torch.long, device=run.device))
+        streams[name] = partial(draw, texts[name], piece, events)
     early = take_turns(streams, c.rounds, c.warmup, run.device)
     drawn = 2 * piece * (c.rounds + c.warmup)  # a turn runs twice
     for once in streams.values():
@@ -456,10 +454,20 @@ def generate(c, run):
         row["early_ms_per_token"] = statistics.median(early[name]) / piece * 1e3
         row["late_ms_per_token"] = statistics.median(later[name]) / piece * 1e3
         row["ratio"] = row["late_ms_per_token"] / rows[OURS]["late_ms_per_token"]
+        if models[name].config.block == "snn":
+            row["work"] = work_of(models[name], list(islice(texts[name], 64)))
         times = f"{row['early_ms_per_token']:10.2f} {row['late_ms_per_token']:10.2f}"
         print(f"  {name:28s} {times} {row['ratio']:8.2f} {row['parameters']:14,d} parameters")
     what = "ms per token, batch 1, random weights"
     return {"what": what, "late": late, "contestants": rows} | ({"long": long} if long else {})
+
+
+@torch.no_grad()
+def work_of(model, drawn):
+    """The share of synaptic operations triggered by these tokens, as `generate` yielded them."""
+    tokens, state = torch.cat([token for token, _ in drawn], 1), drawn[0][1]
+    report = model(tokens, state)[2]
+    return float(sum(report.synops)) / sum(report.synapses)
 
 
 EARLY = 1000  # tokens after which a text counts as begun
@@ -555,15 +563,21 @@ def trained_rates(c):
 
 @torch.no_grad()
 def set_rates(model, rates):
-    """Give random neurons the gain at which they fire so often."""
+    """Give random neurons the gain at which they fire so often.
+
+    By small steps, since a rate is steep in the gain where neurons are to fire seldom; each on the
+    tokens that follow, since membranes fill for some hundred tokens.
+    """
     sites = [(block, site) for block in model.blocks for site in "aoh" if hasattr(block, site)]
     sites += [(model, "head")] if model.head is not None else []
     if lacking := {site for _, site in sites} - set(rates):
         raise ValueError(f"the model of `rates` has no population {' or '.join(sorted(lacking))}")
-    tokens = torch.randint(model.config.vocab_size, (1, 64), device=model.rate.device)
-    for _ in range(8):
-        for (part, site), rate in zip(sites, model(tokens)[2].rate):
-            getattr(part, site).gain *= (rates[site] / rate.mean()).clamp(0.2, 5).sqrt()
+    state = None
+    for _ in range(20):
+        tokens = torch.randint(model.config.vocab_size, (1, 64), device=model.rate.device)
+        _, state, report = model(tokens, state)
+        for (part, site), rate in zip(sites, report.rate):
+            getattr(part, site).gain *= (rates[site] / rate.mean()).clamp(0.1, 10) ** 0.25
 
 
 # ---- frames: does the cost fall with them? ----------------------------------------------------
