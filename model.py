@@ -32,6 +32,7 @@ class ModelConfig:
     n_layer: int = 6  # blocks
     encoder: str = "spikes"  # spikes: 1[sigmoid(embedding) > 1/2] | float: the embedding as it is
     embed_gain: float = 1.0  # factor on a float embedding as it enters the stream, for Muon
+    dropout: float = 0.0  # training drops this share of what enters the stream; 0 is off
     residual: str = "gated"  # sam: gated | plain | none (every block replaces its input)
     norm: bool = True  # layer norm before each block and the readout
     # neurons
@@ -122,6 +123,8 @@ class ModelConfig:
             raise ValueError("rate_penalty=work counts the synapses of block=snn")
         if not 0 < self.beta_low <= self.beta_high < 1:
             raise ValueError("0 < beta_low <= beta_high < 1 must hold for the membrane's decay")
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"dropout must be at least 0 and below 1, got {self.dropout}")
         if self.slope <= 0 or self.theta <= 0:
             raise ValueError("slope and theta must be positive")
 
@@ -714,7 +717,8 @@ class SpikingLM(nn.Module):
             x = spike_encode(x)
         else:
             x = self.config.embed_gain * x
-        return x if self.proj_in is None else self.proj_in(x, report), report
+        x = x if self.proj_in is None else self.proj_in(x, report)
+        return F.dropout(x, self.config.dropout, self.training), report
 
     def readout(self, x, state, report):
         """What leaves the last part (..., D) -> logits (..., vocabulary) and the state."""

@@ -81,6 +81,7 @@ def test_help_lists_every_setting_with_its_comment(cls, capsys):
         ("--block=lstm", "block must be one of"),
         ("--rec_heads=7", "n_hidden 512 must be a multiple of rec_heads 7"),
         ("--beta_high=1.5", "beta_low <= beta_high < 1"),
+        ("--dropout=1.0", "dropout must be at least 0 and below 1"),
         ("--phases=novels:64", "phases must be name:length"),
         ("--phases=words", "phases must be name:length"),
         ("--n_layer=0", "n_layer must be at least 1"),

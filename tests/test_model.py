@@ -532,3 +532,15 @@ def test_pick():
 def test_unknown_settings_are_refused():
     with pytest.raises(ValueError, match="block must be one of"):
         ModelConfig(block="lstm")
+
+
+@pytest.mark.parametrize("name", ["snn_6m.py", "gpt_6m.py"])
+def test_dropout_is_of_training_only_and_keeps_the_mean(name):
+    model = model_of(shrunk(name, dropout=0.25))
+    tokens = torch.randint(50, (8, 40))
+    whole = model.eval().embed(tokens)[0]
+    assert torch.equal(whole, model_of(shrunk(name)).eval().embed(tokens)[0])
+    part = model.train().embed(tokens)[0]
+    kept = part != 0
+    assert kept.float().mean().item() == pytest.approx(0.75, abs=0.03)
+    torch.testing.assert_close(part[kept], whole[kept] / 0.75)

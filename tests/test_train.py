@@ -136,6 +136,16 @@ def test_resume_goes_on_bit_for_bit(text, one, tmp_path):
     assert losses(log)[-1][3] == losses(one[1])[-1][3]
 
 
+def test_resume_drops_what_it_would_have_dropped(text, tmp_path):
+    drop = (STORIES, "--dropout=0.3")
+    whole = run(text, tmp_path / "whole", *drop)
+    run(text, tmp_path / "halves", *drop)
+    (tmp_path / "halves" / "step_00000008.pt").unlink()
+    (tmp_path / "halves" / "best.pt").unlink()
+    resumed = run(text, tmp_path / "halves", *drop, "--init_from=resume")
+    assert losses(resumed)[-1] == losses(whole)[-1]
+
+
 @pytest.mark.parametrize(
     "more, message",
     [("--n_layer=1", "n_layer=2"), ("--vocab_size=301", "vocab_size=300")]
