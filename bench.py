@@ -574,7 +574,7 @@ def set_rates(model, rates):
         raise ValueError(f"the model of `rates` has no population {' or '.join(sorted(lacking))}")
     state = None
     for _ in range(20):
-        tokens = torch.randint(model.config.vocab_size, (1, 64), device=model.rate.device)
+        tokens = torch.randint(model.config.vocab_size, (4, 64), device=model.rate.device)
         _, state, report = model(tokens, state)
         for (part, site), rate in zip(sites, report.rate):
             getattr(part, site).gain *= (rates[site] / rate.mean()).clamp(0.1, 10) ** 0.25

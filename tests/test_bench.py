@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import replace
+from itertools import islice
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -99,21 +100,32 @@ def test_one_long_text_is_as_long_as_it_says(monkeypatch):
 
 
 def test_random_weights_fire_at_trained_rates(tmp_path):
-    rates = {"a": 0.3, "o": 0.2, "h": 0.1, "head": 0.15}
+    rates = {"a": 0.3, "o": 0.2, "h": 0.04, "head": 0.15}
     trained = dict(block="snn", n_layer=2, attention=1, attention_every=2, head="spikes")
     result = tmp_path / "trained.json"
-    per_layer = [0.25, 0.05, 0.35, 0.2, 0.15, 0.15]  # a h, a o h, head
+    per_layer = [0.25, 0.02, 0.35, 0.2, 0.06, 0.15]  # a h, a o h, head
     result.write_text(json.dumps({"config": trained, "log": [{"rate": per_layer}]}))
-    argv = "configs/snn_6m.py --vocab_size=50 --n_layer=3 --attention=1 --attention_every=3".split()
+    argv = (
+        "configs/snn_6m.py --vocab_size=400 --n_layer=12 --attention=1 --attention_every=12".split()
+    )
     argv += ["--n_hidden=64", "--n_embd=64", "--d_ff=128", "--head=spikes", f"--rates={result}"]
     c = config.load(bench.BenchConfig, argv)
     found = bench.trained_rates(c)
     assert found == pytest.approx(rates)
     model = bench.generator_of(c, False, c, RUN)
-    with torch.no_grad():
-        fired = [r.mean().item() for r in model(torch.randint(50, (4, 64)))[2].rate]
-    wanted = [rates[site] for site in ("a", "h", "a", "h", "a", "o", "h", "head")]
-    assert fired == pytest.approx(wanted, abs=0.05)
+    torch.manual_seed(2)
+    with torch.no_grad():  # once membranes have filled
+        _, state, _ = model(torch.randint(400, (4, 300)))
+        fired = [r.mean().item() for r in model(torch.randint(400, (4, 64)), state)[2].rate]
+    wanted = [rates[site] for site in ["a", "h"] * 11 + ["a", "o", "h", "head"]]
+    assert fired == pytest.approx(wanted, abs=0.04)
+    drawn = list(islice(model.generate(torch.zeros(1, 1, dtype=torch.long)), 164))[100:]
+    # of a block: 64 a to 128 h, 128 h to 64; the last also 64 a to 64 queries and keys, 64 o to 64
+    of_a = 12 * 64 * 128 + 64 * 64
+    work = 0.3 * of_a + 0.04 * 12 * 128 * 64 + 0.2 * 64 * 64 + 0.15 * 64 * 400
+    assert bench.work_of(model, drawn) == pytest.approx(
+        work / (of_a + 12 * 128 * 64 + 64 * 64 + 64 * 400), rel=0.25
+    )
     del found["o"]
     with pytest.raises(ValueError, match="no population o"):
         bench.set_rates(model, found)
