@@ -48,7 +48,7 @@ import lif as lif_module
 import train as trainer
 from kernels import lif
 from lif import lif_torch
-from model import SpikingLM, load_checkpoint
+from model import SpikingLM, build, load_checkpoint
 from train import Run, TrainConfig, environment, make_optimizers, train_step, write_result
 
 
@@ -63,6 +63,7 @@ class BenchConfig(TrainConfig):
     tokens: int = 2000  # generate: tokens from the first to the last measurement
     long: int = 0  # generate: first write one text of so many tokens, on Linux; 0 writes none
     threads: int = 2  # CPU threads of PyTorch
+    ckpt: str = ""  # generate: a checkpoint of train.py in place of random weights
     rates: str = ""  # generate, block snn: the result of a trained one whose firing rates to take
     gpus: int = 0  # params: plan a run of train.py on so many GPUs; 0 plans none
     gpu_flops: float = 4e14  # params: what a GPU reaches per second in bfloat16 matrix products
@@ -429,11 +430,14 @@ def train(c, run):
 
 
 def generate(c, run):
-    """Milliseconds per token, early and late in one long text, batch 1, random weights.
+    """Milliseconds per token, early and late in one long text, batch 1.
 
-    A block snn runs four times: events in float32 and with bfloat16 rows, dense, and beside a
-    transformer of its own size; its neurons fire at the rates of the result that `rates` names.
+    Weights are random, or ours those of a checkpoint, with its settings. A block snn runs four
+    times: events in float32 and with bfloat16 rows, dense, and beside a transformer of its own
+    size; its random neurons fire at the rates of the result that `rates` names.
     """
+    if c.ckpt:
+        c = replace(c, **asdict(build(load_checkpoint(c.ckpt)).config))
     long = one_long_text(c, run) if c.long else None  # first, with the memory to itself
     models, texts, streams, rows, piece = {}, {}, {}, {}, min(20, c.tokens)
     for name, (settings, half, events) in generators_of(c).items():
@@ -458,7 +462,7 @@ def generate(c, run):
             row["work"] = work_of(models[name], list(islice(texts[name], 64)))
         times = f"{row['early_ms_per_token']:10.2f} {row['late_ms_per_token']:10.2f}"
         print(f"  {name:28s} {times} {row['ratio']:8.2f} {row['parameters']:14,d} parameters")
-    what = "ms per token, batch 1, random weights"
+    what = f"ms per token, batch 1, {'trained' if c.ckpt else 'random'} weights"
     return {"what": what, "late": late, "contestants": rows} | ({"long": long} if long else {})
 
 
@@ -508,10 +512,13 @@ def resident():
 
 
 def generator_of(settings, half, c, run):
-    """A model of random weights; block snn fires at the rates of the result that `rates` names."""
+    """The model of a checkpoint, or one of random weights; there block snn fires at the rates of the
+    result that `rates` names."""
     torch.manual_seed(c.seed)
-    model = SpikingLM(settings).to(run.device).eval()
-    if settings.block == "snn":
+    trained = c.ckpt and settings is c  # not the transformer beside it
+    model = build(load_checkpoint(c.ckpt)) if trained else SpikingLM(settings)
+    model = model.to(run.device).eval()
+    if settings.block == "snn" and not trained:
         set_rates(model, trained_rates(c))
     if half:
         model.halve_synapses()

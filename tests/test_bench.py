@@ -1,7 +1,7 @@
 """What bench.py measures is what it says: the recall task, one long text."""
 
 import json
-from dataclasses import replace
+from dataclasses import asdict, replace
 from itertools import islice
 from pathlib import Path
 from types import SimpleNamespace
@@ -13,6 +13,7 @@ import torch
 import bench
 import config
 from bench import I_AM, NAMES, TAUGHT, WHO, WORDS
+from model import VERSION, SpikingLM
 
 RUN = bench.Run(config.load(bench.BenchConfig, ["--device=cpu", "--dtype=float32"]))
 
@@ -132,6 +133,29 @@ def test_random_weights_fire_at_trained_rates(tmp_path):
     result.write_text(json.dumps({"config": trained, "log": [{"rate": per_layer[1:]}]}))
     with pytest.raises(ValueError, match="is not of a spiking block snn"):
         bench.trained_rates(c)
+
+
+def test_generate_times_a_checkpoint(tmp_path):
+    tiny = "configs/snn_6m.py --vocab_size=60 --n_hidden=32 --n_embd=32 --d_ff=40 --attention=1"
+    tiny += " --levels=2 --head=spikes"
+    torch.manual_seed(3)
+    model = SpikingLM(config.load(bench.BenchConfig, tiny.split()))
+    weights, path = model.state_dict(), tmp_path / "best.pt"
+    saved = {"version": VERSION, "model": weights, "config": asdict(model.config)}
+    torch.save(saved | {"tokenizer": ""}, path)
+    argv = ["configs/snn_6m.py", "--rounds=1", "--warmup=0", "--tokens=40", f"--ckpt={path}"]
+    result = bench.generate(config.load(bench.BenchConfig, argv), RUN)
+    assert result["what"] == "ms per token, batch 1, trained weights"
+    rows = result["contestants"]
+    ours = {row["parameters"] for name, row in rows.items() if name != "transformer, float32"}
+    assert ours == {sum(p.numel() for p in model.parameters())}
+    assert 0 < rows["ours"]["work"] < 1 and "work" not in rows["transformer, float32"]
+    c = config.load(bench.BenchConfig, [*tiny.split(), f"--ckpt={path}"])
+    again = bench.generator_of(c, False, c, RUN)
+    assert all(torch.equal(weights[name], x) for name, x in again.state_dict().items())
+    path.write_bytes(b"not a checkpoint")
+    with pytest.raises(ValueError, match="cannot read the checkpoint"):
+        bench.generate(config.load(bench.BenchConfig, argv), RUN)
 
 
 @pytest.mark.parametrize(
