@@ -779,6 +779,7 @@ SNN_ABLATION = {  # the ingredients of block snn, then traits
     "two layers": {"n_layer": 2},
     "two layers, attention in the last": {"n_layer": 2, "attention_every": 2},
     "spiking head": {"head": "spikes"},
+    "dropout of a tenth": {"dropout": 0.1},
     "AdamW": {"optimizer": "adamw"},
     **{name: ABLATION[name] for name in "engram hrm spike_attn moe memory mtp jepa".split()},
 }
