@@ -1059,7 +1059,8 @@ def main(argv):
         files = [a.split("/")[-1].removesuffix(".py") for a in argv[1:] if not a.startswith("--")]
         chosen = [] if c.dtype == "auto" else [c.dtype]
         name = "_".join([argv[0], *files, run.device.type, *chosen])
-        settings = {k: v for k, v in asdict(c).items() if not k.endswith(("_dir", "dataset"))}
+        paths = ("_dir", "dataset", "ckpt")
+        settings = {k: v for k, v in asdict(c).items() if not k.endswith(paths)}
         write_result(f"results/{name}.json", result | {"config": settings})
 
 

@@ -1,6 +1,7 @@
 # python train.py configs/snn_6m.py
 # 6.07M parameters, every matrix but the head fed by spikes; wide and shallow, as its search found:
 # each layer codes the stream anew, and every code costs. --spikes=False is the float twin.
+# Expect, of 6M tokens of TinyStories, 0.85 held-out bits per byte; gpt_6m with Muon has 0.79.
 block = "snn"
 vocab_size = 4096
 n_embd = 512
@@ -26,7 +27,8 @@ rate_penalty = "work"
 optimizer = "muon"
 lr = 4e-3
 muon_lr = 0.02
-muon_decay = 0.1
+muon_decay = 0.2
+weight_decay = 0.5
 tokens_per_step = 2048
 micro_tokens = 2048
 max_steps = 3000
