@@ -130,7 +130,7 @@ def test_every_parameter_learns(name):
 @pytest.mark.parametrize(
     "name, millions, tolerance",
     [("sam_6m.py", 6.04, 0.01), ("gpt_6m.py", 6.04, 0.01), ("sam_v1_char.py", 1, 0.2)]
-    + [("sam_v2.py", 3, 0.1), ("sam_v3.py", 6, 0.05), ("snn_6m.py", 6.05, 0.01)],
+    + [("sam_v2.py", 3, 0.1), ("sam_v3.py", 6, 0.05), ("snn_6m.py", 6.11, 0.01)],
 )
 def test_parameters(name, millions, tolerance):
     with torch.device("meta"):
