@@ -88,8 +88,9 @@ class BenchConfig(TrainConfig):
         self.scan_shapes()
         if self.rounds < 1 or self.warmup < 0 or not 0 < self.length <= self.micro_tokens:
             raise ValueError("rounds >= 1, warmup >= 0 and 0 < length <= micro_tokens must hold")
-        if self.gpus < 0 or min(self.gpu_flops, self.gpu_link, self.seeds, self.trials) <= 0:
-            raise ValueError("gpus >= 0; gpu_flops, gpu_link, seeds and trials > 0 must hold")
+        positive = self.gpu_flops, self.gpu_link, self.seeds, self.trials, self.tokens
+        if self.gpus < 0 or min(positive) <= 0:
+            raise ValueError("gpus >= 0; gpu_flops, gpu_link, seeds, trials, tokens > 0 must hold")
         if self.long and self.long < EARLY:
             raise ValueError(f"long must be 0 or at least {EARLY}, got {self.long}")
 
@@ -397,7 +398,7 @@ class SnnTorchSam(SpikingLM):
 def train(c, run):
     """Tokens per second of whole training steps of one micro-batch, random tokens."""
     gpt = config.load(TrainConfig, [c.against])
-    shape = {"micro_tokens": c.micro_tokens, "dtype": c.dtype}
+    shape = {"micro_tokens": c.micro_tokens, "dtype": c.dtype, "vocab_size": c.vocab_size}
     models = {OURS: (SpikingLM, c), "transformer": (SpikingLM, replace(gpt, **shape))}
     if c.block == "sam" and c.residual == "gated" and c.rec_heads == 1:
         models["snnTorch, step by step"] = (SnnTorchSam, c)
@@ -458,7 +459,7 @@ def generate(c, run):
         row["early_ms_per_token"] = statistics.median(early[name]) / piece * 1e3
         row["late_ms_per_token"] = statistics.median(later[name]) / piece * 1e3
         row["ratio"] = row["late_ms_per_token"] / rows[OURS]["late_ms_per_token"]
-        if models[name].config.block == "snn":
+        if models[name].config.block == "snn" and models[name].config.spikes:
             row["work"] = work_of(models[name], list(islice(texts[name], 64)))
         times = f"{row['early_ms_per_token']:10.2f} {row['late_ms_per_token']:10.2f}"
         print(f"  {name:28s} {times} {row['ratio']:8.2f} {row['parameters']:14,d} parameters")
@@ -555,8 +556,11 @@ def trained_rates(c):
     """Mean firing rates of a trained model of block snn: {population: spikes per token}."""
     if not c.rates:
         raise ValueError("--rates=results/FILE.json must name the result of a trained snn model")
-    result = json.loads(Path(c.rates).read_text())
-    was, rates = result["config"], result["log"][-1]["rate"]
+    try:
+        result = json.loads(Path(c.rates).read_text())
+        was, rates = result["config"], result["log"][-1]["rate"]
+    except (ValueError, KeyError, IndexError, TypeError):
+        raise ValueError(f"{c.rates} is not the result of a run of train.py") from None
     every = was.get("attention_every", 1) if was.get("attention") else was["n_layer"] + 1
     blocks = ["ah" if (i + 1) % every else "aoh" for i in range(was["n_layer"])]
     sites = [*"".join(blocks), *["head"] * (was.get("head") == "spikes")]
@@ -632,10 +636,16 @@ def frames(c, run):
 
 
 def params(c, run):
-    """Parameters and, per token, operations; on the meta device, so that any size will do."""
+    """Parameters and operations per token; on the meta device, so that any size will do.
+
+    Attention is counted as for a token that sees the whole window.
+    """
+    looks_back = c.block == "gpt" or c.block == "snn" and c.attention
+    before = min(c.window, c.longest()) - 1 if looks_back else 0
     with torch.device("meta"):
-        model = SpikingLM(c)
-        _, _, report = model(torch.zeros(1, 1, dtype=torch.long))
+        model, token = SpikingLM(c), torch.zeros(1, 1, dtype=torch.long)
+        state = model(token.expand(1, before))[1] if before else None
+        _, _, report = model(token, state)
     groups = {}
     for name, p in model.named_parameters():
         group = name.removeprefix("parts.").split(".")[0].rstrip("0123456789")
@@ -666,6 +676,7 @@ def plan(c, model, macs):
         for group in optimizer.param_groups
         for p in group["params"]
     )
+    states /= c.gpus if c.shard else 1
     gigabytes = {"weights": 4 * total, "gradients": 4 * total, "optimiser": states}
     for name, checkpointing in (("activations", False), ("activations, checkpointing", True)):
         gigabytes[name] = activation_bytes(replace(c, checkpointing=checkpointing))
@@ -812,19 +823,28 @@ def log_of(settings):
     return [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
 
 
+def chosen(variants, c):
+    """Those of the variants that the setting of this name asks for; ValueError if there is none."""
+    words = c.variants.split() or [""]
+    some = {k: v for k, v in variants.items() if any(word in k for word in words)}
+    if not some:
+        raise ValueError(f"no variant is called {c.variants!r}: there are {', '.join(variants)}")
+    return some
+
+
 def ablate(c, run):
     """Train every variant of the config with every seed, at most at the parameters of the bare one.
 
     What an ingredient adds is taken from the width, in steps of 8. A run that out_dir holds complete
-    is not repeated: a stopped ablation goes on, and several processes may share one.
+    is not repeated: a stopped ablation goes on, and several processes may share one, each with
+    --variants of its own once the bare one, which is always among them, is there.
     """
     bare, rows = replace(c, **BARE), {}
     most, variants, width = parameters_of(bare), ABLATION, "n_hidden"
     if c.block == "snn":  # the width of its stream is that of embedding and head
         variants, width = SNN_ABLATION, "d_ff"
+    variants = {"bare": variants["bare"]} | chosen(variants, c)
     for i, (name, overrides) in itertools.product(range(c.seeds), variants.items()):
-        if c.variants and not any(word in name for word in c.variants.split()):
-            continue
         out = Path(c.out_dir) / "ablate" / f"{name} {c.seed + i}"
         settings = replace(bare, **overrides, seed=c.seed + i, out_dir=str(out))
         settings = narrowed(replace(settings, result=""), most, width)
@@ -844,7 +864,7 @@ def ablate(c, run):
     print(f"\n{'':20s} bits per byte   +- of the bare one   rate   tokens/s   parameters")
     for name, row in rows.items():
         row["mean_bpb"] = statistics.mean(row["bpb"])
-        row["gain"] = rows[next(iter(rows))]["mean_bpb"] - row["mean_bpb"]
+        row["gain"] = rows["bare"]["mean_bpb"] - row["mean_bpb"]
         rate, speed = statistics.mean(row["rate"]), statistics.mean(row["tokens_per_s"])
         print(
             f"{name:20s} {row['mean_bpb']:13.4f} {-row['gain']:+19.4f} {100 * rate:5.1f}%"
@@ -940,9 +960,7 @@ def recall(c, run):
     None has more parameters than block snn without memory.
     """
     most, rows = parameters_of(replace(c, **REMEMBERS["snn"])), {}
-    for i, (name, overrides) in itertools.product(range(c.seeds), REMEMBERS.items()):
-        if c.variants and not any(word in name for word in c.variants.split()):
-            continue
+    for i, (name, overrides) in itertools.product(range(c.seeds), chosen(REMEMBERS, c).items()):
         settings = narrowed(replace(c, **overrides, seed=c.seed + i), most)
         print(f"\n{name}, seed {settings.seed}: n_hidden {settings.n_hidden}")
         model = teach(settings, run)
@@ -1052,16 +1070,19 @@ def main(argv):
     if not argv or argv[0] not in COMMANDS:
         config.stop(f"python bench.py {'|'.join(COMMANDS)} [CONFIG.py] [--key=value ...]")
     with config.one_line(data.DataError):
+        if argv[0] in PRESET and not all(arg.startswith("--") for arg in argv[1:]):
+            raise ValueError(f"{argv[0]} takes no config file, only --key=value: it has its own")
         c = config.load(BenchConfig, [*PRESET.get(argv[0], ()), *argv[1:]])
         run = Run(c)
         result = environment(run.device, c.seed) | COMMANDS[argv[0]](c, run)
     if c.save:
         files = [a.split("/")[-1].removesuffix(".py") for a in argv[1:] if not a.startswith("--")]
-        chosen = [] if c.dtype == "auto" else [c.dtype]
-        name = "_".join([argv[0], *files, run.device.type, *chosen])
+        asked = [] if c.dtype == "auto" else [c.dtype]
+        name = "_".join([argv[0], *files, run.device.type, *asked])
         paths = ("_dir", "dataset", "ckpt")
         settings = {k: v for k, v in asdict(c).items() if not k.endswith(paths)}
-        write_result(f"results/{name}.json", result | {"config": settings})
+        with config.one_line():
+            write_result(f"results/{name}.json", result | {"config": settings})
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ Shapes: B sequences, T tokens, D width of the residual stream, E width of the em
 
 import math
 import zipfile
-from dataclasses import dataclass, fields
+from dataclasses import asdict, dataclass, fields
 
 import torch
 import torch.nn as nn
@@ -119,6 +119,10 @@ class ModelConfig:
             raise ValueError(
                 f"n_hidden {self.n_hidden} must be a multiple of {heads} {getattr(self, heads)}"
             )
+        if self.head == "spikes" and not self.spikes:
+            raise ValueError("head=spikes needs spikes=True: the float twin has head=float")
+        if self.homeostasis and self.block not in ("sam", "gpt"):
+            raise ValueError("homeostasis moves the thresholds of block=sam")
         if self.rate_penalty == "work" and self.block not in ("snn", "gpt"):
             raise ValueError("rate_penalty=work counts the synapses of block=snn")
         if not 0 < self.beta_low <= self.beta_high < 1:
@@ -335,7 +339,8 @@ class SNNBlock(nn.Module):
         q, k = in_heads(self.w_qk(a, report), self.heads, 2)
         q, k = (F.rms_norm(y, y.shape[-1:]) for y in (q, k))
         (v,) = in_heads(z, self.heads, 1)
-        o, seen = look_back(2 * q, k, v, seen, self.config.window)  # 2: sharp enough to single out
+        # 2: sharp enough to single out
+        o, seen = look_back(2 * q, k, v, seen, self.config.window, report)
         o, of_o = self.o(F.rms_norm(o, o.shape[-1:]), of_o, report)
         h, of_h = self.h(self.w_in(a, report), of_h, report)
         return x + self.w_out(h, report) + self.w_o(o, report), of_a + of_h + of_o + seen
@@ -344,7 +349,7 @@ class SNNBlock(nn.Module):
 class GPTBlock(nn.Module):
     """The control: causal attention, then GELU. State: as of look_back."""
 
-    sites = []  # nothing fires
+    sites, fan_out = [], []  # nothing fires
 
     def __init__(self, config, index):
         super().__init__()
@@ -360,7 +365,7 @@ class GPTBlock(nn.Module):
 
     def forward(self, x, state, report):  # (B, T, D) -> (B, T, D)
         q, k, v = in_heads(self.qkv(self.norm_a(x), report), self.n_head, 3)
-        y, state = look_back(q, k, v, state, self.window)
+        y, state = look_back(q, k, v, state, self.window, report)
         x = x + self.out(y, report)
         return x + self.down(F.gelu(self.up(self.norm_f(x), report)), report), state
 
@@ -370,7 +375,7 @@ def in_heads(x, heads, parts):
     return x.unflatten(-1, (parts, heads, -1)).permute(2, 0, 3, 1, 4)
 
 
-def look_back(q, k, v, state, window):
+def look_back(q, k, v, state, window, report):
     """Causal attention with rotary positions (Su et al. 2021, arXiv 2104.09864).
 
     q, k (B, heads, T, d), v (B, heads, T, e) -> (B, T, heads e). A token sees itself and the
@@ -379,6 +384,8 @@ def look_back(q, k, v, state, window):
     """
     B, _, T, _ = q.shape
     past = 0 if state is None else state[0].shape[2]
+    pairs = sum(min(past + t + 1, window) for t in range(T))  # of floats, whatever fed q and k
+    report.macs += round(pairs / T * q.shape[1] * (q.shape[3] + v.shape[3]))
     first = q.new_zeros(B, dtype=torch.long) if state is None else state[2]
     position = first[:, None] + torch.arange(T, device=q.device)  # (B, T)
     q, k = rotate(q, position), rotate(k, position)
@@ -401,7 +408,9 @@ def look_back(q, k, v, state, window):
 def rotate(x, position):
     """Turn pairs of channels of x (B, heads, T, d) by angles that grow with position (B, T)."""
     half = x.shape[-1] // 2
-    speed = 10000.0 ** (-torch.arange(half, device=x.device) / half)
+    # in float32 the places within a text of a million tokens would blur; MPS has nothing finer
+    exact = torch.float32 if x.device.type == "mps" else torch.float64
+    speed = 10000.0 ** (-torch.arange(half, device=x.device, dtype=exact) / half)
     angle = position[:, None, :, None] * speed  # (B, 1, T, half)
     a, b = x[..., :half], x[..., half : 2 * half]
     cos, sin = angle.cos().to(x.dtype), angle.sin().to(x.dtype)
@@ -882,6 +891,8 @@ def load_checkpoint(path):
     if checkpoint["version"] != VERSION:
         version = checkpoint["version"]
         raise ValueError(f"{path} is of version {version}, this code reads only {VERSION}")
+    # a setting younger than the checkpoint was off when it was written, as it is by default
+    checkpoint["config"] = asdict(ModelConfig()) | checkpoint["config"]
     return checkpoint
 
 

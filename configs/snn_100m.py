@@ -19,7 +19,7 @@ slope = 1.0
 theta = 0.8
 levels = 3
 
-# firing: at most this share of all synaptic operations
+# firing: about this share of all synaptic operations, counted dense, is triggered
 rate_target = 0.1
 rate_weight = 30.0
 rate_penalty = "work"

@@ -18,7 +18,7 @@ slope = 1.0
 theta = 0.8
 levels = 3
 
-# firing: of all synaptic operations, counted dense, so many are triggered at most
+# firing: about this share of all synaptic operations, counted dense, is triggered
 rate_target = 0.19
 rate_weight = 30.0
 rate_penalty = "work"

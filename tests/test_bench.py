@@ -142,6 +142,7 @@ def test_generate_times_a_checkpoint(tmp_path):
     model = SpikingLM(config.load(bench.BenchConfig, tiny.split()))
     weights, path = model.state_dict(), tmp_path / "best.pt"
     saved = {"version": VERSION, "model": weights, "config": asdict(model.config)}
+    del saved["config"]["dropout"]  # as in a checkpoint older than this setting, which is off
     torch.save(saved | {"tokenizer": ""}, path)
     argv = ["configs/snn_6m.py", "--rounds=1", "--warmup=0", "--tokens=40", f"--ckpt={path}"]
     result = bench.generate(config.load(bench.BenchConfig, argv), RUN)
@@ -156,6 +157,41 @@ def test_generate_times_a_checkpoint(tmp_path):
     path.write_bytes(b"not a checkpoint")
     with pytest.raises(ValueError, match="cannot read the checkpoint"):
         bench.generate(config.load(bench.BenchConfig, argv), RUN)
+
+
+def test_generate_times_the_float_twin(monkeypatch):
+    tiny = "configs/snn_6m.py --vocab_size=60 --n_hidden=32 --n_embd=32 --d_ff=40 --attention=1"
+    argv = [*tiny.split(), "--spikes=False", "--rounds=1", "--warmup=0", "--tokens=40"]
+    monkeypatch.setattr(bench, "set_rates", lambda model, rates: None)
+    monkeypatch.setattr(bench, "trained_rates", lambda c: {})
+    rows = bench.generate(config.load(bench.BenchConfig, argv), RUN)["contestants"]
+    assert rows["ours"]["ratio"] == 1 and "work" not in rows["ours"]
+
+
+@pytest.mark.parametrize(
+    "argv, said",
+    [
+        ("generate configs/snn_6m.py --rates=configs/snn_6m.py", "is not the result of a run"),
+        ("generate configs/snn_6m.py --tokens=0", "tokens > 0 must hold"),
+        ("recall --variants=zzz", "no variant is called 'zzz'"),
+        ("ablate configs/snn_6m.py --variants=zzz", "no variant is called 'zzz'"),
+        ("recall configs/snn_6m.py", "takes no config file"),
+    ],
+)
+def test_mistakes_end_in_one_line(argv, said, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        bench.main([*argv.split(), "--save=False"])
+    assert stopped.value.code == 2 and said in capsys.readouterr().err
+
+
+def test_a_plan_shards_the_optimiser():
+    argv = "configs/snn_6m.py --n_layer=1 --d_ff=64 --phases=stories:8 --micro_tokens=16 --length=8 --gpus=4"
+    whole, sharded = (
+        bench.params(config.load(bench.BenchConfig, [*argv.split(), f"--shard={on}"]), RUN)["plan"]
+        for on in (False, True)
+    )
+    memory = [plan["gigabytes"]["optimiser"] for plan in (whole, sharded)]
+    assert memory[1] == pytest.approx(memory[0] / 4)
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ import torch
 
 import config
 from lif import Report, Synapse
-from model import ModelConfig, SpikingLM, pick, spike_encode
+from model import ModelConfig, SpikingLM, pick, rotate, spike_encode
 from train import TrainConfig
 
 CONFIGS = sorted(p.name for p in Path(__file__).parent.parent.glob("configs/*.py"))
@@ -82,7 +82,9 @@ def test_snn_with_attention_keeps_its_word(spikes):
     if spikes:  # floats cross no matrix but the embedding's, into the stream and out of it
         blocks = sum(p.numel() for b in model.blocks for n, p in b.named_parameters() if "w_" in n)
         ends = model.embedding.weight.numel()
-        assert sum(report.synapses) == blocks and report.macs == ends
+        pairs = (sum(range(1, 9)) + 32 * 8) / 40  # that attention multiplies itself, per token
+        products = len(model.blocks) * round(pairs * 2 * (32 + half))
+        assert sum(report.synapses) == blocks and report.macs == ends + products
     check_causal(model)
 
 
@@ -529,9 +531,26 @@ def test_pick():
     assert drawn(top_p=1e-9) == [1, 0, 0, 0]
 
 
-def test_unknown_settings_are_refused():
-    with pytest.raises(ValueError, match="block must be one of"):
-        ModelConfig(block="lstm")
+@pytest.mark.parametrize(
+    "settings, said",
+    [
+        ({"block": "lstm"}, "block must be one of"),
+        ({"block": "snn", "head": "spikes", "spikes": False}, "the float twin has head=float"),
+        ({"block": "snn", "homeostasis": 0.1}, "thresholds of block=sam"),
+    ],
+)
+def test_settings_that_make_no_model_are_refused(settings, said):
+    with pytest.raises(ValueError, match=said):
+        ModelConfig(**settings)
+
+
+def test_attention_knows_its_places_in_the_longest_text():
+    q, k = torch.randn(2, 1, 1, 1, 32)
+    products = []
+    for start in (0, 10**7):
+        at = torch.tensor([[start], [start + 5]])
+        products.append((rotate(q, at[:1]) * rotate(k, at[1:])).sum().item())
+    assert products[0] == pytest.approx(products[1], abs=1e-4)
 
 
 @pytest.mark.parametrize("name", ["snn_6m.py", "gpt_6m.py"])

@@ -367,6 +367,14 @@ def test_muon_moves_a_synapse_as_it_would_the_transposed_linear():
         torch.testing.assert_close(of_synapse, of_linear, rtol=0, atol=3e-4)  # Muon is bfloat16
 
 
+def test_each_process_drops_entries_of_its_own(text, tmp_path):
+    # no sample: the one process that prints it would draw more than the other
+    short = ("--dropout=0.1", "--max_steps=1", "--sample_tokens=0")
+    run(text, tmp_path, STORIES, *short, start=TORCHRUN)
+    saved = torch.load(tmp_path / "step_00000001.pt", weights_only=True)["random"]
+    assert len(saved) == 2 and not torch.equal(saved[0][0], saved[1][0])
+
+
 def test_muon_learns_and_is_not_resumed_as_adamw(text, tmp_path):
     log = run(text, tmp_path, STORIES, "--optimizer=muon")
     assert log[-1]["heldout"] < log[0]["heldout"]
