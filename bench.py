@@ -88,9 +88,9 @@ class BenchConfig(TrainConfig):
         self.scan_shapes()
         if self.rounds < 1 or self.warmup < 0 or not 0 < self.length <= self.micro_tokens:
             raise ValueError("rounds >= 1, warmup >= 0 and 0 < length <= micro_tokens must hold")
-        positive = self.gpu_flops, self.gpu_link, self.seeds, self.trials, self.tokens
+        positive = self.gpu_flops, self.gpu_link, self.seeds, self.tokens, self.trials
         if self.gpus < 0 or min(positive) <= 0:
-            raise ValueError("gpus >= 0; gpu_flops, gpu_link, seeds, trials, tokens > 0 must hold")
+            raise ValueError("gpus >= 0; gpu_flops, gpu_link, seeds, tokens, trials > 0 must hold")
         if self.long and self.long < EARLY:
             raise ValueError(f"long must be 0 or at least {EARLY}, got {self.long}")
 

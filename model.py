@@ -119,8 +119,6 @@ class ModelConfig:
             raise ValueError(
                 f"n_hidden {self.n_hidden} must be a multiple of {heads} {getattr(self, heads)}"
             )
-        if self.head == "spikes" and not self.spikes:
-            raise ValueError("head=spikes needs spikes=True: the float twin has head=float")
         if self.homeostasis and self.block not in ("sam", "gpt"):
             raise ValueError("homeostasis moves the thresholds of block=sam")
         if self.rate_penalty == "work" and self.block not in ("snn", "gpt"):
@@ -692,7 +690,9 @@ class SpikingLM(nn.Module):
     def halve_synapses(self):
         """Keep the rows that spikes read in bfloat16: half the memory, half the bytes per spike."""
         rows = [part.weight for part in self.modules() if isinstance(part, Synapse)]
-        for weight in rows + [self.embedding.weight] * (self.head is not None):
+        if self.head is not None and self.config.spikes:
+            rows.append(self.embedding.weight)
+        for weight in rows:
             weight.data = weight.data.bfloat16()
 
     def forward(self, tokens, state=None):
@@ -731,14 +731,15 @@ class SpikingLM(nn.Module):
 
     def readout(self, x, state, report):
         """What leaves the last part (..., D) -> logits (..., vocabulary) and the state."""
-        x = self.norm(x)
+        x, now = self.norm(x), ()
         if self.head is not None:
-            s, state = self.head(x, state, report)
-            return deliver(s, self.embedding.weight.t(), report), state
+            x, now = self.head(x, state, report)
+            if self.config.spikes:
+                return deliver(x, self.embedding.weight.t(), report), now
         if self.proj_out is not None:
             x = self.proj_out(x, report)  # (..., E)
         report.macs += self.embedding.weight.numel()
-        return F.linear(x, self.embedding.weight), ()
+        return F.linear(x, self.embedding.weight), now
 
     def loss(self, logits, targets, report):
         """Cross-entropy in nats per token (alone the basis of bits per byte), and a dictionary of

@@ -161,7 +161,14 @@ def test_generate_times_a_checkpoint(tmp_path):
 
 def test_generate_times_the_float_twin(monkeypatch):
     tiny = "configs/snn_6m.py --vocab_size=60 --n_hidden=32 --n_embd=32 --d_ff=40 --attention=1"
-    argv = [*tiny.split(), "--spikes=False", "--rounds=1", "--warmup=0", "--tokens=40"]
+    argv = [
+        *tiny.split(),
+        "--spikes=False",
+        "--head=spikes",
+        "--rounds=1",
+        "--warmup=0",
+        "--tokens=40",
+    ]
     monkeypatch.setattr(bench, "set_rates", lambda model, rates: None)
     monkeypatch.setattr(bench, "trained_rates", lambda c: {})
     rows = bench.generate(config.load(bench.BenchConfig, argv), RUN)["contestants"]
@@ -172,7 +179,7 @@ def test_generate_times_the_float_twin(monkeypatch):
     "argv, said",
     [
         ("generate configs/snn_6m.py --rates=configs/snn_6m.py", "is not the result of a run"),
-        ("generate configs/snn_6m.py --tokens=0", "tokens > 0 must hold"),
+        ("generate configs/snn_6m.py --tokens=0", "tokens, trials > 0 must hold"),
         ("recall --variants=zzz", "no variant is called 'zzz'"),
         ("ablate configs/snn_6m.py --variants=zzz", "no variant is called 'zzz'"),
         ("recall configs/snn_6m.py", "takes no config file"),

@@ -71,6 +71,13 @@ def test_whole_equals_split_equals_token_by_token(name):
     check_state(model_of(shrunk(name)))
 
 
+def of_attention(model, T):
+    """Products of floats and floats per token of T: queries and keys, weights and values."""
+    c = model.config
+    pairs = sum(min(t, c.window) for t in range(1, T + 1)) / T
+    return len(model.blocks) * round(pairs * (32 * c.attention + c.n_hidden))
+
+
 @pytest.mark.parametrize("spikes", [True, False])
 def test_snn_with_attention_keeps_its_word(spikes):
     model = model_of(shrunk("snn_6m.py", attention=2, spikes=spikes))
@@ -82,9 +89,7 @@ def test_snn_with_attention_keeps_its_word(spikes):
     if spikes:  # floats cross no matrix but the embedding's, into the stream and out of it
         blocks = sum(p.numel() for b in model.blocks for n, p in b.named_parameters() if "w_" in n)
         ends = model.embedding.weight.numel()
-        pairs = (sum(range(1, 9)) + 32 * 8) / 40  # that attention multiplies itself, per token
-        products = len(model.blocks) * round(pairs * 2 * (32 + half))
-        assert sum(report.synapses) == blocks and report.macs == ends + products
+        assert sum(report.synapses) == blocks and report.macs == ends + of_attention(model, 40)
     check_causal(model)
 
 
@@ -271,7 +276,8 @@ def test_snn_sends_at_most_one_spike_per_population_at_its_learned_level():
 
 
 def test_twin_of_snn_is_the_same_block_with_floats():
-    spiking, twin = (model_of(shrunk("snn_6m.py", spikes=on)) for on in (True, False))
+    sizes = dict(n_embd=16, n_hidden=16, head="spikes")
+    spiking, twin = (model_of(shrunk("snn_6m.py", spikes=on, **sizes)) for on in (True, False))
     sizes = [
         {k: p.numel() for k, p in m.named_parameters() if "levels" not in k}
         for m in (spiking, twin)
@@ -392,7 +398,7 @@ def test_a_spiking_head_is_fed_by_spikes_and_tied():
     model = model_of(shrunk("snn_6m.py", head="spikes", n_embd=16, n_hidden=16))
     tokens = torch.randint(50, (2, 20))
     logits, _, report = model(tokens)
-    assert report.macs == 0  # nothing is fed by floats
+    assert report.macs == of_attention(model, tokens.shape[1])  # no matrix is fed by floats
     assert len(report.rate) == len(model.sites) == 2 * 3 + 1  # a, o, h of two blocks
     assert not any(p.shape == (16, 50) for p in model.parameters())
     assert model.embedding.weight.t().is_contiguous()  # what generation reads, row by row
@@ -535,7 +541,6 @@ def test_pick():
     "settings, said",
     [
         ({"block": "lstm"}, "block must be one of"),
-        ({"block": "snn", "head": "spikes", "spikes": False}, "the float twin has head=float"),
         ({"block": "snn", "homeostasis": 0.1}, "thresholds of block=sam"),
     ],
 )
