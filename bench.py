@@ -889,8 +889,8 @@ RECALL = (  # short documents first: what they teach makes the long ones learnab
     " --max_steps=600 --optimizer=muon --lr=4e-3 --dtype=float32"
 ).split() + ["--phases=phrases:80 stories:640"]
 REMEMBERS = {
-    "snn": {"block": "snn", "memory": 0},
-    "snn+memory": {"block": "snn"},
+    "snn": {"block": "snn", "rate_penalty": "work", "memory": 0},
+    "snn+memory": {"block": "snn", "rate_penalty": "work"},
     "sam": {"block": "sam", "memory": 0},
     "sam+memory": {"block": "sam"},
     "transformer": {"block": "gpt", "memory": 0},

@@ -81,6 +81,7 @@ def test_help_lists_every_setting_with_its_comment(cls, capsys):
         ("--block=lstm", "block must be one of"),
         ("--rec_heads=7", "n_hidden 512 must be a multiple of rec_heads 7"),
         ("--beta_high=1.5", "beta_low <= beta_high < 1"),
+        ("--block=snn --attention=8 --attention_every=7", "leaves none of 6 blocks with attention"),
         ("--dropout=1.0", "dropout must be at least 0 and below 1"),
         ("--phases=novels:64", "phases must be name:length"),
         ("--phases=words", "phases must be name:length"),
@@ -92,5 +93,5 @@ def test_help_lists_every_setting_with_its_comment(cls, capsys):
 )
 def test_values_that_make_no_sense(setting, expected, capsys):
     with pytest.raises(SystemExit):
-        config.load(BenchConfig, [setting])  # a TrainConfig with settings of its own
+        config.load(BenchConfig, setting.split())  # a TrainConfig with settings of its own
     assert expected in capsys.readouterr().err
