@@ -932,7 +932,7 @@ def ask(model, distance, seed, run, rows=256):
     """Tell a name, soon over, then another one, and ask after so many tokens of filler who it is.
 
     Returns how often the likeliest token is the second name, the nats that it costs, and the
-    memory's share of the updates of the stream.
+    memory's share of the updates of the stream, in the last 32 rows.
     """
     rng = np.random.default_rng((seed, distance))
     text = rng.integers(WHO + 1, WORDS, (rows, 20 + 2 + distance + 1))

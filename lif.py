@@ -634,9 +634,9 @@ class Report:
     membrane: list = field(default_factory=list)  # per block that shows it: (B, T, N), for readouts
     stream: torch.Tensor = None  # (B, T, D) what the last part leaves to the readout
     rate: list = field(default_factory=list)  # per spiking layer: (N,) spikes per neuron and token
-    synops: list = field(default_factory=list)  # per spike-fed matrix: operations really triggered
-    synapses: list = field(default_factory=list)  # per spike-fed matrix: multiplications if dense
-    macs: int = 0  # multiplications per token of the float-fed matrices
+    synops: list = field(default_factory=list)  # per spike-fed matrix: triggered by a token
+    synapses: list = field(default_factory=list)  # per spike-fed matrix: of a token if all fired
+    macs: int = 0  # multiplications per token that floats feed: matrices, attention
     losses: dict = field(default_factory=dict)  # name -> scalar that training adds to the loss
     log: dict = field(default_factory=dict)  # name -> scalar that is worth a look
 

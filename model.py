@@ -282,7 +282,7 @@ class Population(nn.Module):
             middle = (self.theta + c.theta / 2).repeat_interleave(n)  # of each interval of v
             self.levels = nn.Parameter(torch.cat([middle, -middle]) if signed else middle)
 
-    def forward(self, z, state, report):  # (B, T, n) -> (B, T, n); state as of `lif`
+    def forward(self, z, state, report):  # (B, T, n) -> (B, T, n); state of `lif`: s is not read
         c = self.config
         beta = torch.sigmoid(self.beta_logit)
         current = (1 - beta**2).sqrt() * torch.addcmul(self.bias, self.gain, z)
@@ -308,7 +308,7 @@ class SNNBlock(nn.Module):
     a = population(x / rms(x));  h = population(W_in a);  x + W_out h
     With attention, + W_o population(o / rms(o)), o = look_back(q / rms(q), k / rms(k), x / rms(x))
     and (q, k) = W_qk a: floats that neurons keep to themselves, no matrix is fed by them.
-    State: of the populations a, h, and with attention o, each as of `lif`; as of look_back.
+    State, flat: two tensors of each population (a, h, with attention o), then look_back's three.
     """
 
     def __init__(self, config, index):
