@@ -60,6 +60,7 @@ class ModelConfig:
     levels: int = 3  # neurons of a population, at thresholds theta, 2 theta, ...; 1 is plain spikes
     head: str = "float"  # what the readout's matrix is fed: float | spikes, of one more population
     spikes: bool = True  # False: the float twin, the same block with graded signals
+    noise: float = 0.0  # training shifts what neurons see of a membrane, within so many thetas
     # whale
     modulation: str = "program"  # gene programs set neurons | shuffled: control | none: all equal
     spike_input_gain: float = 2.5  # starting scale of the synapses into layers fed by spikes
@@ -132,8 +133,8 @@ class ModelConfig:
             raise ValueError("0 < beta_low <= beta_high < 1 must hold for the membrane's decay")
         if not 0 <= self.dropout < 1:
             raise ValueError(f"dropout must be at least 0 and below 1, got {self.dropout}")
-        if self.slope <= 0 or self.theta <= 0:
-            raise ValueError("slope and theta must be positive")
+        if self.slope <= 0 or self.theta <= 0 or self.noise < 0:
+            raise ValueError("slope and theta must be positive, noise at least 0")
 
 
 def spike_encode(x):
@@ -295,6 +296,8 @@ class Population(nn.Module):
             )
         if not c.spikes:
             return (v if self.signed else F.relu(v)).to(z.dtype), state
+        if self.training and c.noise:
+            v = v + c.noise * c.theta * (torch.rand_like(v) - 0.5)
         levels = self.levels.view(1 + self.signed, c.levels, -1)
         sent, rate = population(v, self.theta, levels, c.surrogate, c.slope, z.dtype)
         report.rate.append(rate)

@@ -10,7 +10,7 @@ import torch
 
 import config
 from lif import Report, Synapse
-from model import ModelConfig, SpikingLM, pick, rotate, spike_encode
+from model import ModelConfig, Population, SpikingLM, pick, rotate, spike_encode
 from train import TrainConfig
 
 CONFIGS = sorted(p.name for p in Path(__file__).parent.parent.glob("configs/*.py"))
@@ -556,6 +556,18 @@ def test_attention_knows_its_places_in_the_longest_text():
         at = torch.tensor([[start], [start + 5]])
         products.append((rotate(q, at[:1]) * rotate(k, at[1:])).sum().item())
     assert products[0] == pytest.approx(products[1], abs=1e-4)
+
+
+def test_noise_of_training_lets_neurons_near_their_threshold_fire_at_times():
+    config = ModelConfig(block="snn", n_hidden=8, attention=0, theta=0.8, noise=0.4, levels=1)
+    neurons = Population(8, config, False, 0.9)
+    beta = torch.sigmoid(neurons.beta_logit)
+    z = (0.9 * 0.8 / (1 - beta**2).sqrt()).expand(4000, 1, 8)  # membranes at 0.9 theta
+    for training, share in ((False, 0.0), (True, 0.25)):  # of 0.7 to 1.1 theta
+        report = Report()
+        sent, _ = neurons.train(training)(z, None, report)
+        assert report.rate[0].mean().item() == pytest.approx(share, abs=0.01)
+        assert (sent != 0).float().mean().item() == pytest.approx(share, abs=0.01)
 
 
 @pytest.mark.parametrize("name", ["snn_6m.py", "gpt_6m.py"])
