@@ -16,12 +16,14 @@ from train import TrainConfig
 CONFIGS = sorted(p.name for p in Path(__file__).parent.parent.glob("configs/*.py"))
 ONE_PER_BLOCK = ["sam_6m.py", "spikewhale_6m.py", "neuronspark_6m.py", "snn_6m.py", "gpt_6m.py"]
 SMALL = dict(vocab_size=50, n_embd=16, n_layer=2, n_head=2, d_ff=24, n_state=2, k_max=3)
+SMALL |= dict(noise=0.0)  # what is random has tests of its own
 
 
 def shrunk(name, **more):
     c = config.load(TrainConfig, [f"configs/{name}"])
     width = 32 if c.n_hidden > c.n_embd else 16
-    return replace(c, **SMALL | {"n_hidden": width, "window": 8} | more)
+    small = SMALL | {"attention": min(c.attention, 2), "attention_every": min(c.attention_every, 2)}
+    return replace(c, **small | {"n_hidden": width, "window": 8} | more)
 
 
 def model_of(c):
@@ -137,7 +139,7 @@ def test_every_parameter_learns(name):
 @pytest.mark.parametrize(
     "name, millions, tolerance",
     [("sam_6m.py", 6.04, 0.01), ("gpt_6m.py", 6.04, 0.01), ("sam_v1_char.py", 1, 0.2)]
-    + [("sam_v2.py", 3, 0.1), ("sam_v3.py", 6, 0.05), ("snn_6m.py", 6.11, 0.01)],
+    + [("sam_v2.py", 3, 0.1), ("sam_v3.py", 6, 0.05), ("snn_6m.py", 6.12, 0.01)],
 )
 def test_parameters(name, millions, tolerance):
     with torch.device("meta"):
