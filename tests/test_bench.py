@@ -204,7 +204,7 @@ def test_a_plan_shards_the_optimiser():
 @pytest.mark.parametrize(
     "argv, width, variants",
     [
-        ("configs/snn_6m.py --n_embd=320 --n_hidden=320 --n_layer=1", "d_ff", bench.SNN_ABLATION),
+        ("configs/snn_6m.py --n_embd=320 --n_hidden=320 --n_layer=1 --attention=4", "d_ff", bench.SNN_ABLATION),
         ("configs/spikewhale_6m.py --n_hidden=128", "n_hidden", ("bare", "memory")),
     ],
 )

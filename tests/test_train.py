@@ -347,7 +347,7 @@ def test_every_parameter_has_one_optimiser_of_its_kind():
 
 
 def test_muon_moves_a_synapse_as_it_would_the_transposed_linear():
-    settings = ["configs/snn_6m.py", "--n_layer=1", "--n_hidden=8", "--n_embd=8", "--d_ff=32"]
+    settings = ["configs/snn_6m.py", "--n_hidden=8", "--n_embd=8", "--d_ff=32", "--attention=1"]
     moved = []
     for spikes in (True, False):
         c = config.load(TrainConfig, settings + [f"--spikes={spikes}"])
