@@ -460,7 +460,7 @@ def generate(c, run):
         row["late_ms_per_token"] = statistics.median(later[name]) / piece * 1e3
         row["ratio"] = row["late_ms_per_token"] / rows[OURS]["late_ms_per_token"]
         if models[name].config.block == "snn" and models[name].config.spikes:
-            row["work"] = work_of(models[name], list(islice(texts[name], 64)))
+            row["triggered"] = triggered_share(models[name], list(islice(texts[name], 64)))
         times = f"{row['early_ms_per_token']:10.2f} {row['late_ms_per_token']:10.2f}"
         print(f"  {name:28s} {times} {row['ratio']:8.2f} {row['parameters']:14,d} parameters")
     what = f"ms per token, batch 1, {'trained' if c.ckpt else 'random'} weights"
@@ -468,7 +468,7 @@ def generate(c, run):
 
 
 @torch.no_grad()
-def work_of(model, drawn):
+def triggered_share(model, drawn):
     """The share of synaptic operations triggered by these tokens, as `generate` yielded them."""
     tokens, state = torch.cat([token for token, _ in drawn], 1), drawn[0][1]
     report = model(tokens, state)[2]
@@ -513,7 +513,7 @@ def resident():
 
 
 def generator_of(settings, half, c, run):
-    """The model of a checkpoint, or one of random weights; there block snn fires at the rates of the
+    """The model of a checkpoint, or of random weights; there block snn fires at the rates of the
     result that `rates` names."""
     torch.manual_seed(c.seed)
     trained = c.ckpt and settings is c  # not the transformer beside it
@@ -835,7 +835,7 @@ def chosen(variants, c):
 def ablate(c, run):
     """Train every variant of the config with every seed, at most at the parameters of the bare one.
 
-    What an ingredient adds is taken from the width, in steps of 8. A run that out_dir holds complete
+    What an ingredient adds is taken from the width, in steps of 8. A run that out_dir has complete
     is not repeated: a stopped ablation goes on, and several processes may share one, each with
     --variants of its own once the bare one, which is always among them, is there.
     """
@@ -857,7 +857,7 @@ def ablate(c, run):
         row.setdefault("bpb", []).append(log[-1]["bpb"])
         row.setdefault("nats", []).append(log[-1]["heldout"])
         row.setdefault("rate", []).append(statistics.mean(log[-1]["rate"] or [0.0]))
-        row.setdefault("work", []).append(log[-1]["synops"] / (log[-1]["synapses"] or 1))
+        row.setdefault("triggered", []).append(log[-1]["synops"] / (log[-1]["synapses"] or 1))
         row.setdefault("tokens_per_s", []).append(
             statistics.median(line["tokens_per_s"] for line in log[1:])
         )
@@ -975,7 +975,7 @@ def recall(c, run):
         for what in ("accuracy", "nats", "share"):
             row[f"mean_{what}"] = {d: statistics.mean(x) for d, x in row[what].items()}
         print(f"{name:12s}" + "".join(f"{100 * x:6.0f}%" for x in row["mean_accuracy"].values()),
-              f"{100 * row['mean_share'][str(ASKED[0])]:15.0f}% {row['parameters']:12d}")  # fmt: skip
+              f"{100 * row['mean_share'][str(ASKED[0])]:15.0f}%{row['parameters']:13d}")  # fmt: skip
     what = "names recalled after so many tokens, by tiny models; a list has a value per seed"
     return {"what": what, "chance": 1 / NAMES, "taught": TAUGHT, "variants": rows}
 

@@ -60,7 +60,7 @@ class ModelConfig:
     levels: int = 3  # neurons of a population, at thresholds theta, 2 theta, ...; 1 is plain spikes
     head: str = "float"  # what the readout's matrix is fed: float | spikes, of one more population
     spikes: bool = True  # False: the float twin, the same block with graded signals
-    noise: float = 0.0  # training shifts what neurons see of a membrane, within so many thetas
+    noise: float = 0.0  # even noise on membranes in training, so many thetas wide; 0 is off
     # whale
     modulation: str = "program"  # gene programs set neurons | shuffled: control | none: all equal
     spike_input_gain: float = 2.5  # starting scale of the synapses into layers fed by spikes

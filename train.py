@@ -194,7 +194,7 @@ class Run:
         if device == "cpu":
             keep_memory()
         self.stopping = False
-        # what dropout draws from; batches and samples have their own
+        # what dropout and noise draw from; batches and samples have their own
         other = [] if device == "cpu" else [torch.get_device_module(self.device)]
         self.generators = [torch, *other]
 
@@ -697,7 +697,7 @@ def train(c, run):
         raw.adopt(load_scores(c.cell)[0])
     raw = raw.to(run.device)
     optimizers = make_optimizers(c, raw, run.device)
-    torch.manual_seed(c.seed + 1 + run.rank)  # each process drops entries of its own
+    torch.manual_seed(c.seed + 1 + run.rank)  # each process has dropout and noise of its own
     position = {"step": 0, "phase": 0, "phase_step": 0, "tokens": 0, "history": [], "losses": []}
     position |= {"evaluated": -1, "best": math.inf, "curriculum": curriculum, "minutes": 0.0}
     position["stream"], memory = [], None  # of each process; of this one's rows

@@ -1,5 +1,5 @@
 # python train.py configs/gpt_6m.py
-# The control: a causal transformer of the same size, data, optimiser and schedule; 6.04M parameters.
+# The control: a causal transformer, same size, data, optimiser and schedule; 6.04M parameters.
 # Expect, on 6M tokens of TinyStories: 0.90 held-out bits per byte, where sam_6m.py has 1.01.
 block = "gpt"
 vocab_size = 4096

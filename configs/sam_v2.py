@@ -1,5 +1,5 @@
 # python train.py configs/sam_v2.py
-# Real Sam V2: byte-pair tokens, residual blocks with layer norm, conversations. About 3M parameters.
+# Real Sam V2: byte-pair tokens, residual blocks with layer norm, conversations. 3M parameters.
 # Expect losses to fall; no figures have been measured yet.
 n_layer = 3
 residual = "plain"

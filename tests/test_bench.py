@@ -124,7 +124,7 @@ def test_random_weights_fire_at_trained_rates(tmp_path):
     # of a block: 64 a to 128 h, 128 h to 64; the last also 64 a to 64 queries and keys, 64 o to 64
     of_a = 12 * 64 * 128 + 64 * 64
     work = 0.3 * of_a + 0.04 * 12 * 128 * 64 + 0.2 * 64 * 64 + 0.15 * 64 * 400
-    assert bench.work_of(model, drawn) == pytest.approx(
+    assert bench.triggered_share(model, drawn) == pytest.approx(
         work / (of_a + 12 * 128 * 64 + 64 * 64 + 64 * 400), rel=0.25
     )
     del found["o"]
@@ -150,7 +150,7 @@ def test_generate_times_a_checkpoint(tmp_path):
     rows = result["contestants"]
     ours = {row["parameters"] for name, row in rows.items() if name != "transformer, float32"}
     assert ours == {sum(p.numel() for p in model.parameters())}
-    assert 0 < rows["ours"]["work"] < 1 and "work" not in rows["transformer, float32"]
+    assert 0 < rows["ours"]["triggered"] < 1 and "triggered" not in rows["transformer, float32"]
     c = config.load(bench.BenchConfig, [*tiny.split(), f"--ckpt={path}"])
     again = bench.generator_of(c, False, c, RUN)
     assert all(torch.equal(weights[name], x) for name, x in again.state_dict().items())
@@ -161,18 +161,12 @@ def test_generate_times_a_checkpoint(tmp_path):
 
 def test_generate_times_the_float_twin(monkeypatch):
     tiny = "configs/snn_6m.py --vocab_size=60 --n_hidden=32 --n_embd=32 --d_ff=40 --attention=1"
-    argv = [
-        *tiny.split(),
-        "--spikes=False",
-        "--head=spikes",
-        "--rounds=1",
-        "--warmup=0",
-        "--tokens=40",
-    ]
+    twin = "--spikes=False --head=spikes --rounds=1 --warmup=0 --tokens=40"
+    argv = [*tiny.split(), *twin.split()]
     monkeypatch.setattr(bench, "set_rates", lambda model, rates: None)
     monkeypatch.setattr(bench, "trained_rates", lambda c: {})
     rows = bench.generate(config.load(bench.BenchConfig, argv), RUN)["contestants"]
-    assert rows["ours"]["ratio"] == 1 and "work" not in rows["ours"]
+    assert rows["ours"]["ratio"] == 1 and "triggered" not in rows["ours"]
 
 
 @pytest.mark.parametrize(
@@ -192,7 +186,10 @@ def test_mistakes_end_in_one_line(argv, said, capsys):
 
 
 def test_a_plan_shards_the_optimiser():
-    argv = "configs/snn_6m.py --n_layer=1 --d_ff=64 --phases=stories:8 --micro_tokens=16 --length=8 --gpus=4"
+    argv = (
+        "configs/snn_6m.py --n_layer=1 --d_ff=64 --phases=stories:8 --micro_tokens=16"
+        " --length=8 --gpus=4"
+    )
     whole, sharded = (
         bench.params(config.load(bench.BenchConfig, [*argv.split(), f"--shard={on}"]), RUN)["plan"]
         for on in (False, True)
@@ -204,7 +201,11 @@ def test_a_plan_shards_the_optimiser():
 @pytest.mark.parametrize(
     "argv, width, variants",
     [
-        ("configs/snn_6m.py --n_embd=320 --n_hidden=320 --n_layer=1 --attention=4", "d_ff", bench.SNN_ABLATION),
+        (
+            "configs/snn_6m.py --n_embd=320 --n_hidden=320 --n_layer=1 --attention=4",
+            "d_ff",
+            bench.SNN_ABLATION,
+        ),
         ("configs/spikewhale_6m.py --n_hidden=128", "n_hidden", ("bare", "memory")),
     ],
 )
@@ -227,4 +228,4 @@ def test_ablations_change_one_ingredient_at_no_more_parameters(argv, width, vari
         others = {"out_dir": bare.out_dir, width: getattr(bare, width)}
         assert replace(settings, **others) == replace(bare, **overrides)
         assert bench.parameters_of(settings) <= bench.parameters_of(bare), name
-    assert rows["bare"]["work"] == [0.25] and rows["bare"]["rate"] == [0.2]
+    assert rows["bare"]["triggered"] == [0.25] and rows["bare"]["rate"] == [0.2]

@@ -15,8 +15,7 @@ from train import TrainConfig
 
 CONFIGS = sorted(p.name for p in Path(__file__).parent.parent.glob("configs/*.py"))
 ONE_PER_BLOCK = ["sam_6m.py", "spikewhale_6m.py", "neuronspark_6m.py", "snn_6m.py", "gpt_6m.py"]
-SMALL = dict(vocab_size=50, n_embd=16, n_layer=2, n_head=2, d_ff=24, n_state=2, k_max=3)
-SMALL |= dict(noise=0.0)  # what is random has tests of its own
+SMALL = dict(vocab_size=50, n_embd=16, n_layer=2, n_head=2, d_ff=24, n_state=2, k_max=3, noise=0)
 
 
 def shrunk(name, **more):
@@ -479,7 +478,7 @@ def test_penalty_pulls_the_rate_down():
 
 @pytest.mark.parametrize("more", [{}, {"attention": 1, "head": "spikes", "n_embd": 48}])
 def test_a_budget_is_of_all_synaptic_operations(more):
-    """The share that the matrices count; above the budget it is pressed as a whole, below it not."""
+    """The share that the matrices count; above the budget all is pressed, below it nothing."""
     settings = dict(rate_target=0.2, rate_weight=30.0, n_hidden=48) | more
     model = model_of(shrunk("snn_6m.py", **settings)).train()
     tokens = torch.randint(50, (2, 20))

@@ -296,7 +296,10 @@ def test_a_damaged_or_hostile_checkpoint_is_refused(tmp_path, capsys):
 
 # ---- scale: the 1B config, shrunk ----------------------------------------------------------------
 
-BIG = "--n_embd=32 --n_layer=2 --attention=1 --attention_every=2 --d_ff=64 --phases=stories:16 --dtype=float32 --tokenizer=byte"
+BIG = (
+    "--n_embd=32 --n_layer=2 --attention=1 --attention_every=2 --d_ff=64"
+    " --phases=stories:16 --dtype=float32 --tokenizer=byte"
+)
 ONE = ("train.py",)
 
 
