@@ -46,9 +46,11 @@ import config
 import data
 import lif as lif_module
 import train as trainer
+from checkpoint import build, load_checkpoint
 from kernels import lif
 from lif import lif_torch
-from model import SpikingLM, build, load_checkpoint
+from model import SpikingLM
+from tokenizer import DataError
 from train import Run, TrainConfig, environment, make_optimizers, train_step, write_result
 
 
@@ -1069,7 +1071,7 @@ PRESET = {"recall": RECALL}  # settings that a command begins with; what is give
 def main(argv):
     if not argv or argv[0] not in COMMANDS:
         config.stop(f"python bench.py {'|'.join(COMMANDS)} [CONFIG.py] [--key=value ...]")
-    with config.one_line(data.DataError):
+    with config.one_line(DataError):
         if argv[0] in PRESET and not all(arg.startswith("--") for arg in argv[1:]):
             raise ValueError(f"{argv[0]} takes no config file, only --key=value: it has its own")
         c = config.load(BenchConfig, [*PRESET.get(argv[0], ()), *argv[1:]])

@@ -8,8 +8,7 @@ Shapes: B sequences, T tokens, D width of the residual stream, E width of the em
 """
 
 import math
-import zipfile
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass
 
 import torch
 import torch.nn as nn
@@ -873,69 +872,6 @@ def find_device(name):
     if not there.get(name):
         raise ValueError(f"there is no device {name!r} here; auto takes the best there is, or cpu")
     return torch.device(name)
-
-
-VERSION = 1  # of checkpoints; raise it when the code can no longer use older ones
-
-
-def load_checkpoint(path):
-    """The dictionary that train.py saved; ValueError with one line where it can not be read.
-
-    weights_only: a checkpoint is tensors and plain values, and can not run code.
-    """
-    try:
-        with zipfile.ZipFile(path) as archive:  # torch.load reads changed bytes without a word
-            if damaged := archive.testzip():
-                raise ValueError(f"{damaged} was changed")
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError:
-        raise ValueError(f"there is no checkpoint {path}; train.py writes one") from None
-    except Exception as error:  # damaged in any of many ways
-        reason = (str(error) or type(error).__name__).splitlines()[0]
-        raise ValueError(f"cannot read the checkpoint {path}: {reason}") from None
-    kinds = {"version": int, "model": dict, "config": dict, "tokenizer": str}
-    for name, kind in kinds.items():
-        if type(checkpoint) is not dict or not isinstance(checkpoint.get(name), kind):
-            raise ValueError(f"{path} is no checkpoint of train.py: it has no {name}")
-    if checkpoint["version"] != VERSION:
-        version = checkpoint["version"]
-        raise ValueError(f"{path} is of version {version}, this code reads only {VERSION}")
-    # a setting younger than the checkpoint was off when it was written, as it is by default
-    checkpoint["config"] = asdict(ModelConfig()) | checkpoint["config"]
-    return checkpoint
-
-
-def check_weights(saved, model):
-    """ValueError unless `saved` has all of the model's tensors and their values are finite."""
-    wanted = model.state_dict()
-    for name in [*wanted, *saved]:
-        a, b = saved.get(name), wanted.get(name)
-        if not torch.is_tensor(a) or b is None or (a.shape, a.dtype) != (b.shape, b.dtype):
-            raise ValueError(f"the checkpoint's weights do not fit its settings: {name}")
-        if not a.isfinite().all():
-            raise ValueError(f"the checkpoint's weights are damaged: {name} is not finite")
-
-
-def build(checkpoint):
-    """The model of a checkpoint, weights loaded, ready to evaluate and generate on any device.
-
-    ValueError, before memory is taken, if the weights are not those of the settings beside them.
-    """
-    saved, settings = checkpoint["model"], {}
-    for f in fields(ModelConfig):
-        settings[f.name] = checkpoint["config"].get(f.name)
-        if type(settings[f.name]) is not f.type:
-            raise ValueError(f"the checkpoint's setting {f.name} is missing or of a wrong type")
-    c = ModelConfig(**settings | {"backend": "auto"})
-    try:
-        with torch.device("meta"):
-            outline = SpikingLM(c)
-    except RuntimeError as error:  # such sizes no tensor can have
-        raise ValueError(f"the checkpoint's settings make no model: {error}") from None
-    check_weights(saved, outline)
-    model = SpikingLM(c)
-    model.load_state_dict(saved)
-    return model.eval()
 
 
 def pick(logits, temperature, top_k, top_p, generator):

@@ -17,7 +17,9 @@ import torch
 import config
 import data
 from cell_bridge import DRAWS, PROGRAMS
-from model import build, find_device, load_checkpoint
+from checkpoint import build, load_checkpoint
+from model import find_device
+from tokenizer import DataError, tokenizer_from_state
 
 
 @dataclass(frozen=True)
@@ -56,7 +58,7 @@ class Speaker:
 
     def __init__(self, c):
         checkpoint = load_checkpoint(c.ckpt)
-        self.tokenizer = data.tokenizer_from_state(checkpoint["tokenizer"])
+        self.tokenizer = tokenizer_from_state(checkpoint["tokenizer"])
         self.device = find_device(c.device)
         self.model = build(checkpoint).to(self.device)
         if c.dtype == "bfloat16":
@@ -120,7 +122,7 @@ def chat(c):
         line = "\n" if speaker.cut else ""  # a turn begins on a line of its own
         try:
             show(speaker.speak(line + data.turn(text), until="\n"))
-        except data.DataError as error:  # a character that its tokenizer never saw
+        except DataError as error:  # a character that its tokenizer never saw
             print(error)
 
 
@@ -185,7 +187,7 @@ def picture(c):
 
 
 def main(argv):
-    with config.one_line(data.DataError):
+    with config.one_line(DataError):
         c = config.load(SampleConfig, argv)
         if c.threads:
             torch.set_num_threads(c.threads)

@@ -13,7 +13,8 @@ import torch
 import bench
 import config
 from bench import I_AM, NAMES, TAUGHT, WHO, WORDS
-from model import VERSION, SpikingLM
+from checkpoint import VERSION
+from model import SpikingLM
 
 RUN = bench.Run(config.load(bench.BenchConfig, ["--device=cpu", "--dtype=float32"]))
 

@@ -35,7 +35,9 @@ import data
 import model
 import sample
 import train
+from checkpoint import load_checkpoint, whole_file
 from sample import SampleConfig
+from tokenizer import Tokenizer
 from train import TrainConfig
 
 
@@ -115,8 +117,8 @@ def test_the_last_two_and_the_best_are_kept(run):
     steps = {"step_00000007.pt", "step_00000008.pt"}
     assert {path.name for path in out.iterdir()} == steps | {"best.pt", "log.jsonl"}
     best = min(read_log(out), key=lambda line: line["bpb"])
-    assert model.load_checkpoint(out / "best.pt")["position"]["step"] == best["step"]
-    checkpoint = model.load_checkpoint(out / "step_00000008.pt")
+    assert load_checkpoint(out / "best.pt")["position"]["step"] == best["step"]
+    checkpoint = load_checkpoint(out / "step_00000008.pt")
     assert set(checkpoint) == {
         "version", "model", "optimizers", "random", "config", "tokenizer", "data", "position",
         "memory", "environment",
@@ -135,7 +137,7 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_it_taken(run, again, h
     code, said, _ = outcome(train.main, *argv, "--init_from=resume")
     assert code == 0 and "step_00000008.pt: " in said and "the one before" in said
     assert losses(read_log(out)) == losses(read_log(run[1]))
-    new, old = (model.load_checkpoint(o / "step_00000008.pt")["model"] for o in (out, run[1]))
+    new, old = (load_checkpoint(o / "step_00000008.pt")["model"] for o in (out, run[1]))
     assert all(torch.equal(new[name], old[name]) for name in old)
 
 
@@ -186,7 +188,7 @@ def test_killed_during_a_save(run, again, moment, monkeypatch):
     assert outcome(train.main, *argv, "--init_from=resume")[0] == 0
     assert losses(read_log(out)) == losses(read_log(run[1]))
     assert {path.name for path in out.iterdir()} == {path.name for path in run[1].iterdir()}
-    assert model.load_checkpoint(out / "best.pt")["position"]["step"] == 8
+    assert load_checkpoint(out / "best.pt")["position"]["step"] == 8
 
 
 class Killed(BaseException):
@@ -226,7 +228,7 @@ def test_killed_before_any_write_of_a_save(run, again, monkeypatch):
         assert outcome(train.main, *argv, "--init_from=resume")[0] == 0
         assert losses(read_log(out)) == losses(read_log(run[1]))
         assert {path.name for path in out.iterdir()} == {path.name for path in run[1].iterdir()}
-        assert model.load_checkpoint(out / "best.pt")["position"]["step"] == 8
+        assert load_checkpoint(out / "best.pt")["position"]["step"] == 8
     assert 8 <= n < 20
 
 
@@ -331,7 +333,7 @@ def test_torchrun_recovers_from_a_killed_worker(run, tmp_path):
 
 def test_a_full_disk_is_one_line_and_loses_nothing(run, again, monkeypatch):
     argv, out = again
-    real = train.whole_file
+    real = whole_file
 
     @contextlib.contextmanager
     def full(path):
@@ -341,7 +343,7 @@ def test_a_full_disk_is_one_line_and_loses_nothing(run, again, monkeypatch):
                     os.dup2(disk.fileno(), file.fileno())
             yield file
 
-    monkeypatch.setattr(train, "whole_file", full)
+    monkeypatch.setattr("checkpoint.whole_file", full)
     assert "No space left" in mistake(train.main, *argv, "--max_steps=12", "--init_from=resume")
     monkeypatch.undo()
     assert {p.name for p in out.glob("step_*")} == {"step_00000008.pt", "step_00000009.pt"}
@@ -352,7 +354,7 @@ def test_a_full_disk_is_one_line_and_loses_nothing(run, again, monkeypatch):
 
 def test_what_the_disk_said_is_not_hidden(tmp_path):
     """torch.save raises an error of its own on top of the disk's."""
-    with pytest.raises(OSError, match="quota"), train.whole_file(tmp_path / "x"):
+    with pytest.raises(OSError, match="quota"), whole_file(tmp_path / "x"):
         try:
             raise OSError("quota")
         except OSError:
@@ -573,8 +575,8 @@ def test_a_prompt_of_100_000_tokens(run):
 
 
 def test_a_character_that_the_tokenizer_never_saw(run, tmp_path):
-    checkpoint = model.load_checkpoint(run[1] / "best.pt")
-    checkpoint["tokenizer"] = data.Tokenizer("char", "abc").state()
+    checkpoint = load_checkpoint(run[1] / "best.pt")
+    checkpoint["tokenizer"] = Tokenizer("char", "abc").state()
     torch.save(checkpoint, tmp_path / "char.pt")
     assert "'é'" in mistake(sample.main, f"--ckpt={tmp_path / 'char.pt'}", "--prompt=é")
 
