@@ -7,17 +7,16 @@ anything is touched. Files are written under another name first: there is never 
 import itertools
 import json
 import os
-import shutil
 import zipfile
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, fields
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 
 import torch
 
 from model import ModelConfig, SpikingLM
 
-VERSION = 1  # of checkpoints; raise it when the code can no longer use older ones
+VERSION = 2  # of checkpoints; raise it when the code can no longer use older ones
 
 
 def load_checkpoint(path):
@@ -45,6 +44,13 @@ def load_checkpoint(path):
     # a setting younger than the checkpoint was off when it was written, as it is by default
     checkpoint["config"] = asdict(ModelConfig()) | checkpoint["config"]
     return checkpoint
+
+
+def shape_of(checkpoint):
+    """The settings of a checkpoint's model, for a run that begins with its weights."""
+    free = ("backend", "checkpointing")  # these change no result
+    names = [f.name for f in fields(ModelConfig) if f.name not in free]
+    return {name: checkpoint["config"][name] for name in names}
 
 
 def check_weights(saved, model):
@@ -96,10 +102,11 @@ def whole_file(path):
         temporary.unlink(missing_ok=True)
 
 
-def save(out, is_best, raw, optimizers, c, corpus, position, memory, record, run):
-    """Write step_*.pt, if it is the best best.pt too, and remove all step_*.pt but the one before.
+def save(out, is_best, raw, optimizers, c, corpus, position, record, run):
+    """Write step_*.pt and, if it is the best, best.pt; remove all step_*.pt but the one before.
 
-    Every process has to call it. best.pt is first: a run killed in between does the step again.
+    All ranks must call this. best.pt is written first, so that a kill between the two writes only
+    repeats the step.
     """
     for optimizer in optimizers:
         if c.shard and run.world > 1:
@@ -111,13 +118,13 @@ def save(out, is_best, raw, optimizers, c, corpus, position, memory, record, run
         "random": run.of_all([g.get_rng_state() for g in run.generators]),
         "config": asdict(c),
         "tokenizer": corpus.tokenizer.state(),
+        "dataset": getattr(corpus, "dataset", c.dataset),  # what `auto` meant
         "data": corpus.sha256,
-        "position": position,
-        "memory": run.of_all(memory and [z.cpu() for z in memory]),
+        "position": asdict(position),
         "environment": record,  # commit and versions among others
     }
     if run.main:
-        path = out / f"step_{position['step']:08d}.pt"
+        path = out / f"step_{position.step:08d}.pt"
         for name in ["best.pt"] * is_best + [path.name]:
             with whole_file(out / name) as file:
                 torch.save(checkpoint, file)
@@ -127,9 +134,9 @@ def save(out, is_best, raw, optimizers, c, corpus, position, memory, record, run
 
 
 def newest(out, c, run):
-    """The newest whole checkpoint in `out`; a damaged one is named. None: begin from scratch."""
+    """The newest whole checkpoint in `out`; a damaged one is named. None: this is a new run."""
     paths = [*sorted(out.glob("step_*.pt"), reverse=True), *out.glob("best.pt")]
-    if c.init_from == "scratch" and not (run.restarted and paths):
+    if c.init_from != "resume" and not (run.restarted and paths):
         return None
     for path in paths:
         try:
@@ -140,14 +147,13 @@ def newest(out, c, run):
 
 
 def restore(checkpoint, raw, optimizers, position, c, corpus, run):
-    """Put a checkpoint back; return its position, and the memory of this process's rows.
-
-    `position` is that of a beginning. Memory is None, silence, where it does not fit the rows.
+    """Put a checkpoint back; return its position, of the kind of `position`, a fresh run's.
 
     ValueError, before anything is touched, if it is another run's or not as `save` writes it.
     """
     try:
-        check_run(checkpoint, c, corpus, position)
+        check_run(checkpoint, c)
+        check_position(checkpoint["position"], asdict(position))
         check_weights(checkpoint["model"], raw)
         check_optimizers(checkpoint["optimizers"], optimizers)
         if checkpoint["data"] != corpus.sha256:
@@ -155,14 +161,6 @@ def restore(checkpoint, raw, optimizers, position, c, corpus, run):
         if len(checkpoint["random"]) == run.world:
             for generator, state in zip(run.generators, checkpoint["random"][run.rank]):
                 generator.set_rng_state(state)
-        place = checkpoint["position"]
-        _, length = place["curriculum"][place["phase"]]
-        shape = c.tokens_per_step // length // run.world, c.memory
-        memories = checkpoint.get("memory", [])  # before `carry` there were none
-        memory = memories[run.rank] if len(memories) == run.world else None
-        if memory is not None:
-            fits = all(z.shape == shape and z.isfinite().all() for z in memory)
-            memory = tuple(z.to(run.device) for z in memory) if fits else None
     except (AttributeError, IndexError, KeyError, RuntimeError, TypeError) as error:
         raise ValueError(f"the checkpoint is damaged ({error!r}): start from scratch") from None
     raw.load_state_dict(checkpoint["model"])
@@ -171,31 +169,29 @@ def restore(checkpoint, raw, optimizers, position, c, corpus, run):
         for group in optimizer.param_groups:
             groups.append(group | {"params": [next(number) for _ in group["params"]]})
         optimizer.load_state_dict({"state": saved["state"], "param_groups": groups})
-    return place, memory
+    return replace(position, **checkpoint["position"])
 
 
-def check_run(checkpoint, c, corpus, position):
-    """ValueError unless the checkpoint is of a run like this one, its position like `position`."""
+def check_run(checkpoint, c):
+    """ValueError unless the checkpoint is of a run with these settings."""
     old, new = checkpoint["config"], asdict(c)
-    free = ("backend", "checkpointing")  # these change no result
-    for name in [f.name for f in fields(ModelConfig) if f.name not in free] + ["optimizer"]:
+    for name in [*shape_of(checkpoint), "optimizer", "tokenizer", "phases"]:
         if old[name] != new[name]:
             raise ValueError(
                 f"the checkpoint was trained with {name}={old[name]!r}, not {new[name]!r}: "
                 "resume with the same config, or start from scratch"
             )
-    if checkpoint["tokenizer"] != corpus.tokenizer.state():
-        raise ValueError(
-            "the checkpoint has another tokenizer: resume with the same --dataset and size"
-        )
-    saved, phases = checkpoint["position"], position["curriculum"]
-    if saved["curriculum"] != phases:
-        raise ValueError(f"the checkpoint has other --phases: {saved['curriculum']}")
-    kinds = {key: type(value) for key, value in position.items()}
-    if {key: type(value) for key, value in saved.items()} != kinds or not (
-        saved["phase"] < len(phases)
-        and min(saved[key] for key in ("step", "phase", "phase_step", "tokens")) >= 0
+
+
+def check_position(saved, fresh):
+    """ValueError unless `saved` has the keys and kinds of values of `fresh`, a new run's."""
+    if {key: type(value) for key, value in saved.items()} != {
+        key: type(value) for key, value in fresh.items()
+    } or not (
+        saved["phase"] < len(saved["curriculum"])
+        and min(saved[key] for key in ("step", "phase", "phase_step", "tokens", "threads")) >= 0
         and {type(value) for value in saved["history"] + saved["losses"]} <= {float}
+        and all(type(phase) is str and length > 0 for phase, length in saved["curriculum"])
     ):
         raise ValueError("the checkpoint's position is damaged: start from scratch")
 
@@ -231,10 +227,43 @@ def rewind_log(out, step):
 
 
 def set_aside(out):
-    """Move the run that `out` may hold to out/previous: forgetting to resume loses nothing."""
-    if any(out.glob("*.pt")):
-        shutil.rmtree(out / "previous", ignore_errors=True)
-        (out / "previous").mkdir()
-        for file in [*out.glob("*.pt"), *out.glob("log.jsonl")]:
-            file.rename(out / "previous" / file.name)
-    (out / "log.jsonl").unlink(missing_ok=True)
+    """Move the run that `out` may hold to a folder of its own, out/1, out/2, ...: nothing is lost.
+
+    Returns that folder, or None if there is no run.
+    """
+    old = [*out.glob("*.pt"), *out.glob("log.jsonl")]
+    if not old:
+        return None
+    numbers = [int(path.name) for path in out.iterdir() if path.name.isdigit()]
+    aside = out / str(max(numbers, default=0) + 1)
+    aside.mkdir()
+    for file in old:
+        file.rename(aside / file.name)
+    return aside
+
+
+@contextmanager
+def locked(out):
+    """Inside it this process is the only one that trains in the folder `out`; else ValueError.
+
+    The lock is on the folder itself and goes with the process, however that ends.
+    """
+    try:
+        import fcntl
+    except ImportError:  # Windows has no such lock
+        yield
+        return
+    folder = os.open(out, os.O_RDONLY)
+    try:
+        fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(folder)
+        raise ValueError(
+            f"another process is training in {out}: wait for it, or set another --out_dir"
+        ) from None
+    except OSError:
+        pass  # a network drive without locks
+    try:
+        yield
+    finally:
+        os.close(folder)

@@ -10,6 +10,7 @@ import re
 import runpy
 import sys
 from contextlib import contextmanager
+from pathlib import Path
 
 
 def stop(message):
@@ -42,8 +43,10 @@ def one_line(*mistakes):
         stop(f"out of memory ({reason}): set a smaller model or --micro_tokens")
 
 
-def load(cls, argv):
-    """cls from argv = [CONFIG.py] [--key=value ...]: defaults < file < command line, last wins.
+def load(cls, argv, given={}):
+    """cls from argv = [CONFIG.py] [--key=value ...]: defaults < file < given < command line.
+
+    The run of configs/NAME.py goes to out/NAME if nothing else is said.
 
     Unknown settings, wrong types, a missing or broken file: one line, exit code 2. --help prints.
     """
@@ -63,8 +66,10 @@ def load(cls, argv):
         except Exception as error:  # whatever a file can do wrong
             stop(f"cannot read the config file {path}: {type(error).__name__}: {error}")
         settings |= {k: checked(cls, k, v, path) for k, v in found if not k.startswith("_")}
+        if hasattr(cls, "out_dir"):
+            settings.setdefault("out_dir", f"out/{Path(path).stem}")
     try:
-        return cls(**settings | flags)
+        return cls(**settings | given | flags)
     except ValueError as error:
         stop(error)
 

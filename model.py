@@ -18,7 +18,9 @@ from torch.utils.checkpoint import checkpoint
 from cell_bridge import Modulation, identity, synthetic_scores
 from kernels import lif, plif
 from lif import SURROGATES, Frames, Linear, Report, Synapse, deliver, population
-from traits import HRM, JEPA, MTP, Engram, Kuramoto, Memory, MoE, ProgSem, SpikeAttn
+from traits import (
+    HRM, IGNORED, JEPA, MTP, Engram, Kuramoto, Memory, MoE, ProgSem, SpikeAttn, cross_entropy,
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -756,7 +758,7 @@ class SpikingLM(nn.Module):
         with the rate of the step before in the outer derivative: that makes it linear in the
         rate, hence the same however a step is cut into micro-batches and processes.
         """
-        nats = F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten())
+        nats = cross_entropy(logits, targets)
         c, losses = self.config, dict(report.losses)
         if report.rate and c.rate_weight and c.rate_penalty == "work":
             pressure = (self.work(self.rate.split(self.sites)) - c.rate_target).clamp(min=0)
@@ -804,26 +806,32 @@ class SpikingLM(nn.Module):
                 block.adapt(rate)
 
     @torch.no_grad()
-    def score(self, tokens, length):
+    def score(self, tokens, length, counted=None):
         """How well the model predicts tokens (n,), a stream that begins with an end token.
 
         Rows of `length` tokens, each from silence, overlap by one token, so that every token
-        after the first is scored once. Returns a dictionary: nats (total), tokens (scored), rate
-        (spikes per neuron and token, per layer), synops and synapses (per token: synaptic
-        operations triggered, and their number if all neurons fired), macs (float-fed, per token),
-        log (what parts say of themselves: the report's, averaged).
+        after the first is scored once; or of these only those whose `counted` (n,) is not 0.
+        Returns a dictionary: nats (total), tokens (scored), rate (spikes per neuron and token, per
+        layer), synops and synapses (per token: synaptic operations triggered, and their number if
+        all neurons fired), macs (float-fed, per token), log (the report's, averaged).
         """
         device, n = self.stress.device, len(tokens) - 1
         if n < 1:
             raise ValueError("nothing to score: the text is empty")
         tokens = torch.from_numpy(tokens.astype("int64")).to(device)
+        targets = tokens
+        if counted is not None:
+            targets = tokens.masked_fill(torch.from_numpy(counted == 0).to(device), IGNORED)
+        n_counted = (targets[1:] != IGNORED).sum().item()
+        if not n_counted:
+            raise ValueError("nothing to score: no token counts")
         whole = n // length * length
         batches = []  # of rows of the full length, then the rest as a row of its own
         if whole:
-            x, y = (tokens[at : at + whole].view(-1, length) for at in (0, 1))
+            x, y = tokens[:whole].view(-1, length), targets[1 : whole + 1].view(-1, length)
             batches += zip(x.split(max(1, 8192 // length)), y.split(max(1, 8192 // length)))
         if whole < n:
-            batches.append((tokens[None, whole:-1], tokens[None, whole + 1 :]))
+            batches.append((tokens[None, whole:-1], targets[None, whole + 1 :]))
         nats, rate, synops, macs, log = 0.0, 0, 0.0, 0, {}
         for x, y in batches:
             logits, _, report = self(x)
@@ -837,7 +845,7 @@ class SpikingLM(nn.Module):
                 log[name] = log.get(name, 0.0) + float(value) * x.numel() / n
         return {
             "nats": nats,
-            "tokens": n,
+            "tokens": n_counted,
             "rate": (rate / n).tolist(),
             "synops": synops / n,
             "synapses": sum(report.synapses),

@@ -3,11 +3,13 @@
     python train.py configs/sam_6m.py                      set up the data, train, sample
     python train.py configs/sam_6m.py --dataset=my.txt     on your own text
     python train.py configs/sam_6m.py --init_from=resume   go on where the last run stopped
+    python train.py --init_from=out/sam_6m/best.pt --dataset=chats.jsonl --answers_only=True
     torchrun --nproc_per_node=8 --max-restarts=3 train.py configs/sam_6m.py
 
-out_dir holds log.jsonl, best.pt and the last two step_*.pt. A run that was killed goes on where the
-newest whole one of them stands, on a CPU bit for bit as if nothing had happened.
-Read train() last: it is the loop, and what stands before it are its words.
+A run writes log.jsonl, best.pt and the last two step_*.pt into a folder of its own, out/sam_6m for
+configs/sam_6m.py. A run that was killed resumes from its newest whole checkpoint, on a CPU bit for
+bit as if nothing had happened.
+Read train() last: it is the loop; everything above it is a helper that it calls.
 """
 
 import ctypes
@@ -19,11 +21,13 @@ import platform
 import re
 import shutil
 import signal
+import statistics
 import subprocess
 import sys
+import textwrap
 import time
 from contextlib import nullcontext, suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from importlib import metadata
 from pathlib import Path
 
@@ -36,9 +40,13 @@ from tqdm import tqdm
 import config
 import data
 from cell_bridge import load_scores
-from checkpoint import newest, restore, rewind_log, save, set_aside, whole_file
+from checkpoint import (
+    check_weights, load_checkpoint, locked, newest, restore, rewind_log, save, set_aside, shape_of,
+    whole_file,
+)  # fmt: skip
 from model import ModelConfig, SpikingLM, Synapse, find_device
-from tokenizer import DataError
+from tokenizer import DataError, tokenizer_from_state
+from traits import IGNORED
 
 
 # ---- settings, processes, optimiser --------------------------------------------------------------
@@ -52,7 +60,7 @@ class TrainConfig(ModelConfig):
     tokenizer: str = "bpe"  # bpe | lengthmax | byte | char | gpt2
     phases: str = "words:8 phrases:16 sentences:32 stories:64 conversations:64"  # name:length ...
     rehearse: float = 0.0  # share of a batch drawn from the phase before
-    carry: int = 1  # steps for which a row goes on in its document, with its memory; 1 draws anew
+    answers_only: bool = False  # conversations only, and the loss on what Sam says alone
     # optimiser
     max_steps: int = 1000  # optimiser steps in all
     tokens_per_step: int = 2048  # tokens in one optimiser step, whatever the phase and world size
@@ -78,22 +86,21 @@ class TrainConfig(ModelConfig):
     eval_interval: int = 50  # steps between evaluations
     eval_length: int = 256  # tokens of a held-out row; a row starts from silence
     eval_tokens: int = 65536  # held-out tokens scored at most, always the same ones
-    sample_tokens: int = 60  # length of the sample printed at an evaluation; 0 prints none
-    out_dir: str = "out"  # checkpoints and log; a run that was there moves to out_dir/previous
+    sample_tokens: int = 150  # longest sample printed at an evaluation; 0 prints none
+    out_dir: str = "out/run"  # checkpoints and log; with a config file, by default out/<its name>
     cell: str = ""  # file of cell_bridge.py that sets block whale's neurons; empty: synthetic
     result: str = ""  # also write a summary of the finished run to this .json file
-    init_from: str = "scratch"  # scratch | resume
+    init_from: str = "scratch"  # scratch | resume | FILE: weights, tokenizer, model settings
     # machine
     device: str = "auto"  # auto | cpu | cuda | mps
     dtype: str = "auto"  # auto: bfloat16 where it is fast | float32 | bfloat16 (autocast)
     compile: bool = False  # torch.compile the model
-    threads: int = 0  # CPU threads; 0 leaves it to torch
+    threads: int = 0  # CPU threads; 0 times a few steps and takes the fastest number
     seed: int = 1337  # of weights, batches and samples
 
     def __post_init__(self):
         super().__post_init__()
         for name, allowed in (
-            ("init_from", ("scratch", "resume")),
             ("optimizer", ("adamw", "muon")),
             ("tokenizer", ("bpe", "lengthmax", "byte", "char", "gpt2")),
             ("device", ("auto", "cpu", "cuda", "mps")),
@@ -103,7 +110,7 @@ class TrainConfig(ModelConfig):
                 raise ValueError(
                     f"{name} must be one of {', '.join(allowed)}, got {getattr(self, name)!r}"
                 )
-        at_least_1 = "eval_interval eval_length eval_tokens phase_patience micro_tokens carry"
+        at_least_1 = "eval_interval eval_length eval_tokens phase_patience micro_tokens"
         for name in at_least_1.split():
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
@@ -114,8 +121,8 @@ class TrainConfig(ModelConfig):
             raise ValueError("threads must be at most 1024 and tokens_per_step 2**30")
         if not 0 <= self.rehearse < 1:
             raise ValueError(f"rehearse must be at least 0 and less than 1, got {self.rehearse}")
-        if self.carry > 1 and (not self.memory or self.dataset.startswith("stream:")):
-            raise ValueError("carry needs a memory, --memory=64, and a dataset that is no stream")
+        if self.answers_only and "conversations" not in dict(self.curriculum()):
+            raise ValueError("answers_only needs conversations in phases")
         if self.tokens_per_step < self.longest():
             raise ValueError(f"tokens_per_step must hold a sequence of {self.longest()} tokens")
 
@@ -158,6 +165,24 @@ def keep_memory():
         libc.mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
 
 
+@dataclass
+class Position:
+    """Where a run stands: with weights and optimisers, all that it needs to go on."""
+
+    curriculum: list  # [(phase, length)] of the phases that have enough text
+    step: int = 0  # optimiser steps taken
+    phase: int = 0  # index into the curriculum
+    phase_step: int = 0  # steps taken in this phase
+    tokens: int = 0  # trained on
+    minutes: float = 0.0
+    threads: int = 0  # CPU threads
+    evaluated: int = -1  # step of the last evaluation
+    best: float = math.inf  # lowest validation loss of this phase
+    history: list = field(default_factory=list)  # validation losses of this phase
+    losses: list = field(default_factory=list)  # training losses since the last evaluation
+    stream: list = field(default_factory=list)  # where a streamed dataset stands, per process
+
+
 class Run:
     """The processes and the device of this run; alone or under torchrun."""
 
@@ -193,6 +218,7 @@ class Run:
         if device == "cpu":
             keep_memory()
         self.stopping = False
+        self.has_header = False  # whether the table of evaluations has begun
         # what dropout and noise draw from; batches and samples have their own
         other = [] if device == "cpu" else [torch.get_device_module(self.device)]
         self.generators = [torch, *other]
@@ -294,55 +320,52 @@ def make_optimizers(c, model, device):
     return optimizers + ([build(torch.optim.Muon, muon)] if muon else [])
 
 
-def train_step(model, raw, optimizers, x, y, c, run, memory=None):
+def train_step(model, raw, optimizers, x, y, c, run):
     """One optimiser step on this process's tokens x and targets y (rows, length).
 
     They go through in pieces of micro_tokens; gradients add up, and processes average them at the
-    last piece. memory: what traits.Memory kept of the rows in the step before; None is silence.
+    last piece. Targets that are IGNORED do not count.
     Returns, of all processes, the nats per token, the norm of the gradient and the rates of all
-    neurons; and the memory of this process's rows, None if the model has none.
+    neurons.
     """
-    rows = max(1, c.micro_tokens // x.shape[1])
+    rows, counted = max(1, c.micro_tokens // x.shape[1]), (y != IGNORED).sum().item()
     nats_mean, rates = torch.zeros((), device=run.device), torch.zeros_like(raw.rate)
-    kept, place = [], list(raw.parts).index("memory") if c.memory else None
     for start in range(0, len(x), rows):
         x_now, y_now = (z[start : start + rows].to(run.device) for z in (x, y))
         share = len(x_now) / len(x)
+        share_of_nats = (y_now != IGNORED).sum().item() / max(1, counted)
         last = start + rows >= len(x)
         with nullcontext() if last or run.world == 1 else model.no_sync():
             with run.autocast:
-                state = None
-                if memory is not None:
-                    state = [None] * (len(raw.parts) + 1)
-                    state[place] = tuple(z[start : start + rows] for z in memory)
-                logits, state, report = model(x_now, state)
+                logits, _, report = model(x_now)
                 nats, others = raw.loss(logits, y_now, report)
-            ((nats + sum(others.values())) * share).backward()
-        nats_mean += nats.detach() * share
+            (nats * share_of_nats + sum(others.values()) * share).backward()
+        nats_mean += nats.detach() * share_of_nats
         rates += torch.cat(report.rate or [rates]).detach() * share
-        kept += [[z.detach() for z in state[place]]] if c.memory else []
     norm = torch.nn.utils.clip_grad_norm_(raw.parameters(), c.grad_clip or math.inf)
     for optimizer in optimizers:
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-    memory = tuple(map(torch.cat, zip(*kept))) or None
-    return run.mean(nats_mean).item(), norm.item(), run.mean(rates), memory
+    return run.mean(nats_mean).item(), norm.item(), run.mean(rates)
 
 
 def evaluate(raw, corpus, phase, length, c, run):
     """What the log says of the model: the phase's validation loss, and the held-out score."""
-    heldout = corpus.heldout[: c.eval_tokens + 1]
+    tokens, heldout = corpus.valid[phase][:8193], corpus.heldout[: c.eval_tokens + 1]
+    counted = corpus.answers["valid"][:8193] if c.answers_only else None
     raw.eval()
     with run.autocast:
-        valid = raw.score(corpus.valid[phase][:8193], length)
+        valid = raw.score(tokens, length, counted)
         score = raw.score(heldout, c.eval_length)
     raw.train()
-    n_bytes = len(corpus.tokenizer.decode_bytes(heldout.tolist()))
+    in_bytes = len(corpus.tokenizer.decode_bytes(heldout.tolist()))
+    of_phase = tokens[1:] if counted is None else tokens[1:][counted[1:] > 0]
     line = {
         # the mean, lest processes disagree about the end of a phase
         "valid": run.mean(torch.tensor(valid["nats"] / valid["tokens"])).item(),
+        "valid_bpb": valid["nats"] / math.log(2) / len(corpus.tokenizer.decode_bytes(of_phase)),
         "heldout": score["nats"] / score["tokens"],
-        "bpb": score["nats"] / math.log(2) / n_bytes,
+        "bpb": score["nats"] / math.log(2) / in_bytes,
         "rate": score["rate"],
         "synops": score["synops"],
         "synapses": score["synapses"],
@@ -366,46 +389,41 @@ def open_stream(corpus, position, c, run):
     """The stream of a dataset that is not stored, where `position` left it; else None."""
     if not corpus.mixture:
         return None
-    places = position["stream"] or [None] * run.world
+    places = position.stream or [None] * run.world
     if len(places) != run.world:
         raise ValueError(f"the checkpoint is of {len(places)} processes: resume with as many")
     seat = run.rank, run.world, places[run.rank]
     return data.Stream(corpus.mixture, corpus.tokenizer, c.seed, *seat)
 
 
-def next_batch(corpus, stream, curriculum, position, c, run):
-    """This process's rows x, y of the next step: the phase's text, and some of the one before.
-
-    With `carry` a row is drawn so many times as long, and cut into the pieces of as many steps.
-    """
-    phase, length = curriculum[position["phase"]]
+def next_batch(corpus, stream, position, c, run):
+    """This process's rows x, y of the next step: the phase's text, and some of the one before."""
+    phase, length = position.curriculum[position.phase]
     rows = c.tokens_per_step // length // run.world * run.world
-    draw, piece = divmod(position["phase_step"], c.carry)
     if stream and phase not in data.CUTS:  # words, phrases and sentences come from its sample
         return stream.batch(rows // run.world, length)
-    before = curriculum[position["phase"] - 1][0] if position["phase"] else None
+
+    def draw(tokens, rows, seed):
+        return data.batch(tokens, position.phase_step, rows, length, seed, run.rank, run.world)
+
+    before = position.curriculum[position.phase - 1][0] if position.phase else None
     old = int(rows * c.rehearse) // run.world * run.world if before else 0
-    parts = [(phase, rows - old, c.seed)] + [(before, old, c.seed + 1)] * (old > 0)
-    batches = [
-        data.batch(corpus.train[name], draw, n, length * c.carry, seed, run.rank, run.world)
-        for name, n, seed in parts
-    ]
-    return (torch.cat(side).split(length, 1)[piece] for side in zip(*batches))
+    x, y = draw(corpus.train[phase], rows - old, c.seed)
+    if c.answers_only:
+        y = y.masked_fill(draw(corpus.answers["train"], rows, c.seed)[1] == 0, IGNORED)
+    if old:
+        x, y = (torch.cat(z) for z in zip((x, y), draw(corpus.train[before], old, c.seed + 1)))
+    return x, y
 
 
-def forget(memory, y, end):
-    """The memory of rows with targets y, in silence again where a document has ended."""
-    goes_on = (y != end).all(1, keepdim=True).to(memory[0].device)
-    return tuple(z * goes_on for z in memory)
-
-
-def check_finite(name, value, position, phase, corpus, out):
-    """Stop where a number is none: the weights on disk are those from before it."""
+def check_finite(name, value, position, corpus, out):
+    """Stop on NaN or infinity; the checkpoint on disk predates it."""
     if not math.isfinite(value):
         good = max(out.glob("step_*.pt"), default="none")
+        phase = position.curriculum[position.phase][0]
         config.stop(
-            f"the {name} became {value} at step {position['step']}, on batch "
-            f"{position['phase_step']} of the {phase} of {corpus.name}; the last good checkpoint "
+            f"the {name} became {value} at step {position.step}, on batch "
+            f"{position.phase_step} of the {phase} of {corpus.name}; the last good checkpoint "
             f"is {good}: resume it with a lower --lr"
         )
 
@@ -422,16 +440,22 @@ def ill_layers(rates):
 
 
 def sample(raw, tokenizer, c, run):
-    """A short text out of nothing: what the model says by itself."""
+    """What the model writes by itself: documents, one after the other."""
     generator = torch.Generator(device=run.device).manual_seed(c.seed)
     start = torch.tensor([[tokenizer.end]], device=run.device)
     stream = raw.generate(
         start, temperature=0.7, top_p=0.95, generator=generator, vocab=tokenizer.vocab_size
     )
-    ids = [next(stream)[0].item() for _ in range(c.sample_tokens)]
-    ends = [i for i, token in enumerate(ids) if token == tokenizer.end] + [len(ids)]
-    parts = [tokenizer.decode(ids[a:b]).strip() for a, b in zip([0] + ends, ends)]
-    return " | ".join(part for part in parts if part)  # | is the end of a document
+    documents, size = [[]], 0
+    while size < c.sample_tokens:
+        token, size = next(stream)[0].item(), size + 1
+        if token != tokenizer.end:
+            documents[-1].append(token)
+        elif size > c.sample_tokens / 3:
+            break
+        else:
+            documents.append([])
+    return [text for ids in documents if (text := tokenizer.decode(ids).strip())]
 
 
 # ---- what a result records --------------------------------------------------------------------
@@ -487,10 +511,15 @@ def write_result(path, result):
 # ---- the run ----------------------------------------------------------------------------------
 
 
-def open_corpus(c, run):
-    """The data, and the phases of the curriculum that have enough of it: [(phase, length)]."""
+def open_corpus(c, run, checkpoint, resuming):
+    """The data: with a checkpoint's tokenizer, of a resumed run's own dataset."""
+    dataset, tokenizer = c.dataset, c.tokenizer
+    if resuming and dataset in ("auto", checkpoint["config"]["dataset"]):
+        dataset = checkpoint["dataset"]  # `auto` may mean another one by now
+    if checkpoint:
+        tokenizer = tokenizer_from_state(checkpoint["tokenizer"])
     corpus = run.one_first(
-        lambda: data.prepare(c.dataset, c.tokenizer, c.vocab_size, c.data_dir, log=run.say)
+        lambda: data.prepare(dataset, tokenizer, c.vocab_size, c.data_dir, log=run.say)
     )
     needed = corpus.tokenizer.vocab_size
     if needed > c.vocab_size:
@@ -498,98 +527,236 @@ def open_corpus(c, run):
             f"the {corpus.tokenizer.kind} tokenizer has {needed} tokens, the model room for "
             f"{c.vocab_size}; set --vocab_size={needed}"
         )
-    enough = [p for p in corpus.valid if len(corpus.train.get(p, ())) > c.longest() * c.carry]
-    left_out = [phase for phase, _ in c.curriculum() if phase not in enough]
-    if len(left_out) == len(c.curriculum()):
+    if c.tokens_per_step < c.longest() * run.world:
+        raise ValueError(f"--tokens_per_step must hold {c.longest()} tokens for every process")
+    return corpus
+
+
+def open_curriculum(corpus, c, run):
+    """[(phase, length)]: the phases of the curriculum that have enough text."""
+    wanted = [pair for pair in c.curriculum() if pair[0] == "conversations" or not c.answers_only]
+    enough = [p for p in corpus.valid if len(corpus.train.get(p, ())) > c.longest()]
+    left_out = [phase for phase, _ in wanted if phase not in enough]
+    if len(left_out) == len(wanted):
         raise ValueError(f"{corpus.name} has too little text for each of --phases={c.phases!r}")
     if left_out:
         run.say(f"{corpus.name} has too little text for the phases {', '.join(left_out)}")
-    if c.tokens_per_step < c.longest() * run.world:
-        raise ValueError(f"--tokens_per_step must hold {c.longest()} tokens for every process")
-    return corpus, [(phase, length) for phase, length in c.curriculum() if phase in enough]
+    return [(phase, length) for phase, length in wanted if phase in enough]
 
 
-def advance(position, valid, curriculum, c, run):
+def advance(position, valid, c, run):
     """Go on to the next phase if this one, by its valid losses, has converged or had its share."""
-    position["history"].append(valid)
-    is_converged = converged(position["history"], c)
-    is_late = position["phase_step"] >= c.phase_share * c.max_steps
-    if (is_converged or is_late) and position["phase"] + 1 < len(curriculum):
+    position.history.append(valid)
+    is_converged = converged(position.history, c)
+    is_late = position.phase_step >= c.phase_share * c.max_steps
+    if (is_converged or is_late) and position.phase + 1 < len(position.curriculum):
         why = "converged" if is_converged else "its share of the steps is over"
-        old, new = (curriculum[position["phase"] + i][0] for i in (0, 1))
-        run.say(f"       {old} -> {new}: {why}")
-        position |= {"phase": position["phase"] + 1, "phase_step": 0, "history": []}
+        old, new = (position.curriculum[position.phase + i][0] for i in (0, 1))
+        run.say(f"        {old} -> {new}: {why}")
+        position.phase, position.phase_step, position.history = position.phase + 1, 0, []
+        position.best = math.inf  # losses of two phases are not one scale
 
 
-def train(c, run):
-    out = Path(c.out_dir)
-    out.mkdir(parents=True, exist_ok=True)
-    checkpoint = newest(out, c, run)
-    corpus, curriculum = open_corpus(c, run)
+def fastest_threads(step):
+    """The number of CPU threads with which step() is fastest: all, a half, a quarter, ... or 1.
 
+    On a busy machine threads wait for each other: two can be five times slower than one.
+    """
+    counts = [torch.get_num_threads()]
+    while counts[-1] > 1:
+        counts.append(counts[-1] // 2)
+    times, start = {n: [] for n in counts}, time.perf_counter()
+    for turn in range(4 if len(counts) > 1 else 0):  # the first turn warms up
+        for n in counts if turn < 2 or time.perf_counter() - start < 10 else ():
+            torch.set_num_threads(n)
+            begin = time.perf_counter()
+            step()
+            times[n].append(time.perf_counter() - begin)
+    return min(counts, key=lambda n: statistics.median(times[n][1:] or [0]))
+
+
+def set_threads(raw, position, c, run):
+    """Take the threads that the user or the resumed run chose, else those that prove fastest.
+
+    Sums are rounded differently with another number: a resumed run keeps its own.
+    """
+    most = torch.get_num_threads()
+    if run.device.type != "cpu" or c.threads:
+        position.threads = most
+    elif not position.threads:
+        _, length = position.curriculum[-1]
+        x = torch.randint(c.vocab_size, (max(1, c.micro_tokens // length), length + 1))
+        random = torch.get_rng_state()
+
+        def step():
+            with run.autocast:
+                logits, _, report = raw(x[:, :-1])
+                nats, others = raw.loss(logits, x[:, 1:], report)
+            (nats + sum(others.values())).backward()
+            raw.zero_grad(set_to_none=True)
+
+        position.threads = fastest_threads(step)
+        torch.set_rng_state(random)  # the trial leaves nothing behind
+    torch.set_num_threads(min(position.threads, most))
+
+
+def columns(line, minutes_left):
+    """Column -> text of one evaluation, for the table that a run prints."""
+    rate, synapses = line["rate"], line["synapses"]
+    frames = [x for name, x in line["log"].items() if name.startswith("E[K]")]  # per layer
+    is_first = line["train"] is None
+    return {
+        "step": f"{line['step']}",
+        "phase": f"{line['phase']}",
+        "train": "-" if is_first else f"{line['train']:.3f}",
+        "valid": f"{line['valid']:.3f}",
+        "valid b/B": f"{line['valid_bpb']:.3f}",
+        "text b/B": f"{line['bpb']:.3f}",
+        **({"firing": f"{100 * sum(rate) / len(rate):.1f}%"} if rate else {}),
+        **({"SynOps": f"{100 * line['synops'] / synapses:.0f}%"} if synapses else {}),
+        **({"E[K]": f"{sum(frames) / len(frames):.1f}"} if frames else {}),
+        "tokens/s": "-" if is_first else f"{line['tokens_per_s']:.0f}",
+        "left": "-" if is_first else f"{minutes_left:.0f} min",
+    }
+
+
+LEGEND = """
+train, valid  loss in nats per token; valid is held-out text, cut as the phase cuts it
+valid b/B     the same in bits per byte; text b/B: of whole held-out texts, which the early phases
+              have not seen yet
+firing        spikes per neuron and token, mean of all layers (log.jsonl has each layer's)
+"""
+
+
+def in_row(cells, texts):
+    """A row of the table: a text for each cell, as wide as the cell's name asks for."""
+    step, phase, *rest = texts
+    widths = [max(8, len(name) + 2) for name in list(cells)[2:]]
+    return f"{step:>6}  {phase:13}" + "".join(f"{t:>{w}}" for t, w in zip(rest, widths))
+
+
+def show(line, documents, c, run):
+    """Print an evaluation: a row of the table, what the model writes by itself, dead layers."""
+    cells = columns(line, line["minutes"] / max(1, line["step"]) * (c.max_steps - line["step"]))
+    if not run.has_header:
+        run.say(LEGEND + "\n" + in_row(cells, cells))
+        run.has_header = True
+    run.say(in_row(cells, cells.values()))
+    for text in "  ".join(f'"{document}"' for document in documents).splitlines():
+        run.say(textwrap.fill(text, 98, initial_indent=" " * 8, subsequent_indent=" " * 8))
+    for warning in ill_layers(line["rate"]):
+        run.say(warning)
+
+
+def introduce(corpus, raw, position, c, run):
+    """Print what is about to be trained, on what."""
+    threads = f", threads: {position.threads}" * (run.device.type == "cpu")
+    threads += " (fastest in a trial)" * (bool(threads) and not c.threads and not position.step)
+    run.say(
+        f"{sum(p.numel() for p in raw.parameters()) / 1e6:.2f}M parameters on {run.device}"
+        f"{f' x {run.world}' * (run.world > 1)}{threads} | files: {c.out_dir}"
+    )
+    sizes = [f"{len(corpus.train[phase]) / 1e6:.2f}M {phase}" for phase, _ in position.curriculum]
+    text = f"{corpus.name}: tokens of {', '.join(sizes)}; held out {len(corpus.heldout) - 1}"
+    run.say(textwrap.fill(text + f", {c.eval_tokens} of them are scored at most", 98))
+    if position.step:
+        run.say(f"already at {position.step} of {c.max_steps} steps")
+
+
+def begin(c, run, out, checkpoint, resuming):
+    """Corpus, model, optimisers and position: new, of a checkpoint's weights, or resumed."""
+    corpus = open_corpus(c, run, checkpoint, resuming)
     torch.manual_seed(c.seed)
     raw = SpikingLM(c)
     if c.cell:
         raw.adopt(load_scores(c.cell)[0])
+    if checkpoint and not resuming:
+        check_weights(checkpoint["model"], raw)
+        raw.load_state_dict(checkpoint["model"])
     raw = raw.to(run.device)
     optimizers = make_optimizers(c, raw, run.device)
     torch.manual_seed(c.seed + 1 + run.rank)  # each process has dropout and noise of its own
-    position = {"step": 0, "phase": 0, "phase_step": 0, "tokens": 0, "history": [], "losses": []}
-    position |= {"evaluated": -1, "best": math.inf, "curriculum": curriculum, "minutes": 0.0}
-    position["stream"], memory = [], None  # of each process; of this one's rows
-    if checkpoint:
-        position, memory = restore(checkpoint, raw, optimizers, position, c, corpus, run)
-    if run.main:
-        rewind_log(out, position["step"]) if checkpoint else set_aside(out)
+    position = Position(open_curriculum(corpus, c, run))
+    if resuming:
+        position = restore(checkpoint, raw, optimizers, position, c, corpus, run)
+    if run.main and resuming:
+        rewind_log(out, position.step)
+    elif run.main and (aside := set_aside(out)):
+        run.say(f"the run that was in {out} is kept in {aside}")
+    return corpus, raw, optimizers, position
+
+
+def finish(corpus, raw, position, record, c, run, out):
+    """Say how the run ended and what to type next; write the result."""
+    log = [json.loads(text) for text in (out / "log.jsonl").read_text().splitlines()]
+    line, speak = log[-1], f"python sample.py --ckpt={out / 'best.pt'}"
+    entropy = line.get("entropy_bpb")
+    run.say(
+        f"\n{line['bpb']:.3f} bits per byte of held-out text"
+        + (f" (its true entropy is {entropy:.3f})" if entropy else "")
+        + f", {position.step} steps, {position.tokens:,} tokens, {position.minutes:.1f} minutes"
+    )
+    run.say(f'next: {speak} --prompt="Once upon a time"\n      {speak} --chat')
+    if c.result:
+        record["data"] = {"name": corpus.name, "sha256": corpus.sha256}
+        record["config"] = {k: v for k, v in asdict(c).items() if not k.endswith("_dir")}
+        record["config"] |= {"dataset": corpus.name, "result": ""}  # nobody's paths
+        record["parameters"] = sum(p.numel() for p in raw.parameters())
+        write_result(c.result, record | {"log": log})
+
+
+def train(c, run):
+    """Train as the settings say: data, model, steps, evaluations; everything is in c.out_dir."""
+    out = Path(c.out_dir)
+    checkpoint = newest(out, c, run)
+    resuming = checkpoint is not None
+    if c.init_from not in ("scratch", "resume") and not resuming:
+        checkpoint = load_checkpoint(c.init_from)
+    corpus, raw, optimizers, position = begin(c, run, out, checkpoint, resuming)
+    set_threads(raw, position, c, run)
     stream = open_stream(corpus, position, c, run)
     model = torch.compile(raw) if c.compile else raw
     if run.world > 1:
         model = DistributedDataParallel(model, broadcast_buffers=False)
-    run.say(
-        f"{sum(p.numel() for p in raw.parameters()) / 1e6:.2f}M parameters on {run.device}"
-        f"{f' x {run.world}' * (run.world > 1)} | {corpus.name}: "
-        + ", ".join(f"{phase} {len(corpus.train[phase]) / 1e6:.2f}M" for phase, _ in curriculum)
-        + f" tokens, {len(corpus.heldout) - 1} held out ({c.eval_tokens} at most are scored)"
-    )
     record = environment(run.device, c.seed)  # now: the commit may be another one at the end
+    introduce(corpus, raw, position, c, run)
 
     hidden = None if run.main else True  # None: in a terminal only, so that logs stay clean
-    bar = tqdm(total=c.max_steps, initial=position["step"], disable=hidden, unit="step")
-    start = time.time() - 60 * position["minutes"]
+    form = "{desc}{bar:40} {n_fmt}/{total_fmt} steps, loss {postfix}"
+    bar = tqdm(
+        total=c.max_steps, initial=position.step, disable=hidden, bar_format=form, leave=False
+    )  # fmt: skip
+    start = time.time() - 60 * position.minutes
     mark, tokens = time.time(), 0  # since the last evaluation
     run.listen()
     while True:
-        step, (phase, length) = position["step"], curriculum[position["phase"]]
-        losses, is_best = position["losses"], False  # losses since the last evaluation
-        position["minutes"] = (time.time() - start) / 60
+        step, (phase, length) = position.step, position.curriculum[position.phase]
+        position.minutes = (time.time() - start) / 60
         stopped = run.any_stopping()
         is_due = step % c.eval_interval == 0 or step == c.max_steps
         if stream and (is_due or stopped):
-            position["stream"] = run.of_all(stream.position)
-        if is_due and step != position["evaluated"] and not stopped:
-            line = {"step": step, "phase": phase, "tokens": position["tokens"]}
+            position.stream = run.of_all(stream.position)
+        if is_due and step != position.evaluated and not stopped:
+            losses = position.losses
+            line = {"step": step, "phase": phase, "tokens": position.tokens}
             line["tokens_per_s"] = tokens / max(1e-9, time.time() - mark)
             line["train"] = sum(losses) / len(losses) if losses else None
             line |= evaluate(raw, corpus, phase, length, c, run)
-            check_finite("held-out loss", line["heldout"], position, phase, corpus, out)
-            line["minutes"] = position["minutes"]
-            run.say(in_words(line, line["minutes"] / max(1, step) * (c.max_steps - step)))
-            if run.main and c.sample_tokens:
-                run.say(f"       {sample(raw, corpus.tokenizer, c, run)!r}")
-            for warning in ill_layers(line["rate"]):
-                run.say(warning)
+            check_finite("held-out loss", line["heldout"], position, corpus, out)
+            line["minutes"] = position.minutes
+            show(line, sample(raw, corpus.tokenizer, c, run) if run.main else [], c, run)
+            is_best = line["valid"] < position.best
+            position.best = min(position.best, line["valid"])
+            position.evaluated, position.losses = step, []
             if step < c.max_steps:
-                advance(position, line["valid"], curriculum, c, run)
-            is_best = line["bpb"] < position["best"]
-            position |= {"evaluated": step, "losses": []}
-            position["best"] = min(position["best"], line["bpb"])
+                advance(position, line["valid"], c, run)
             if run.main:
                 with open(out / "log.jsonl", "a") as log:
                     log.write(json.dumps(line) + "\n")
-            save(out, is_best, raw, optimizers, c, corpus, position, memory, record, run)
+            save(out, is_best, raw, optimizers, c, corpus, position, record, run)
             mark, tokens = time.time(), 0
         elif stopped:
-            save(out, False, raw, optimizers, c, corpus, position, memory, record, run)
+            save(out, False, raw, optimizers, c, corpus, position, record, run)
             bar.close()
             run.say(f"stopped at step {step}, saved; go on with --init_from=resume")
             raise SystemExit(130)
@@ -598,62 +765,36 @@ def train(c, run):
 
         for group in (group for optimizer in optimizers for group in optimizer.param_groups):
             group["lr"] = group["peak"] * schedule(c, step)
-        x, y = next_batch(corpus, stream, curriculum, position, c, run)
-        if position["phase_step"] % c.carry == 0:
-            memory = None  # each row is a text of its own
-        nats, norm, rates, memory = train_step(model, raw, optimizers, x, y, c, run, memory)
-        if memory:
-            memory = forget(memory, y, corpus.tokenizer.end)
+        x, y = next_batch(corpus, stream, position, c, run)
+        nats, norm, rates = train_step(model, raw, optimizers, x, y, c, run)
         for name, value in (("loss", nats), ("gradient", norm)):
-            check_finite(name, value, position, phase, corpus, out)
+            check_finite(name, value, position, corpus, out)
         raw.observe(nats, rates)
-        position["losses"].append(nats)
+        position.losses.append(nats)
         tokens += x.numel() * run.world
-        position["tokens"] += x.numel() * run.world
-        position["step"] += 1
-        position["phase_step"] += 1
-        bar.set_postfix_str(f"{curriculum[position['phase']][0]} {nats:.3f}", refresh=False)
+        position.tokens += x.numel() * run.world
+        position.step += 1
+        position.phase_step += 1
+        bar.set_postfix_str(f"{nats:.3f}", refresh=False)
         bar.update()
 
     bar.close()
-    if run.main and c.result:
-        record["data"] = {"name": corpus.name, "sha256": corpus.sha256}
-        record["config"] = {k: v for k, v in asdict(c).items() if not k.endswith("_dir")}
-        record["config"] |= {"dataset": corpus.name, "result": ""}  # nobody's paths
-        record["parameters"] = sum(p.numel() for p in raw.parameters())
-        log = (out / "log.jsonl").read_text().splitlines()
-        write_result(c.result, record | {"log": [json.loads(text) for text in log]})
+    if run.main:
+        finish(corpus, raw, position, record, c, run, out)
     if run.world > 1:
         dist.barrier()  # a process that left while another still listens would make it abort
-
-
-def in_words(line, minutes_left):
-    """One line of words for one evaluation."""
-    entropy = line.get("entropy_bpb")
-    memory, synapses = line["log"].get("share memory"), line["synapses"]
-    ponder = [x for name, x in line["log"].items() if name.startswith("E[K]")]  # per layer
-    parts = [
-        f"{line['step']:6d} {line['phase']}",
-        f"train {line['train']:.3f}" if line["train"] else "",
-        f"valid {line['valid']:.3f}",
-        f"held-out {line['heldout']:.3f} nats/token, {line['bpb']:.3f} bits/byte"
-        + (f" (entropy {entropy:.3f} + {line['above_entropy']:.3f})" if entropy else ""),
-        "rate " + " ".join(f"{100 * r:.0f}" for r in line["rate"]) + "%" if line["rate"] else "",
-        f"SynOps {100 * line['synops'] / synapses:.0f}%" if synapses else "",
-        f"memory {100 * memory:.0f}% of updates" if memory else "",
-        f"stress {line['stress']:.2f}",
-        "E[K] " + " ".join(f"{x:.1f}" for x in ponder) if ponder else "",
-        f"{line['tokens_per_s']:.0f} tokens/s" if line["train"] else "",
-        f"{minutes_left:.0f} min left" if line["train"] else "",
-    ]
-    return " | ".join(part for part in parts if part)
 
 
 def main(argv):
     with config.one_line(DataError):
         try:
             c = config.load(TrainConfig, argv)
-            train(c, Run(c))
+            if c.init_from not in ("scratch", "resume"):  # a model's shape is its checkpoint's
+                c = config.load(TrainConfig, argv, shape_of(load_checkpoint(c.init_from)))
+            run = Run(c)
+            Path(c.out_dir).mkdir(parents=True, exist_ok=True)
+            with locked(c.out_dir) if run.main else nullcontext():
+                train(c, run)
         except RuntimeError as error:
             if "gloo" not in str(error).lower() and not isinstance(error, dist.DistError):
                 raise

@@ -288,6 +288,16 @@ class Memory(nn.Module):
         return x + self.read(s.to(x.dtype), report), state
 
 
+IGNORED = -100  # a target that does not count
+
+
+def cross_entropy(logits, targets):
+    """Nats per token of logits (..., V), mean over the targets (...) that count; 0 if none does."""
+    logits, targets = logits.flatten(0, -2).float(), targets.flatten()
+    total = F.cross_entropy(logits, targets, ignore_index=IGNORED, reduction="sum")
+    return total / (targets != IGNORED).sum().clamp(min=1)
+
+
 class MTP(nn.Module):
     """Multi-token prediction (arXiv 2404.19737): position t also predicts token t+1+k, k = 1..n,
     by the model's own readout of h + h W_k; W_k starts at 0."""
@@ -307,8 +317,7 @@ class MTP(nn.Module):
             raise ValueError(f"to predict {n} more tokens takes sequences longer than {n}, not {T}")
         nats = 0.0
         for k, W in enumerate(self.ahead, 1):
-            logits = readout(h[:, :-k] + h[:, :-k] @ W).flatten(0, 1)
-            nats = nats + F.cross_entropy(logits.float(), targets[:, k:].flatten())
+            nats = nats + cross_entropy(readout(h[:, :-k] + h[:, :-k] @ W), targets[:, k:])
         return self.weight * nats / n
 
 

@@ -116,12 +116,12 @@ def test_the_last_two_and_the_best_are_kept(run):
     _, out = run
     steps = {"step_00000007.pt", "step_00000008.pt"}
     assert {path.name for path in out.iterdir()} == steps | {"best.pt", "log.jsonl"}
-    best = min(read_log(out), key=lambda line: line["bpb"])
+    best = min(read_log(out), key=lambda line: line["valid"])
     assert load_checkpoint(out / "best.pt")["position"]["step"] == best["step"]
     checkpoint = load_checkpoint(out / "step_00000008.pt")
     assert set(checkpoint) == {
-        "version", "model", "optimizers", "random", "config", "tokenizer", "data", "position",
-        "memory", "environment",
+        "version", "model", "optimizers", "random", "config", "tokenizer", "dataset", "data",
+        "position", "environment",
     }  # fmt: skip
     assert checkpoint["environment"]["versions"]["torch"] == torch.__version__
 
@@ -155,13 +155,33 @@ def test_the_best_is_the_last_resort(again):
     assert outcome(train.main, *argv, "--init_from=resume")[0] == 0
 
 
-def test_a_new_run_sets_the_old_one_aside(again):
+def test_new_runs_set_older_ones_aside(run, again):
     argv, out = again
-    assert outcome(train.main, *argv, "--max_steps=1")[0] == 0
-    assert [line["step"] for line in read_log(out)] == [0, 1]
-    assert (out / "previous" / "step_00000008.pt").exists()
-    assert [line["step"] for line in read_log(out / "previous")] == list(range(9))
-    assert max(out.glob("step_*.pt")).name == "step_00000001.pt"
+    for n in (1, 2):
+        code, said, _ = outcome(train.main, *argv, f"--max_steps={n}")
+        assert code == 0 and f"kept in {out / str(n)}" in said
+    assert [line["step"] for line in read_log(out)] == [0, 1, 2]
+    assert [line["step"] for line in read_log(out / "2")] == [0, 1]
+    names = {path.name for path in run[1].iterdir()}
+    assert {path.name for path in (out / "1").iterdir()} == names  # nothing is lost
+    assert {path.name for path in out.iterdir()} == {
+        "1", "2", "best.pt", "log.jsonl", "step_00000001.pt", "step_00000002.pt"
+    }  # fmt: skip
+
+
+def test_one_process_at_a_time(run, again):
+    argv, out = again
+    hold = "import sys, time, checkpoint\nwith checkpoint.locked(sys.argv[1]):\n"
+    hold += "    print(1, flush=True)\n    time.sleep(60)"
+    other = subprocess.Popen(
+        [sys.executable, "-c", hold, out], cwd=ROOT, stdout=subprocess.PIPE, text=True
+    )
+    other.stdout.readline()
+    assert "another process is training in" in mistake(train.main, *argv)
+    other.kill()  # and what it held is free
+    other.wait()
+    assert losses(read_log(out)) == losses(read_log(run[1]))  # nothing was touched
+    assert outcome(train.main, *argv, "--init_from=resume")[0] == 0
 
 
 def test_a_log_that_ran_ahead_is_cut(again):

@@ -1,6 +1,7 @@
 """Training: golden losses, one process = two, resume, Ctrl-C, curriculum, sampling, mistakes."""
 
 import json
+import math
 import os
 import random
 import re
@@ -20,7 +21,12 @@ import config
 import data
 import sample
 from model import SpikingLM
-from train import Run, TrainConfig, forget, make_optimizers, next_batch, train_step
+from tokenizer import Tokenizer
+from train import (
+    Position, Run, TrainConfig, advance, converged, evaluate, fastest_threads, make_optimizers,
+    next_batch, schedule, show, train_step,
+)  # fmt: skip
+from traits import IGNORED
 
 ROOT = Path(__file__).parent.parent
 TINY = (
@@ -150,8 +156,8 @@ def test_resume_drops_what_it_would_have_dropped(text, tmp_path):
     "more, message",
     [("--n_layer=1", "n_layer=2"), ("--vocab_size=301", "vocab_size=300")]
     + [
-        ("--tokenizer=char", "another tokenizer"),
-        ("--phases=words:4 stories:16", "other --phases"),
+        ("--tokenizer=char", "tokenizer='byte'"),
+        ("--phases=words:4 stories:16", "phases='stories:16'"),
     ],
 )
 def test_resume_of_another_run_is_refused(text, one, tmp_path, more, message):
@@ -202,6 +208,73 @@ def test_converged_phase_ends_early(text, tmp_path):
     assert [x["phase"] for x in log].count("words") == 3  # every gain is too small: two in a row
 
 
+@pytest.fixture
+def chats(tmp_path):
+    path = tmp_path / "chats.jsonl"
+    rng = random.Random(1)
+    path.write_text("".join(
+        json.dumps({"instruction": f"Say {a} {b}!", "output": f"{a} {b}\n{b} {a}"}) + "\n"
+        for a, b in (rng.choices("red blue big old new".split(), k=2) for _ in range(400))
+    ))  # fmt: skip
+    return path
+
+
+def test_fine_tuning(text, one, tmp_path, chats):
+    """Weights, tokenizer and model settings come from the file, everything else from the user."""
+    base = torch.load(one[0] / "best.pt", weights_only=True)
+    asked = [
+        f"--init_from={one[0] / 'best.pt'}", "--answers_only=True", f"--dataset={chats}", "--seed=2",
+        f"--data_dir={tmp_path / 'cache'}", f"--out_dir={tmp_path / 'chat'}", "--threads=1",
+        "--tokens_per_step=256", "--phases=words:8 conversations:16", "--eval_interval=20",
+        "--lr=0.01", "--sample_tokens=0", "--eval_tokens=500", "--device=cpu", "--dtype=float32",
+    ]  # fmt: skip
+
+    def tuned(*more):
+        done = subprocess.run(
+            [sys.executable, "train.py", *asked, *more],
+            cwd=ROOT, capture_output=True, text=True, timeout=200,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stdout + done.stderr
+        return torch.load(tmp_path / "chat" / "best.pt", weights_only=True)
+
+    start = tuned("--max_steps=0")
+    assert all(torch.equal(w, base["model"][name]) for name, w in start["model"].items())
+    assert start["tokenizer"] == base["tokenizer"] and start["config"]["n_hidden"] == 32
+    assert start["config"]["seed"] == 2 and start["position"]["curriculum"] == [("conversations", 16)]
+    tuned("--max_steps=40")
+    first, _, last = read_log(tmp_path / "chat")
+    assert last["valid"] < 0.8 * first["valid"]
+    resumed = tuned("--max_steps=41", "--init_from=resume", *TINY[1:7])
+    assert resumed["position"]["step"] == 41
+
+
+def test_resume_knows_its_dataset_and_tokenizer(text, tmp_path):
+    """Also when the text has grown, and when `auto` would mean another corpus by now."""
+    mine = shutil.copytree(text, tmp_path / "text", ignore=shutil.ignore_patterns("cache"))
+    bpe = (STORIES, "--tokenizer=bpe", "--vocab_size=280", f"--data_dir={tmp_path / 'cache'}")
+    run(mine, tmp_path / "out", *bpe)
+    path = tmp_path / "out" / "step_00000008.pt"
+    before = torch.load(path, weights_only=True)
+    assert before["dataset"] == str((mine / "text.txt").resolve())
+    with open(mine / "text.txt", "a") as file:
+        file.write(f"\n{data.END_TEXT}\n".join(["", *["Zebras zigzag over zany zoos."] * 99]))
+    run(mine, tmp_path / "out", *bpe, "--max_steps=12", "--init_from=resume", "--dataset=auto")
+    after = torch.load(tmp_path / "out" / "step_00000012.pt", weights_only=True)
+    for key in ("tokenizer", "dataset"):
+        assert after[key] == before[key]
+    assert after["data"] != before["data"]
+
+
+def test_a_finished_run_says_so(one, text, tmp_path):
+    out = shutil.copytree(one[0], tmp_path / "out")
+    done = subprocess.run(
+        [sys.executable, "train.py", *settings(text, out, STORIES, "--init_from=resume")],
+        cwd=ROOT, capture_output=True, text=True,
+    )  # fmt: skip
+    assert "already at 8 of 8 steps" in done.stdout and "--chat" in done.stdout
+    assert losses(read_log(out)) == losses(one[1])
+
+
 def test_a_model_that_explodes_stops(text, tmp_path):
     err = run(text, tmp_path, STORIES, "--lr=1e30", "--grad_clip=0.0", code=2)
     assert "the loss became" in err and "--lr" in err
@@ -212,6 +285,7 @@ def test_a_model_that_explodes_stops(text, tmp_path):
     [
         (["--dataset=nowhere.txt"], "nowhere.txt"),
         (["--init_from=resume"], "no checkpoint"),
+        (["--init_from=nowhere.pt"], "no checkpoint nowhere.pt"),
         (["--vocab_size=100"], "--vocab_size=257"),
         (["--device=cuda"], "no device 'cuda'"),
         (["--steps=3"], "unknown setting 'steps'"),
@@ -420,85 +494,182 @@ def test_picture_without_programs_or_matplotlib(one, monkeypatch, capsys):
         assert stopped.value.code == 2 and said in capsys.readouterr().err
 
 
-# ---- memory that goes on from step to step ----
-
-CARRY = (STORIES, "--memory=8", "--lr=0.02", "--eval_interval=2", "--carry=4")
+# ---- the parts of a step, by hand ----------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def carried(text, tmp_path_factory):
-    out = tmp_path_factory.mktemp("carried")
-    return out, run(text, out, *CARRY)
+def tiny(*more, config_file="configs/sam_6m.py"):
+    return config.load(TrainConfig, [config_file, *TINY, *more])
 
 
-def test_rows_go_on_where_they_were_cut():
-    corpus = SimpleNamespace(train={"stories": np.arange(5000, dtype=np.uint16)})
-    c = config.load(TrainConfig, ["--carry=3", "--memory=4", "--tokens_per_step=64", STORIES])
-    alone, position, starts = SimpleNamespace(rank=0, world=1), {"phase": 0}, []
-    for step in range(6):
-        x, y = next_batch(corpus, None, c.curriculum(), position | {"phase_step": step}, c, alone)
-        assert x.shape == (4, 16) and torch.equal(y, x + 1)
-        if step % 3:
-            assert torch.equal(x, before + 16)
-        else:
-            starts += x[:, 0].tolist()
-        before = x
-    assert len(set(starts)) == 8  # windows do not overlap
+def test_schedule_by_hand():
+    c = tiny("--warmup_steps=4", "--max_steps=24", "--min_lr=0.1")
+    assert [schedule(c, step) for step in range(4)] == [0.25, 0.5, 0.75, 1.0]
+    cosine = {4: 1.0, 9: 0.1 + 0.45 * (1 + math.sqrt(0.5)), 14: 0.55, 24: 0.1, 30: 0.1}
+    for step, share in cosine.items():
+        assert schedule(c, step) == pytest.approx(share), step
 
 
-def test_carried_memory_is_that_of_the_whole_text():
-    c = config.load(TrainConfig, [*TINY, "--memory=8", "--carry=2", "--block=snn", "--lr=0"])
+def test_optimiser_groups():
+    c = tiny("--engram=11", "--table_lr=5", "--neuron_lr=3", "--weight_decay=0.2", "--beta1=0.8")
+    (adamw,) = make_optimizers(c, SpikingLM(c), torch.device("cpu"))
+    assert adamw.defaults["betas"] == (0.8, c.beta2)
+    end, table, vector, matrix = adamw.param_groups
+    assert [g["peak"] / c.lr for g in adamw.param_groups] == pytest.approx([1, 5, 3, 1])
+    assert [g["weight_decay"] for g in adamw.param_groups] == [0.2, 0, 0, 0.2]
+    assert len(table["params"]) == 1 and all(p.dim() == 1 for p in vector["params"])
+
+
+class Watch:
+    """An optimiser that only looks at the gradients."""
+
+    def __init__(self, model):
+        self.model = model
+
+    def step(self):
+        self.grads = [p.grad.clone() for p in self.model.parameters() if p.grad is not None]
+
+    def zero_grad(self, set_to_none):
+        self.model.zero_grad(set_to_none)
+
+
+def gradients(model, x, y, c):
+    watch = Watch(model)
+    nats, norm, _ = train_step(model, model, [watch], x, y, c, Run(c))
+    return nats, norm, torch.cat([grad.flatten() for grad in watch.grads])
+
+
+def test_gradients_are_clipped():
+    c = tiny("--grad_clip=0.01", "--rate_weight=0")
     torch.manual_seed(0)
-    model, alone = SpikingLM(c), Run(c)
-    model.parts["memory"].read.weight.data.normal_()  # they start as 0 and say nothing
-    x = torch.randint(200, (4, 65))
-    optimizers = make_optimizers(c, model, alone.device)
+    model, (x, y) = SpikingLM(c), torch.randint(256, (2, 8, 16))
+    _, norm, clipped = gradients(model, x, y, c)
+    _, _, whole = gradients(model, x, y, replace(c, grad_clip=0.0))
+    assert norm == pytest.approx(whole.norm().item(), rel=1e-4) and norm > 0.1
+    assert clipped.norm().item() == pytest.approx(0.01, rel=1e-3)
 
-    def step(part, memory, c=c):
-        return train_step(model, model, optimizers, part[:, :-1], part[:, 1:], c, alone, memory)
 
-    nats, _, _, memory = step(x[:, :33], None)
-    after = step(x[:, 32:], memory)
-    state = [None] * 4
-    state[list(model.parts).index("memory")] = memory
-    logits, whole, _ = model(x[:, 32:-1], state)
-    assert after[0] == pytest.approx(
-        torch.nn.functional.cross_entropy(logits.flatten(0, 1), x[:, 33:].flatten()).item()
+def test_ignored_targets_have_no_weight():
+    """The loss is a mean over the targets that count, however they lie in the micro-batches."""
+    c = tiny("--rate_weight=0", "--stress_gain=0")
+    torch.manual_seed(0)
+    model, (x, y) = SpikingLM(c), torch.randint(256, (2, 8, 16))
+    y[:4] = IGNORED  # the first two micro-batches have nothing to learn
+    y[4, 3:] = IGNORED
+    nats, _, grad = gradients(model, x, y, replace(c, micro_tokens=32))
+    alone, _, same = gradients(model, x[4:], y[4:], c)
+    assert nats == pytest.approx(alone) and torch.allclose(grad, same, atol=1e-6)
+    assert gradients(model, x, torch.full_like(y, IGNORED), c)[0] == 0
+
+
+def corpus_of(**phases):
+    """A corpus whose phases count upwards, each in a range of its own."""
+    streams = {
+        phase: np.arange(1000 * i, 1000 * i + size, dtype=np.uint16)
+        for i, (phase, size) in enumerate(phases.items())
+    }
+    return SimpleNamespace(train=streams, valid=streams, name="counting", mixture=[])
+
+
+def test_a_batch_rehearses_the_phase_before():
+    c = tiny("--rehearse=0.25", "--tokens_per_step=128")
+    corpus, alone = corpus_of(words=900, stories=900), SimpleNamespace(rank=0, world=1)
+    position = Position([("words", 8), ("stories", 16)])
+    x, y = next_batch(corpus, None, position, c, alone)
+    assert x.shape == (16, 8) and x.max() < 1000  # nothing is before the first phase
+    position.phase = 1
+    x, y = next_batch(corpus, None, position, c, alone)
+    assert x.shape == (8, 16) and torch.equal(y, x + 1)
+    assert (x[:, 0] < 1000).tolist() == [False] * 6 + [True] * 2
+    halves = [next_batch(corpus, None, position, c, SimpleNamespace(rank=r, world=2))[0] for r in (0, 1)]
+    assert sorted(map(tuple, torch.cat(halves).tolist())) == sorted(map(tuple, x.tolist()))
+    corpus.answers = {"train": (np.arange(900) % 3 == 0).astype(np.uint8)}
+    corpus.train["conversations"] = corpus.train["stories"]
+    position = Position([("conversations", 16)])
+    x, y = next_batch(corpus, None, position, replace(c, answers_only=True), alone)
+    assert torch.equal(y == IGNORED, (x + 1) % 3 != 1000 % 3)
+    assert torch.equal(y[y != IGNORED], (x + 1)[y != IGNORED])
+
+
+def test_a_phase_has_converged_when_several_gains_in_a_row_are_small():
+    c = tiny("--phase_gain=0.01", "--phase_patience=2")
+    assert not converged([5.0, 4.0, 3.99], c)  # only the last gain is small
+    assert not converged([4.0, 3.99], c)
+    assert converged([5.0, 4.0, 3.99, 3.98], c) and converged([4.0, 4.1, 4.2], c)
+
+
+def test_a_phase_ends_when_it_had_its_share():
+    c, run = tiny("--phase_share=0.25", "--max_steps=40"), SimpleNamespace(say=lambda text: None)
+    position = Position([("words", 8), ("stories", 16)], phase_step=9, best=1.0)
+    advance(position, 3.0, c, run)
+    assert (position.phase, position.best, position.history) == (0, 1.0, [3.0])
+    position.phase_step = 10
+    advance(position, 2.0, c, run)
+    assert (position.phase, position.phase_step, position.history) == (1, 0, [])
+    assert position.best == math.inf  # best.pt is the best of the running phase
+    position.phase_step = 40
+    advance(position, 1.0, c, run)
+    assert position.phase == 1  # the last one stays
+
+
+def test_evaluation_is_exact():
+    """Without dropout, of eval_tokens tokens alone, in bits per byte of just their text."""
+    c = tiny("--dropout=0.5", "--eval_tokens=40", "--eval_length=8")
+    torch.manual_seed(0)
+    raw, tokens = SpikingLM(c), np.array([256, *b"The cat sat on the mat, it is said. " * 3, 256])
+    corpus = SimpleNamespace(
+        valid={"stories": tokens}, heldout=tokens, tokenizer=Tokenizer("byte"), entropy_bits=None
     )
-    assert not memory[0].requires_grad and memory[0].abs().min() > 0
-    for z, w in zip(after[3], whole[state.index(memory)]):
-        torch.testing.assert_close(z, w)
-    pieces = step(x[:, 32:], memory, replace(c, micro_tokens=32))  # a row at a time
-    torch.testing.assert_close(pieces[3][0], after[3][0])
-    assert pieces[0] == pytest.approx(after[0], abs=1e-6)
-    assert abs(after[0] - step(x[:, 32:], None)[0]) > 1e-3
+    lines = [evaluate(raw, corpus, "stories", 8, c, Run(c)) for _ in range(2)]
+    assert lines[0] == lines[1] and raw.training
+    assert lines[0]["bpb"] == pytest.approx(lines[0]["heldout"] / math.log(2))  # 40 bytes
+    assert lines[0]["valid_bpb"] == pytest.approx(lines[0]["valid"] * 109 / 108 / math.log(2))
+    answers = np.zeros(len(tokens), np.uint8)
+    answers[5:9] = 1
+    corpus.answers = {"valid": answers}
+    some = evaluate(raw, corpus, "stories", 8, replace(c, answers_only=True), Run(c))
+    assert some["valid_bpb"] == pytest.approx(some["valid"] / math.log(2))
+    assert some["valid"] != lines[0]["valid"] and some["bpb"] == lines[0]["bpb"]
 
 
-def test_memory_ends_with_its_document():
-    memory = torch.ones(3, 5), torch.ones(3, 5)
-    y = torch.tensor([[1, 2, 3], [1, 9, 3], [1, 2, 9]])
-    for z in forget(memory, y, end=9):
-        assert z.sum(1).tolist() == [5, 0, 0]
+def test_the_training_loss_is_that_since_the_last_evaluation(text, one, tmp_path):
+    each = [x["train"] for x in run(text, tmp_path, STORIES, "--eval_interval=1")][1:]
+    for line, steps in zip(one[1][1:], (each[:4], each[4:])):
+        assert line["train"] == pytest.approx(sum(steps) / 4, abs=1e-6)
 
 
-def test_carry_survives_processes_and_resuming(text, carried, tmp_path):
-    assert losses(carried[1]) != losses(run(text, tmp_path / "anew", *CARRY[:-1]))
-    two = run(text, tmp_path / "two", *CARRY, start=TORCHRUN)
-    for a, b in zip(losses(carried[1]), losses(two)):
-        assert all(x == y or x == pytest.approx(y, abs=1e-4) for x, y in zip(a, b))
-    copy = shutil.copytree(carried[0], tmp_path / "killed")  # amid rows that go on
-    (copy / "step_00000008.pt").unlink()
-    (copy / "best.pt").unlink()
-    checkpoint = torch.load(copy / "step_00000006.pt", weights_only=True)
-    assert [z.shape for z in checkpoint["memory"][0]] == [(16, 8), (16, 8)]
-    amnesic = shutil.copytree(copy, tmp_path / "amnesic")
-    torch.save(checkpoint | {"memory": [None]}, amnesic / "step_00000006.pt")
-    assert losses(run(text, copy, *CARRY, "--init_from=resume")) == losses(carried[1])
-    assert losses(run(text, amnesic, *CARRY, "--init_from=resume")) != losses(carried[1])
+# ---- what a run prints ---------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("more", ["--memory=0", "--memory=8 --dataset=stream:a/b/c", "--carry=0"])
-def test_carry_needs_something_to_carry(more, capsys):
-    with pytest.raises(SystemExit):
-        config.load(TrainConfig, ["--carry=2", *more.split()])
-    assert "carry" in capsys.readouterr().err
+@pytest.mark.parametrize("block", ["sam", "snn", "spark", "gpt"])
+def test_the_table_fits_and_explains_itself(block, capsys):
+    log = {"E[K] 0": torch.tensor(3.5)} if block == "spark" else {}
+    line = {"step": 123456, "phase": "conversations", "train": 11.123, "valid": 11.123}
+    line |= {"valid_bpb": 12.345, "bpb": 11.234, "rate": [0.25, 0.35], "synops": 20.0, "log": log}
+    line |= {"synapses": 100, "tokens_per_s": 123456.7, "minutes": 10.0}
+    line |= {"rate": [], "synapses": 0} if block == "gpt" else {}
+    watch = SimpleNamespace(say=print, has_header=False)
+    c = tiny("--max_steps=200000")
+    show(line, ["One.", "Two words\nand a line " * 9], c, watch)
+    show(line | {"train": None}, [], c, watch)
+    printed = capsys.readouterr().out
+    assert max(map(len, printed.splitlines())) <= 100
+    header, first, *texts, second = printed.strip("\n").split("step  phase")[1].splitlines()
+    assert printed.count("step  phase") == 1
+    for name, value in {"train": "11.123", "valid b/B": "12.345", "text b/B": "11.234"}.items():
+        assert first.index(value) + len(value) == 13 + header.index(name) + len(name) - 0, name
+    assert ("30.0%" in first) == (block != "gpt") and ("3.5" in first) == (block == "spark")
+    assert '"One."' in texts[0] and " - " in second
+
+
+def test_fastest_threads(monkeypatch):
+    """Two threads that hinder each other are noticed, whatever the first turn says."""
+    now, used, turns = [0.0], [2], []
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 4)
+    monkeypatch.setattr(torch, "set_num_threads", lambda n: used.append(n))
+    monkeypatch.setattr("train.time.perf_counter", lambda: now[0])
+
+    def step():
+        turns.append(used[-1])
+        now[0] += {4: 0.5, 2: 0.1, 1: 0.2}[used[-1]] if len(turns) > 3 else 5 - used[-1]
+
+    assert fastest_threads(step) == 2 and turns[:3] == [4, 2, 1]
