@@ -222,7 +222,7 @@ def list_files(root: Path, own=(), log=print) -> dict[str, Path]:
             f"({' '.join(TEXT)}) or records ({' '.join(RECORDS)}), each also as .gz"
         )
     if others:
-        log(f"not read, since they are no text: {kinds}")
+        log(f"not read, by its suffix: {kinds}")
     return files
 
 
@@ -344,7 +344,7 @@ ANSWER = ("output", "response", "completion", "answer", "assistant")
 ROLES = dict.fromkeys(("user", "human", "prompter"), YOU)
 ROLES |= dict.fromkeys(("assistant", "gpt", "chatgpt", "bot", "model", "ai"), SAM)
 ROLES |= dict.fromkeys(("system", "developer", "tool", "function", "function_call",
-                        "tool_call", "tool_response", "observation", "ipython"))  # fmt: skip
+                        "tool_call", "tool_response", "observation", "ipython"), "")  # fmt: skip
 
 
 def _document(record) -> str:
@@ -375,9 +375,11 @@ def _document(record) -> str:
     talk = []
     for who, text in turns:
         text = re.sub(rf"\n({YOU[:-1]}|{SAM[:-1]})", r"\n \1", text.strip())  # it is no turn
+        if not text or not (talk or who == YOU):  # Sam does not begin
+            continue
         if talk and talk[-1][0] == who:
             talk[-1][1] += "\n" + text
-        elif text and who and (talk or who == YOU):
+        else:
             talk.append([who, text])
     if len(talk) < 2:
         raise ValueError("no user's turn with an answer")
@@ -388,13 +390,13 @@ def _is_chat(records: list) -> bool:
     return all(isinstance(r, dict) and r.keys() & {"role", "from"} for r in records)
 
 
-def _turn(message: dict) -> tuple[str | None, str]:
-    """(YOU, SAM or None for what nobody says, text) of a message."""
-    role = message.get("role", message.get("from"))
-    if str(role).lower() not in ROLES:
+def _turn(message: dict) -> tuple[str, str]:
+    """(who, text) of a message; nobody says those of the system and of tools."""
+    role = str(message.get("role", message.get("from")))
+    if role.lower() not in ROLES:
         raise ValueError(f"unknown role {json.dumps(role)[:30]}")
-    content = message.get("content", message.get("value", message.get("text")))
-    return ROLES[str(role).lower()], _said(content)
+    who = ROLES[role.lower()]
+    return who, _said(message.get("content", message.get("value"))) if who else ""
 
 
 def _said(content) -> str:
