@@ -7,14 +7,17 @@ Read from leaf to root: downloads, files, phases, streamed mixtures, the cache b
 A document is a string: one that begins with "You: " is a conversation, any other a story.
 """
 
+import codecs
 import functools
 import gzip
 import hashlib
+import itertools
 import json
 import math
 import os
 import random
 import re
+import shlex
 import tempfile
 import threading
 import time
@@ -29,13 +32,14 @@ import requests
 import torch
 from tqdm import tqdm
 
+import config
 from nursery import GRAMMAR, nursery
 from tokenizer import DataError, Tokenizer, sha256, tokenizer_from_state, train_tokenizer
 
 END_TEXT = "<|endoftext|>"  # separates the documents of a .txt file; never encoded as text
 PHASES = ("words", "phrases", "sentences", "stories", "conversations")  # the curriculum
 YOU, SAM = "You: ", "Sam: "  # a conversation is lines of these
-FORMAT = 2  # raise it when the same source would give other token files: old caches are left
+FORMAT = 3  # raise it when the same source would give other token files: old caches are left
 
 
 def turn(text: str) -> str:
@@ -119,7 +123,7 @@ def _fetch(url, part: Path, sha256, max_bytes, timeout) -> None:
     declared = sha256 or _declared_sha256(answer)
     if wanted and size < wanted:
         raise OSError(f"received {size} of {wanted} bytes")
-    if (wanted and size > wanted) or (whole and declared not in (None, _sha256_of([part]))):
+    if (wanted and size > wanted) or (whole and declared not in (None, _sha256_of({"": part}))):
         part.unlink()
         raise OSError(f"the {size} bytes received are not those announced")
     if max_bytes and not whole:
@@ -189,103 +193,221 @@ def online(bases=BASES, seconds=4.0) -> bool:
 
 # ---- Files -----------------------------------------------------------------------------------
 
-SUFFIXES = (".txt", ".jsonl", ".txt.gz", ".jsonl.gz")  # a .jsonl may also be one JSON list
-HELD_OUT = ("valid", "val", "validation", "test")
+TEXT, RECORDS = (".txt", ".text", ".md"), (".jsonl", ".json")  # in any case; also with .gz
+HELD_OUT = ("valid", "val", "validation", "test", "dev", "eval", "held", "heldout", "holdout")
 
 
-def list_files(path: Path) -> list[Path]:
-    """The files with text at `path`, a file or a folder, sorted."""
-    if not path.exists():
-        raise DataError(f"no file or folder {path}: give nursery, real_sam, auto or a path")
-    files = sorted(path.rglob("*")) if path.is_dir() else [path]
-    files = [file for file in files if file.name.endswith(SUFFIXES) and file.is_file()]
+def list_files(root: Path, own=(), log=print) -> dict[str, Path]:
+    """The files with text at `root`, a file or a folder: path relative to the folder -> file.
+    Left out: dot files and, inside the folder, caches and the program's `own` folders."""
+    if not root.exists():
+        raise DataError(f"no file or folder {root}: give nursery, real_sam, auto or a path")
+    base, files, others = root.resolve(), {}, set()
+    own = [Path(os.path.expanduser(folder)).resolve() for folder in own]
+    own = [root / folder.relative_to(base) for folder in own if base in folder.parents]
+    for path in sorted(root.rglob("*")) if root.is_dir() else [root]:
+        name = path.relative_to(root).as_posix() if path != root else path.name
+        is_hidden = re.search(r"(^|/)(\.|__MACOSX/)", name) and path != root
+        is_cache = path.name == "meta.json" and path.with_name("heldout.bin").exists()
+        if is_hidden or is_cache or any(f in path.parents for f in own) or not path.is_file():
+            continue
+        if name.lower().removesuffix(".gz").endswith(TEXT + RECORDS):
+            files[name] = path
+        else:
+            others.add(path.suffix or path.name)
+    kinds = " ".join(sorted(others)[:9])
     if not files:
-        raise DataError(f"{path} has no text: give a .txt or .jsonl file or a folder of them")
+        raise DataError(
+            f"{root} has no text{f', only {kinds}' if kinds else ''}: give text "
+            f"({' '.join(TEXT)}) or records ({' '.join(RECORDS)}), each also as .gz"
+        )
+    if others:
+        log(f"not read, by its suffix: {kinds}")
     return files
 
 
-def read_file(path: Path, log=print) -> list[str]:
-    """The documents of one file. DataError when it is unreadable, binary or not UTF-8."""
-    name = path.name
+def read_documents(path, log=print) -> list[str]:
+    """All documents of a file or a folder."""
+    found = read_files(list_files(Path(os.path.expanduser(path)), log=log), log)
+    return [document for documents in found.values() for document in documents]
+
+
+def read_files(files: dict[str, Path], log=print) -> dict[str, list[str]]:
+    """The documents of each file. DataError when one is unreadable or has none, unless it is a
+    .json beside others: that may be metadata."""
+    found = {}
+    for name, path in files.items():
+        documents, refused = read_file(path, name)
+        if documents:
+            found[name] = documents
+        elif len(files) == 1 or not name.lower().endswith(".json"):
+            raise DataError(
+                f"{name} holds no text ({refused or 'it is empty'}): give words, or records with "
+                "the keys text, messages, conversations, or prompt and response"
+            )
+        if refused:
+            log(f"{name}: {refused}")
+    return found
+
+
+def read_file(path: Path, name: str) -> tuple[list[str], str]:
+    """(documents of one file, what was refused of it). DataError when it is unreadable."""
+    is_gz, start = name.lower().endswith(".gz"), 0
     try:
         raw = path.read_bytes()
-        text = (gzip.decompress(raw) if name.endswith(".gz") else raw).decode("utf-8-sig")
+        raw = gzip.decompress(raw) if is_gz else raw
+        has_mark = raw.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
+        text = raw.decode("utf-16" if has_mark else "utf-8-sig")
     except UnicodeDecodeError as error:
-        raise DataError(
-            f"{name} is not UTF-8 (byte {error.start}): convert it, as in "
-            f"iconv -f latin1 -t utf-8 {name} > new.txt"
-        ) from None
+        text, start = "\0", error.start
     except (OSError, EOFError, zlib.error) as error:
         raise DataError(f"cannot read {name} ({error}): check the file") from None
     if "\0" in text:
-        raise DataError(f"{name} is binary: give UTF-8 text")
-    text = text.replace("\r\n", "\n").replace("\r", "\n")
-    documents = read_text(text) if ".txt" in name[-7:] else read_records(text, name, log)
-    if not documents:
+        first = max(0, start // 2 * 2 - 100_000)
+        encoding = _encoding(raw[first : first + 200_000])
+        if not encoding and b"\0" in raw:
+            raise DataError(f"{name} is binary or damaged: give UTF-8 text")
+        source = shlex.quote(str(path))
         raise DataError(
-            f"{name} holds no text: remove it, or give a .txt with words or a .jsonl with keys "
-            "text, instruction and output, messages, or prompt and replies"
+            f"{name} is not UTF-8 (byte {start}){f' but seems to be {encoding}' * bool(encoding)}: "
+            + f"convert it, as in {f'gunzip -c {source} | ' * is_gz}iconv -c -f "
+            + f"{encoding or 'ITS_ENCODING'} -t utf-8 {'' if is_gz else source} > new.txt"
         )
-    return documents
+    text = re.sub(r"\r\n?", "\n", text)
+    is_text = name.lower().removesuffix(".gz").endswith(TEXT)
+    return (read_text(text), "") if is_text else read_records(text)
 
 
-def read_text(text: str, size=2000) -> list[str]:
-    """Documents between END_TEXT marks; without marks, blocks (or else lines) grouped until they
-    have `size` characters, fewer in a small file, of which some must be held out."""
-    if END_TEXT in text:
-        return [document for part in text.split(END_TEXT) if (document := part.strip())]
-    size = min(size, max(200, len(text) // 20))
-    gap = "\n\n" if len(units := re.split(r"\n\s*\n", text.strip())) > 1 else "\n"
-    documents, group = [], ""
-    for unit in units if gap == "\n\n" else text.split("\n"):
-        for start in range(0, len(unit), 4 * size):  # a file may be one endless line
-            group += unit[start : start + 4 * size] + gap
-            if len(group) >= size:
-                documents.append(group)
-                group = ""
-    return [document for part in (*documents, group) if (document := part.strip())]
+def _encoding(sample: bytes) -> str | None:
+    """What bytes that are not UTF-8 seem to be: UTF-8 with a few damaged ones, or an encoding by
+    which they are text of mostly ASCII characters."""
+    text = sample.decode(errors="replace")
+    if b"\0" not in sample and len(re.findall("[^\0-\x7f\ufffd]", text)) > text.count("\ufffd"):
+        return "utf-8"
+    for encoding in ("utf-16le", "utf-16be", "cp1252"):
+        text = sample.decode(encoding, errors="replace")
+        is_mostly_ascii = len(re.findall("[\t-\x7f]", text)) > 0.75 * len(text)
+        if is_mostly_ascii and not re.search("[\0-\x08\ufffd]", text):
+            return encoding
+    return None
 
 
-def read_records(text: str, name: str, log=print) -> list[str]:
-    """Documents of JSON lines (or of one JSON list); malformed records are counted in the log."""
-    lines = (line for line in text.split("\n") if line.strip())
-    if text.lstrip().startswith("["):
+def blocks(text: str, size: int):
+    """Parts of `text` of `size` to 2 `size` characters. They end with a paragraph, else with a
+    line, a sentence, a word; those of a conversation, however long, before a turn of the user."""
+    marks, reach = (r"\n\s*\n", r"\n", r"(?<=[.!?])\s|(?<=[。！？])", r"\s", ""), 2 * size
+    if is_talk(text):
+        marks, reach = (rf"\n(?={YOU})",), len(text)
+    at = 0
+    while len(text) - at > 2 * size:
+        cuts = (re.compile(mark).search(text, at + size, at + reach) for mark in marks)
+        if not (cut := next(filter(None, cuts), None)):
+            break
+        yield text[at : cut.end()]
+        at = cut.end()
+    yield text[at:]
+
+
+def read_text(text: str) -> list[str]:
+    """Documents between END_TEXT marks, huge ones in parts; without marks, blocks."""
+    size = 100_000 if END_TEXT in text else 2000
+    parts = (block for part in text.split(END_TEXT) for block in blocks(part.strip(), size))
+    return [document for part in parts if (document := part.strip())]
+
+
+def read_records(text: str) -> tuple[list[str], str]:
+    """(documents of JSON lines, or of one JSON list or object; what was refused and why)."""
+    try:
+        whole, unit = json.loads(text), "record"
+        records = whole if isinstance(whole, list) and not _is_chat(whole) else [whole]
+    except (ValueError, RecursionError):
+        records, unit = text.split("\n"), "line"
+    documents, refused = [], []
+    for number, record in enumerate(records, 1):
         try:
-            lines = map(json.dumps, json.loads(text))
-        except ValueError as error:
-            raise DataError(f"{name} is damaged JSON ({error}): fetch it again") from None
-    documents, bad = [], 0
-    for line in lines:
-        try:
-            document = _document(json.loads(line)).strip()
-            documents.append(document.encode(errors="replace").decode())  # JSON may halve emoji
-        except (AttributeError, IndexError, KeyError, TypeError, ValueError, RecursionError):
-            bad += 1
-    if bad:
-        log(f"{name}: skipped {bad} malformed of {bad + len(documents)} records")
-    return [document for document in documents if document]
+            if unit == "line" and not record.strip():
+                continue
+            document = _document(json.loads(record) if unit == "line" else record)
+            document = document.encode(errors="replace").decode()  # JSON may halve emoji
+            documents.append(re.sub(r"\r\n?", "\n", document).strip())
+        except (AttributeError, KeyError, TypeError, ValueError, RecursionError) as error:
+            known = str(error) if isinstance(error, ValueError) else "unknown structure"
+            refused.append(f"{unit} {number}: {getattr(error, 'msg', known)}")
+    n = len(refused) + len(documents)
+    note = refused and f"skipped {len(refused)} malformed of {n} records; the first, {refused[0]}"
+    return [document for document in documents if document], note or ""
 
 
-def _document(record: dict) -> str:
-    """A record as a document; one of a few errors means that it is malformed."""
-    if "messages" in record:
-        speakers = {"user": YOU, "human": YOU, "prompter": YOU, "assistant": SAM}
-        messages = [(speakers.get(m["role"]), m["content"]) for m in record["messages"]]
-        turns = [message for message in messages if message[0]]  # a system prompt is no turn
-    elif "prompt" in record:
-        turns, message = [], record["prompt"]
+CHAT = ("messages", "conversations", "conversation")  # keys of records, the first one counts
+QUESTION = ("instruction", "prompt", "question", "query", "user")
+ANSWER = ("output", "response", "completion", "answer", "assistant")
+ROLES = dict.fromkeys(("user", "human", "prompter"), YOU)
+ROLES |= dict.fromkeys(("assistant", "gpt", "chatgpt", "bot", "model", "ai"), SAM)
+ROLES |= dict.fromkeys(("system", "developer", "tool", "function", "function_call",
+                        "tool_call", "tool_response", "observation", "ipython"), "")  # fmt: skip
+
+
+def _document(record) -> str:
+    """A record as a document. An error says why it is none."""
+    record = {"messages": record} if isinstance(record, list) else record
+    if not isinstance(record, dict):
+        raise ValueError(f"{json.dumps(record)[:30]} is no object")
+    chat, question, answer = (
+        next((key for key in keys if key in record), None) for keys in (CHAT, QUESTION, ANSWER)
+    )
+    if chat:
+        turns = map(_turn, record[chat])
+    elif isinstance(message := record.get("prompt"), dict):  # a tree
+        turns = []
         while message:
             turns.append((SAM if len(turns) % 2 else YOU, message["text"]))
             message = min(message.get("replies") or [None], key=_rank)
-    elif "instruction" in record:
-        context = record.get("input") or record.get("context") or ""
-        answer = record["output"] if "output" in record else record["response"]
-        turns = [(YOU, f"{record['instruction']}\n{context}"), (SAM, answer)]
+    elif question and answer and isinstance(record[question], list):
+        turns = map(_turn, record[question] + record[answer])
+    elif question and answer:
+        context = record.get("input") or record.get("context")
+        turns = [(YOU, f"{_said(record[question])}\n{_said(context)}")]
+        turns.append((SAM, _said(record[answer])))
+    elif "text" in record:
+        return _said(record["text"])
     else:
-        return record["text"]
-    if turns[0][0] != YOU or len(turns) < 2 or not all(text.strip() for _, text in turns):
-        raise ValueError
-    return "\n".join(who + text.strip() for who, text in turns)
+        raise ValueError(f"no known keys, only {json.dumps([*record])[1:60]}")
+    talk = []
+    for who, text in turns:
+        text = re.sub(rf"\n({YOU[:-1]}|{SAM[:-1]})", r"\n \1", text.strip())  # it is no turn
+        if not text or not (talk or who == YOU):  # Sam does not begin
+            continue
+        if talk and talk[-1][0] == who:
+            talk[-1][1] += "\n" + text
+        else:
+            talk.append([who, text])
+    if len(talk) < 2:
+        raise ValueError("no user's turn with an answer")
+    return "\n".join(who + text for who, text in talk)
+
+
+def _is_chat(records: list) -> bool:
+    return all(isinstance(r, dict) and r.keys() & {"role", "from"} for r in records)
+
+
+def _turn(message: dict) -> tuple[str, str]:
+    """(who, text) of a message; nobody says those of the system and of tools."""
+    role = str(message.get("role", message.get("from")))
+    if role.lower() not in ROLES:
+        raise ValueError(f"unknown role {json.dumps(role)[:30]}")
+    who = ROLES[role.lower()]
+    return who, _said(message.get("content", message.get("value"))) if who else ""
+
+
+def _said(content) -> str:
+    """The text of a string, of null, or of a list of parts, of which some are no text."""
+    if isinstance(content, list):
+        parts = [part if isinstance(part, dict) else {"text": part} for part in content]
+        parts = [p.get("text") for p in parts if str(p.get("type", "text")).endswith("text")]
+        return "\n".join(map(_said, parts))
+    if not isinstance(content, str | None):
+        raise ValueError(f"{json.dumps(content)[:30]} is no text")
+    return content or ""
 
 
 def _rank(reply: dict | None) -> float:
@@ -297,30 +419,64 @@ def is_talk(document: str) -> bool:
     return document.startswith(YOU)
 
 
-def read_source(files: list[Path], log=print) -> tuple[list[str], list[str]]:
-    """(train, held-out) documents. The files called valid, val, validation or test are held out;
-    stories or conversations that these lack are split by hash."""
+def held_out_files(names) -> list[str]:
+    """Those of the files that are called valid or the like, themselves or by their folder, in
+    whatever spelling; none if that would be all of them."""
+    held = []
+    for name in names:
+        words = re.findall(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+", name)
+        known = [word in HELD_OUT for word in map(str.lower, words) if word in (*HELD_OUT, "train")]
+        held += [name] * (known[-1:] == [True])
+    return held if len(held) < len(names) else []
+
+
+def read_source(files: dict[str, Path], log=print) -> tuple[list[str], list[str]]:
+    """(train, held-out) documents. Files called valid or the like are held out; of stories or
+    conversations that these lack, a part is."""
+    named = held_out_files(files)
     train, held = [], []
-    for file in files:
-        called = len(files) > 1 and file.name.split(".")[0].lower() in HELD_OUT
-        (held if called else train).extend(read_file(file, log))
+    for name, documents in read_files(files, log).items():
+        (held if name in named else train).extend(documents)
     for talk in (False, True):
         if talk not in map(is_talk, held):
-            held += hold_out([document for document in train if is_talk(document) == talk])
+            others = [document for document in train if is_talk(document) != talk]
+            rest, out = hold_out([document for document in train if is_talk(document) == talk])
+            train, held = others + rest, held + out
     train = _without(train, held)
     if not held or not train:
-        raise DataError(f"{files[0].name}: too little to learn some and hold out some: add text")
+        raise DataError(f"{min(files)}: too little to learn some and hold out some: add text")
     return train, held
 
 
-def hold_out(documents: list[str], share=0.02, most=1_000_000) -> list[str]:
-    """About 2% of the documents, 1 MB at most but one at least. Their hash decides, so that a
-    document and its copies stay on one side whatever is added."""
-    if len(set(documents)) < 2:
-        return []
-    limit = min(share, most / sum(map(len, documents))) * 2**256
-    hashes = {document: int(sha256(document), 16) for document in documents}
-    return [d for d in hashes if hashes[d] < limit] or [min(hashes, key=hashes.get)]
+def hold_out(documents: list[str], share=0.02, most=1_000_000) -> tuple[list[str], list[str]]:
+    """(the rest, what is held out): about 2% of the text, 1 MB at most, but one part at least.
+
+    A part is a document or, of a long one, a block; the rest of that one stays together. Hashes
+    decide, so that a part and its copies stay on one side, and do so whatever is added, unless
+    few are there: then those of the lowest hashes are taken until they are enough.
+    """
+    total = sum(map(len, documents))
+    share = min(share, most / max(total, 1))
+    long = min(max(2 * share * total, 2000), total / 10)
+    size = int(max(100, min(2000, share * total / 2)))
+    split = [[*blocks(d, size)] if len(d) > long else [d] for d in documents]
+    hashes = {part: sha256(part) for parts in split for p in parts if (part := p.strip())}
+    order, wanted = sorted(hashes, key=hashes.get), share * sum(map(len, hashes))
+    if len(order) < 2:
+        return documents, []
+    held = {part for part in order if int(hashes[part], 16) < share * 2**256}
+    if not 0.5 < sum(map(len, held)) / wanted < 1.5:
+        held, size = set(), 0
+        for part in order:
+            if held and size + len(part) / 2 > wanted:
+                break
+            held.add(part)
+            size += len(part)
+    rest, out = [], []
+    for parts in split:
+        for is_held, run in itertools.groupby(parts, lambda part: part.strip() in held):
+            (out if is_held else rest).append("".join(run).strip())
+    return [d for d in rest if d], list(dict.fromkeys(out))
 
 
 def _without(documents: list[str], others: list[str]) -> list[str]:
@@ -328,12 +484,12 @@ def _without(documents: list[str], others: list[str]) -> list[str]:
     return [document for document in documents if document not in others]
 
 
-def _sha256_of(files: list[Path]) -> str:
+def _sha256_of(files: dict[str, Path]) -> str:
     """Checksum of the bytes; of several files also of their names, which decide on their use."""
     digest = hashlib.sha256()
-    for file in files:
-        digest.update(file.name.encode() if len(files) > 1 else b"")
-        with open(file, "rb") as stream:
+    for name, path in files.items():
+        digest.update(name.encode() if len(files) > 1 else b"")
+        with open(path, "rb") as stream:
             while block := stream.read(1 << 20):
                 digest.update(block)
     return digest.hexdigest()
@@ -440,7 +596,7 @@ def fetch_page(name: str, page: int, bases=BASES, attempts=12, timeout=30.0, pau
             pages = math.ceil(content["num_rows_total"] / PAGE)
         except (KeyError, TypeError, ValueError):
             raise OSError("damaged answer") from None
-        return read_records(records, name, log=lambda line: None), pages
+        return read_records(records)[0], pages
 
     return retry(attempt, f"rows of {name}", attempts, pause)
 
@@ -569,13 +725,17 @@ class Data:
     heldout_bytes: int  # UTF-8 bytes of their text: END counts none
     entropy_bits: float | None  # nursery: -log2 probability of the held-out documents
     mixture: list[Source]  # what a Stream reads; `train` is a sample of it. Else empty
+    answers: dict[str, np.memmap]  # split -> uint8 beside its conversations: 1 for Sam's tokens
+    dataset: str  # what `prepare` takes to find the same again: a word or an absolute path
 
 
 NURSERY_BYTES = (5_600_000, 200_000)  # for training, held out
 BPE_BYTES = 30_000_000  # of training text, at most, teach merges
 
 
-def prepare(dataset, tokenizer, vocab_size, data_dir, seed=0, log=print, bases=BASES) -> Data:
+def prepare(
+    dataset, tokenizer, vocab_size, data_dir, seed=0, log=print, bases=BASES, ignore=()
+) -> Data:
     """The corpus `dataset`: 'nursery', 'real_sam', 'auto', a path or 'stream:' and a mixture (see
     parse_mixture), of which only a sample and the held-out documents are fetched and kept; from
     the cache if it can.
@@ -583,18 +743,22 @@ def prepare(dataset, tokenizer, vocab_size, data_dir, seed=0, log=print, bases=B
     tokenizer: 'byte', 'char', 'bpe' or 'lengthmax' (of vocab_size), 'gpt2'; or the Tokenizer of a
     checkpoint.
     data_dir: where downloads and caches are kept. seed: of the nursery and of the order of
-    pieces. log: takes lines for people. bases: servers of the downloads. Raises DataError.
+    pieces. log: takes lines for people. bases: servers of the downloads. ignore: folders in which
+    no text is looked for; data_dir is one. Raises DataError.
     """
-    data_dir = Path(data_dir)
-    name, checksum, read = find_source(str(dataset), data_dir, seed, log, bases)
-    recipe = tokenizer if isinstance(tokenizer, str) else tokenizer.hash
-    key = sha256(repr((checksum, recipe, vocab_size, seed, FORMAT)))[:12]
-    folder = data_dir / f"{name}-{key}"
-    if folder.exists():
-        try:
-            return _load(folder, key)
-        except DataError as error:
-            log(f"{error}: building it again")
+    data_dir = Path(os.path.expanduser(data_dir))
+    dataset, name, checksum, read = find_source(str(dataset), data_dir, seed, log, bases, ignore)
+    known = None if isinstance(tokenizer, str) else tokenizer.hash
+    for recipe in [tokenizer] if known is None else [tokenizer.kind, known]:
+        key = sha256(repr((checksum, recipe, vocab_size, seed, FORMAT)))[:12]
+        folder = data_dir / f"{name}-{key}"
+        if folder.exists():
+            try:
+                found = _load(folder, key, dataset)
+                if known in (None, found.tokenizer.hash):
+                    return found
+            except DataError as error:
+                log(f"{error}: building it again")
     try:
         data_dir.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=".building-", dir=data_dir) as temporary:
@@ -603,19 +767,21 @@ def prepare(dataset, tokenizer, vocab_size, data_dir, seed=0, log=print, bases=B
             train, held, facts = read()
             meta = {"name": name, "key": key, "sha256": checksum} | facts
             _build(building, meta, train, held, tokenizer, vocab_size, seed)
-            return _publish(building, folder, key)
+            return _publish(building, folder, key, dataset)
     except OSError as error:
         raise DataError(f"cannot write to {data_dir} ({error}): free or choose a disk") from None
 
 
-def find_source(dataset: str, data_dir: Path, seed: int, log, bases):
-    """(name, checksum, read) of a dataset; read() -> train, held-out documents, facts of Data."""
+def find_source(dataset: str, data_dir: Path, seed: int, log, bases, ignore):
+    """(dataset without auto, name, checksum, read); read() -> train, held-out documents, facts of
+    Data."""
     if dataset.startswith(STREAM):
         mixture = parse_mixture(dataset.removeprefix(STREAM))
         if not online(bases):
             raise DataError("no network to stream from: connect, or use --dataset=PATH of a text")
         name = "+".join(source.name.split("/")[1] for source in mixture)
-        return name, sha256(repr(mixture)), functools.partial(sample_mixture, mixture, bases)
+        read = functools.partial(sample_mixture, mixture, bases)
+        return dataset, name, sha256(repr(mixture)), read
     folder = data_dir / "real_sam"
     if dataset == "auto":
         there = all((folder / name).exists() for name in REAL_SAM)
@@ -624,11 +790,16 @@ def find_source(dataset: str, data_dir: Path, seed: int, log, bases):
             log("no network: training on the built-in corpus, the nursery")
     if dataset == "nursery":
         recipe = json.dumps([GRAMMAR.read_text(), NURSERY_BYTES, seed])
-        return dataset, sha256(recipe), functools.partial(_grow, seed)
-    files = list_files(real_sam(folder, bases) if dataset == "real_sam" else Path(dataset))
-    name = dataset if dataset == "real_sam" else Path(dataset).resolve().name
+        return dataset, dataset, sha256(recipe), functools.partial(_grow, seed)
+    if dataset == "real_sam":
+        root = real_sam(folder, bases)
+    else:
+        root = Path(dataset := os.path.abspath(os.path.expanduser(dataset)))
+    files = list_files(root, (*ignore, data_dir, folder), log)
+    if held := held_out_files(files):
+        log(f"held out, by name: {', '.join(held[:5])}{' ...' * (len(held) > 5)}")
     try:
-        return name, _sha256_of(files), lambda: (*read_source(files, log), {})
+        return dataset, root.name, _sha256_of(files), lambda: (*read_source(files, log), {})
     except OSError as error:
         raise DataError(f"cannot read {error.filename} ({error.strerror}): check it") from None
 
@@ -661,6 +832,12 @@ def _build(folder: Path, meta: dict, train, held, tokenizer, vocab_size: int, se
         for name, texts in streams.items()
         if texts
     }
+    for split in ("train", "valid"):
+        if talks := streams[f"{split}_conversations"]:
+            tokens = np.memmap(folder / f"{split}_conversations.bin", meta["dtype"], mode="r")
+            answers = _answers(tokens, talks, tokenizer)
+            answers.tofile(folder / f"{split}_answers.bin")
+            meta["streams"][f"{split}_answers"] = zlib.crc32(answers)
     content = json.dumps(meta)
     (folder / "meta.json").write_text(json.dumps({"hash": sha256(content), "content": content}))
 
@@ -682,7 +859,22 @@ def _write(path: Path, texts: list[str], tokenizer: Tokenizer, dtype: str) -> in
     return checksum
 
 
-def _load(folder: Path, key: str) -> Data:
+def _answers(tokens: np.ndarray, talks: list[str], tokenizer: Tokenizer) -> np.ndarray:
+    """For each token of a stream of conversations, as uint8: 1 if Sam says it or if it ends what
+    Sam says (END, or the next turn's mark). A token counts by its first byte."""
+    lengths = np.array([len(tokenizer.decode_bytes([i])) for i in range(tokenizer.end)] + [0])
+    ends, parts = np.flatnonzero(tokens == tokenizer.end), [np.zeros(1, np.uint8)]
+    answer = re.compile(rf"\n{SAM[:-1]}(.*?)(\n{YOU[:-1]}|\Z)".encode(), re.DOTALL)
+    for talk, a, b in zip(talks, ends, ends[1:]):
+        raw = talk.encode()
+        said = np.zeros(len(raw) + 1, np.uint8)  # the byte that is not there stands for END
+        for match in answer.finditer(raw):
+            said[match.start(1) : match.end() + (not match[2])] = 1
+        parts.append(said[np.cumsum(lengths[tokens[a:b]])])  # END before the talk adds nothing
+    return np.concatenate(parts)
+
+
+def _load(folder: Path, key: str, dataset: str) -> Data:
     """The data of a cache folder. DataError unless every byte is as it was written, for `key`."""
     try:
         meta = json.loads((folder / "meta.json").read_text())
@@ -693,7 +885,8 @@ def _load(folder: Path, key: str) -> Data:
             raise ValueError("it is of another source or tokenizer")
         tokenizer, streams = tokenizer_from_state(meta["tokenizer"]), {}
         for name, checksum in meta["streams"].items():
-            streams[name] = np.memmap(folder / f"{name}.bin", meta["dtype"], mode="r")
+            dtype = "uint8" if name.endswith("_answers") else meta["dtype"]
+            streams[name] = np.memmap(folder / f"{name}.bin", dtype, mode="r")
             if zlib.crc32(streams[name]) != checksum:
                 raise ValueError(f"{name}.bin was changed")
             if streams[name].max() > tokenizer.end:
@@ -704,20 +897,22 @@ def _load(folder: Path, key: str) -> Data:
         {phase: streams[name] for phase in PHASES if (name := f"{split}_{phase}") in streams}
         for split in ("train", "valid")
     )
+    splits = [split for split in ("train", "valid") if f"{split}_answers" in streams]
     return Data(
         meta["name"], meta["sha256"], tokenizer, train, valid, streams["heldout"],
         meta["heldout_bytes"], meta.get("entropy_bits"),
         [Source(*source) for source in meta.get("mixture", ())],
+        {split: streams[f"{split}_answers"] for split in splits}, dataset,
     )  # fmt: skip
 
 
-def _publish(building: Path, folder: Path, key: str) -> Data:
+def _publish(building: Path, folder: Path, key: str, dataset: str) -> Data:
     """Rename the finished folder into place, unless another process was first with a good one."""
     for attempt in range(3):
         with suppress(OSError):  # raised when `folder` exists
             os.rename(building, folder)
         try:
-            return _load(folder, key)
+            return _load(folder, key, dataset)
         except DataError:
             with suppress(OSError):  # out of the way; goes with the temporary folder
                 os.rename(folder, building.with_name(f"damaged{attempt}"))
@@ -762,11 +957,12 @@ def _epoch(seed: int, epoch: int, n_windows: int, slack: int):
 
 def main():
     """Show a piece of each phase of the nursery, and its entropy."""
-    documents, bits = nursery(NURSERY_BYTES[1], "sample")
-    for phase in PHASES:
-        print(f"{phase}: {cut(documents, phase, Tokenizer('byte'))[0].strip()}\n")
-    size = sum(len(document.encode()) for document in documents)
-    print(f"entropy: {bits / size:.4f} bits per byte of {len(documents)} documents")
+    with config.one_line(DataError):
+        documents, bits = nursery(NURSERY_BYTES[1], "sample")
+        for phase in PHASES:
+            print(f"{phase}: {cut(documents, phase, Tokenizer('byte'))[0].strip()}\n")
+        size = sum(len(document.encode()) for document in documents)
+        print(f"entropy: {bits / size:.4f} bits per byte of {len(documents)} documents")
 
 
 if __name__ == "__main__":

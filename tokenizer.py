@@ -86,7 +86,7 @@ class Tokenizer:
     def encode_batch(self, texts: list[str]) -> list[list[int]]:
         """`encode` of each text: long ones on all cores, to short ones threads are a cost."""
         if self.kind == "lengthmax":
-            return self._trie.encode(texts)
+            return self._trie.encode(list(map(_whole, texts)))
         if self.kind == "char" or sum(map(len, texts)) < 500 * len(texts):
             return [self.encode(text) for text in texts]
         return self._bpe.encode_ordinary_batch(texts, num_threads=os.cpu_count() or 1)
@@ -114,6 +114,11 @@ class Tokenizer:
     @property
     def hash(self) -> str:
         return sha256(self.state())[:12]
+
+
+def _whole(text: str) -> str:
+    """`text` with its surrogate pairs joined and lone surrogates replaced, as tiktoken does it."""
+    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
 def _gpt2() -> tiktoken.Encoding:
@@ -145,6 +150,7 @@ def train_tokenizer(kind: str, texts, vocab_size: int) -> Tokenizer:
     little text."""
     if kind == "char":
         return Tokenizer(kind, sorted(set().union(*texts)))
+    texts = map(_whole, texts)
     if kind not in ("bpe", "lengthmax"):
         return Tokenizer(kind)
     if vocab_size < 257:
@@ -172,7 +178,7 @@ def _learn_merges(counts: Counter, n_merges: int) -> list[bytes]:
     words, times, size = [], [], 0
     for word, n in sorted(counts.items(), key=lambda item: (-item[1], item[0])):
         for at in range(0, len(word), 256):  # or a text without blanks would take hours
-            words.append([bytes([b]) for b in word[at : at + 256].encode(errors="replace")])
+            words.append([bytes([b]) for b in word[at : at + 256].encode()])
             times.append(n)
             size += len(words[-1])
         if size > BPE_WORDS:
@@ -274,7 +280,7 @@ class Trie:
     def encode(self, texts: list[str]) -> list[list[int]]:
         """Ids of each text."""
         chunks = [re.findall(CHUNK, text) for text in texts]
-        flat = [chunk.encode(errors="replace") for some in chunks for chunk in some]
+        flat = [chunk.encode() for some in chunks for chunk in some]
         if not flat:
             return [[] for _ in texts]
         ids = self.match(flat)
@@ -293,7 +299,7 @@ def _learn_long_tokens(texts, n_tokens: int) -> list[bytes]:
     """
     chunks = [chunk for text in texts for chunk in re.findall(CHUNK, text)]
     chunks = chunks[:: sum(map(len, chunks)) // LENGTHMAX_BYTES + 1]
-    chunks = [chunk.encode(errors="replace") for chunk in chunks]
+    chunks = [chunk.encode() for chunk in chunks]
     vocab: list[bytes] = []
     for done in range(1, LENGTHMAX_ROUNDS + 1):
         room = n_tokens * done // LENGTHMAX_ROUNDS

@@ -9,6 +9,7 @@ import math
 import multiprocessing
 import random
 import re
+import subprocess
 import threading
 import time
 import urllib.parse
@@ -25,7 +26,6 @@ import data
 import train
 from nursery import tell
 from tokenizer import DataError, Tokenizer
-
 
 
 @pytest.fixture(autouse=True)
@@ -458,53 +458,171 @@ def test_streams_that_cannot_be(rows_server, tmp_path, monkeypatch):
 
 def test_text_with_separators(tmp_path):
     raw = b"\xef\xbb\xbfone\r\ntwo\rend\r\n<|endoftext|>\r\nthree\n<|endoftext|>\n"
-    assert data.read_file(write(tmp_path / "a.txt", raw)) == ["one\ntwo\nend", "three"]
+    assert data.read_documents(write(tmp_path / "a.txt", raw)) == ["one\ntwo\nend", "three"]
 
 
-@pytest.mark.parametrize("gap", ["\n\n", "\n", ""])
-def test_text_without_separators_is_grouped(gap):
-    units = [f"This is line number {i}, of many." for i in range(1000)]
-    documents = data.read_text(gap.join(units))
-    assert 5 < len(documents) < 40
-    assert all(len(document) < 9000 for document in documents)
-    assert re.sub(r"\s", "", "".join(documents)) == re.sub(r"\s", "", "".join(units))
+@pytest.mark.parametrize("gap", ["\n\n", "\n", " ", ""])
+def test_text_without_separators_is_cut_where_something_ends(gap):
+    text = gap.join(f"This is line number {i}, of many." for i in range(1000))
+    assert "".join(data.blocks(text, 500)) == text
+    documents = data.read_text(text)
+    assert 8 < len(documents) < 18 and all(2000 <= len(d) + 1 < 4000 for d in documents[:-1])
+    assert gap == "" or all(document.endswith("of many.") for document in documents)
+    assert data.read_text("x " * 1900) == [("x " * 1900).strip()]
+    assert data.read_text(f"{text}{data.END_TEXT}{text * 4}") == [text, text * 4]
+    assert len(data.read_text(f"{text}{data.END_TEXT}{text * 8}")) == 3  # parts of 100,000 or more
 
 
-def test_records(tmp_path):
-    tree = {"text": "Hi", "replies": [{"text": "worse", "rank": 1}, {"text": "best", "rank": 0,
-            "replies": [{"text": "And?", "replies": []}]}, {"text": "unranked"}]}  # fmt: skip
-    records = [
-        {"text": "A story."},
-        {"instruction": "Add", "input": "1 + 1", "output": "2"},
-        {"instruction": "Add", "context": "", "response": "2"},
-        {"messages": [{"role": "system", "content": "x"}, {"role": "user", "content": "Hi "},
-                      {"role": "assistant", "content": "Ho"}]},
-        {"prompt": tree},
-        {"text": "half \ud83d emoji"},
-    ]  # fmt: skip
-    bad = ["{", "3", "[]", "{}", '{"text": 5}', '{"instruction": "a"}', '{"messages": []}',
-           '{"prompt": "x"}', '{"instruction": "a", "output": " "}', '"text"']  # fmt: skip
-    lines, log = [*map(json.dumps, records), *bad, ""], []
-    random.Random(0).shuffle(bad)
-    path = write(tmp_path / "a.jsonl", "\r\n".join(lines))
-    assert data.read_file(path, log.append) == [
-        "A story.", "You: Add\n1 + 1\nSam: 2", "You: Add\nSam: 2", "You: Hi\nSam: Ho",
-        "You: Hi\nSam: best\nYou: And?", "half ? emoji",
-    ]  # fmt: skip
-    assert log == ["a.jsonl: skipped 10 malformed of 16 records"]
-    as_list = write(tmp_path / "b.jsonl", json.dumps(records))
-    assert data.read_file(as_list) == data.read_file(path, log.append)
+def test_a_conversation_is_cut_before_the_user_speaks():
+    talk = "\n".join(f"You: {i}?\nSam: {i} a\n\n{i} b" for i in range(600))
+    documents = data.read_text(talk)
+    assert len(documents) > 3 and "\n".join(documents) == talk
+    assert all(data.is_talk(document) for document in documents)
+
+
+def said(*turns):
+    return [{"role": role, "content": text} for role, text in turns]
+
+
+USER, CALL = ("user", "Hi "), {"role": "assistant", "content": None, "tool_calls": [{"id": 1}]}
+TREE = {"text": "Hi", "replies": [{"text": "worse", "rank": 1}, {"text": "best", "rank": 0,
+        "replies": [{"text": "And?", "replies": []}]}, {"text": "unranked"}]}  # fmt: skip
+PARTS = [{"type": "text", "text": "One"}, {"type": "image_url", "image_url": {"url": "x"}}, "2",
+         {"type": "python", "text": "1 + 1"}, {"type": "output_text", "text": "3"}]  # fmt: skip
+
+
+@pytest.mark.parametrize("record, document", [
+    ({"text": "A story.\r\nIt ends."}, "A story.\nIt ends."),
+    ({"text": "half \ud83d emoji"}, "half ? emoji"),
+    ({"instruction": "Add", "input": "1 + 1", "output": "2"}, "You: Add\n1 + 1\nSam: 2"),
+    ({"instruction": "Add", "context": None, "response": "2", "text": ""}, "You: Add\nSam: 2"),
+    ({"prompt": "a", "response": "b"}, "You: a\nSam: b"),
+    ({"prompt": "a", "completion": "b"}, "You: a\nSam: b"),
+    ({"prompt": said(USER), "completion": said(("assistant", "b"))}, "You: Hi\nSam: b"),
+    ({"user": "a", "assistant": "b", "id": 7}, "You: a\nSam: b"),
+    ({"question": "a", "answer": "b"}, "You: a\nSam: b"),
+    ({"prompt": "x", "text": "A story."}, "A story."),
+    ({"prompt": TREE}, "You: Hi\nSam: best\nYou: And?"),
+    (said(USER, ("assistant", "Ho")), "You: Hi\nSam: Ho"),
+    ({"messages": said(("system", "x"), USER, ("Assistant", "Ho"))}, "You: Hi\nSam: Ho"),
+    ({"messages": said(("assistant", "Hello!"), USER, ("ASSISTANT", "Ho"))}, "You: Hi\nSam: Ho"),
+    ({"messages": [*said(USER), CALL, *said(("tool", "42"), ("assistant", "It is 42."))]},
+     "You: Hi\nSam: It is 42."),
+    ({"messages": [*said(("system", {"a": 1}), USER, ("assistant", "I look.")), CALL,
+                   *said(("Tool", [4]), ("assistant", "It is 4."))]},
+     "You: Hi\nSam: I look.\nIt is 4."),
+    ({"messages": said(USER, ("assistant", PARTS))}, "You: Hi\nSam: One\n2\n3"),
+    ({"conversations": [{"from": "gpt", "value": "Welcome"}, {"from": "human", "value": "Hi"},
+      {"from": "GPT", "value": "1. Go\n2. Stop"}, {"from": "human", "value": "Bye"},
+      {"from": "gpt", "value": "Bye"}]}, "You: Hi\nSam: 1. Go\n2. Stop\nYou: Bye\nSam: Bye"),
+    (said(USER, ("assistant", "Say\nYou: a\nSam: b")), "You: Hi\nSam: Say\n You: a\n Sam: b"),
+])  # fmt: skip
+def test_records(record, document, tmp_path):
+    one, two = json.dumps(record), json.dumps([record, record], indent=1)
+    for name, text in (("a.jsonl", f"{one}\r\n\r\n"), ("b.JSON", one), ("c.json", two)):
+        found = data.read_documents(write(tmp_path / name, text), log=pytest.fail)
+        assert found == [document] * (2 if name == "c.json" else 1)
+
+
+@pytest.mark.parametrize("line, why", [
+    ("{", "Expecting property name"), ("3", "3 is no object"), ("null", "null is no object"),
+    ('"text"', "is no object"), ("[]", "no user's turn with an answer"), ('{"messages": 3}', ""),
+    ("{}", "no known keys"), ('{"tex": "a", "b": 1}', 'no known keys, only "tex", "b"'),
+    ('{"text": 5}', "5 is no text"), ('{"instruction": "a"}', 'only "instruction"'),
+    ('{"instruction": "a", "output": " "}', "no user's turn with an answer"),
+    ('{"prompt": {}}', ""), ('{"prompt": {"text": "a"}}', "no user's turn"), ('["a"]', ""),
+    (json.dumps(said(("assistant", "a"))), "no user's turn with an answer"),
+    (json.dumps(said(USER, ("narrator", "a"))), 'unknown role "narrator"'),
+    (json.dumps(said(USER, ("assistant", {"a": 1}))), 'is no text'), ("[" * 10**5, ""),
+])  # fmt: skip
+def test_refused_records_say_why(line, why, tmp_path):
+    lines = [json.dumps({"text": f"Story {i}."}) for i in range(9)]
+    log = []
+    path = write(tmp_path / "a.jsonl", "\n".join([*lines, "", line, "{", *lines]))
+    assert len(data.read_documents(path, log.append)) == 18
+    assert log[0].startswith("a.jsonl: skipped 2 malformed of 20 records; the first, line 11: ")
+    assert why in log[0] and len(log) == 1 and len(log[0]) < 200
+    with pytest.raises(DataError, match="^a.jsonl holds no text .*keys text, messages") as caught:
+        data.read_documents(write(tmp_path / "a.jsonl", f"{line}\n{{"))  # now none is left
+    assert why in str(caught.value)
 
 
 @pytest.mark.parametrize("content, says", [
-    (b"caf\xe9", "not UTF-8.*iconv"), (b"a\0b", "binary"), (b"", "no text"), (b" \n ", "no text"),
-    (b"\xff\xfea\0", "not UTF-8"),
+    (b"caf\xe9 " * 9, "not UTF-8.* cp1252.*iconv"), (b"a\0b", "binary"), (b" \n ", "no text"),
+    (b"\xff\xfea\0b", "binary or damaged"), (bytes(range(256)), "binary"),
 ])  # fmt: skip
 def test_bad_files_are_one_line(content, says, tmp_path):
-    write(tmp_path / "a.txt", content)
-    with pytest.raises(DataError, match=says) as caught:
-        data.prepare(tmp_path / "a.txt", "byte", 0, tmp_path / "cache")
-    assert "\n" not in str(caught.value) and "a.txt" in str(caught.value)
+    write(tmp_path / "in" / "a.txt", content)
+    write(tmp_path / "b.txt", STORY)
+    with pytest.raises(DataError, match=f"^in/a.txt .*{says}") as caught:
+        data.prepare(tmp_path, "byte", 0, tmp_path / "cache")
+    assert "\n" not in str(caught.value)
+
+
+PROSE = "“It’s a café,” said Zoë – and smiled. It was late, so they went home.\n" * 40
+
+
+@pytest.mark.parametrize("name", ["a b.txt", "a.txt.gz"])
+@pytest.mark.parametrize("raw, encoding", [
+    (PROSE.encode("cp1252"), "cp1252"), (PROSE.encode("utf-16le"), "utf-16le"),
+    (PROSE.encode("utf-16be"), "utf-16be"), (b"x" * 300_001 + PROSE.encode("cp1252"), "cp1252"),
+    (PROSE.encode() + b"\xff", "utf-8"), (PROSE.encode()[1:], "utf-8"),
+    ("Все счастливые семьи".encode("cp1251"), None), ("汉字".encode("gb18030") * 9, None),
+])  # fmt: skip
+def test_the_advice_on_encodings_works(raw, encoding, name, tmp_path):
+    path = write(tmp_path / name, gzip.compress(raw) if name.endswith("gz") else raw)
+    with pytest.raises(DataError, match="not UTF-8") as caught:
+        data.read_documents(path)
+    command = str(caught.value).split("as in ")[1]
+    if encoding is None:
+        assert "seems" not in str(caught.value) and "iconv -c -f ITS_ENCODING" in command
+    else:
+        assert f"seems to be {encoding}:" in str(caught.value)
+        subprocess.run(command, shell=True, check=True, cwd=tmp_path)
+        assert PROSE.strip()[1:] in (tmp_path / "new.txt").read_text("utf-8")
+
+
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-8-sig", "utf-8"])
+@pytest.mark.parametrize("name", ["a.md", "a.text", "A.TXT", "a.Txt.GZ"])
+def test_what_is_read_as_text(encoding, name, tmp_path):
+    raw = PROSE.encode(encoding)
+    path = write(tmp_path / name, gzip.compress(raw) if name.endswith("GZ") else raw)
+    assert data.read_documents(path) == data.read_documents(tmp_path) == data.read_text(PROSE)
+
+
+def test_what_is_not_read(tmp_path, monkeypatch):
+    """Dot files, what macOS adds to archives, our own folders; what is no text is named."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for name in (".a.txt", ".git/b.txt", "__MACOSX/._c.txt", "x/__MACOSX/d.txt", "runs/1/log.txt"):
+        write(tmp_path / "texts" / name, "secret " * 99)
+    write(tmp_path / "texts" / "cells" / "p.pdf", b"%PDF")
+    write(tmp_path / "texts" / "e.txt", data.END_TEXT.join(f"{STORY}{i}" for i in range(60)))
+    write(tmp_path / "texts" / "data" / "real_sam" / "train.txt", "secret " * 99)
+    options = {"ignore": ["~/texts/runs"], "data_dir": "~/texts/data"}
+    for dataset in ("~/texts", str(tmp_path / "texts"), "~/texts"):  # the last time, with a cache
+        log = []
+        made = data.prepare(dataset, "char", 0, log=log.append, **options)
+        assert made.dataset == str(tmp_path / "texts") and made.name == "texts"
+        assert log == ["not read, by its suffix: .pdf"]
+        both = [*texts_of(made.train["stories"], made.tokenizer),
+                *texts_of(made.heldout, made.tokenizer)]  # fmt: skip
+        assert sorted(both) == sorted(f"{STORY}{i}" for i in range(60))
+    write(tmp_path / "texts" / "data" / "my.txt", "mine " * 99)  # asked for by name, it is read
+    assert set(data.list_files(tmp_path / "texts" / "data", [tmp_path / "texts/data/real_sam"]))\
+        == {"my.txt"}
+    assert data.read_documents("~/texts/.a.txt")
+    with pytest.raises(DataError, match=r"has no text, only \.pdf: give text \(\.txt.*\.jsonl"):
+        data.prepare("~/texts/cells/p.pdf", "byte", 0, **options)
+
+
+def test_json_that_is_no_record(tmp_path):
+    """A .json beside texts may be metadata; alone it has to be text."""
+    info, log = write(tmp_path / "info.json", '{"version": 1}'), []
+    with pytest.raises(DataError, match='info.json holds no text.*only "version"'):
+        data.read_documents(info)
+    write(tmp_path / "a.txt", STORY)
+    assert data.read_documents(tmp_path, log.append) == [STORY.strip()]
+    assert len(log) == 1 and log[0].startswith("info.json: skipped 1 malformed of 1 records")
 
 
 def test_missing_files(tmp_path):
@@ -527,21 +645,85 @@ def test_no_document_leaks(tmp_path):
     documents = [f"{STORY}Number {i % 300}." for i in range(900)]  # every document three times
     documents += [f"You: {i}?\nSam: {i}!" for i in range(100)]
     path = write(tmp_path / "a.txt", f"\n{data.END_TEXT}\n".join(documents))
-    train, held = data.read_source([path])
+    train, held = data.read_source({"a.txt": path})
     assert not set(train) & set(held) and set(train) | set(held) == set(documents)
     assert {True, False} == set(map(data.is_talk, held))
     assert 1 <= len(held) < 50
-    more = data.hold_out(documents[:300] + ["another one"])
-    assert set(more) - {"another one"} == set(data.hold_out(documents[:300]))  # stable
-    large = data.hold_out([f"{i} " * 20_000 for i in range(1000)], share=0.5)
+    many = [f"{STORY}Another {i}." for i in range(3000)]
+    held = set(data.hold_out(many)[1])
+    more = set(data.hold_out(many + [f"One more {i}" for i in range(300)])[1])
+    assert {d for d in more if d in many} == held  # stable
+    large = data.hold_out([f"{i} " * 20_000 for i in range(1000)], share=0.5)[1]
     assert 0 < sum(map(len, large)) < 2_000_000
 
 
-def test_a_folder_names_its_held_out_files(tmp_path):
-    write(tmp_path / "a" / "train.txt", data.END_TEXT.join(["one", "two", "three"]))
-    write(tmp_path / "b" / "Valid.txt", data.END_TEXT.join(["three", "four"]))
-    files = data.list_files(tmp_path)
-    assert data.read_source(files) == (["one", "two"], ["three", "four"])
+def book(seed, n=400, gap="\n\n"):
+    rng = random.Random(seed)
+    return gap.join(" ".join(rng.choices(SAMPLE.split(), k=30)) + "." for _ in range(n))
+
+
+@pytest.mark.parametrize("documents", [
+    [book(1)], [book(1), book(2)], [book(1, gap=" "), book(2, gap="")], [book(1, 30)],
+    [book(0, 900), *(f"{STORY}{i}" for i in range(80))], [book(i, 40) for i in range(12)],
+    [f"{STORY}{i}" for i in range(100)], [book(i, 2) for i in range(40)], [book(1)] * 3,
+    ["\n".join(f"You: {SAMPLE}{i}?\nSam: {STORY}{i}!" for i in range(300))],
+], ids=len)  # fmt: skip
+@pytest.mark.parametrize("salt", range(4))
+def test_a_fiftieth_of_the_text_is_held_out(documents, salt):
+    documents = [re.sub("hat", f"hat{salt}", document) for document in documents]
+    rest, held = data.hold_out(documents)
+    total = sum(map(len, set(documents)))
+    assert 0.008 < sum(map(len, held)) / total < 0.045
+    assert set(map(data.is_talk, rest + held)) == {data.is_talk(documents[0])}
+    whole = Counter(re.findall(r"\S+", " ".join(documents)))  # no word is lost, none is doubled
+    copies = Counter({w: n * len(documents) // len(set(documents)) for w, n in
+                      Counter(re.findall(r"\S+", " ".join(held))).items()})  # fmt: skip
+    assert Counter(re.findall(r"\S+", " ".join(rest))) + copies == whole
+    assert not any(part in document for part in held for document in rest)
+    assert len(rest) <= len(documents) + 3 * len(documents) / len(set(documents)) * len(held)
+
+
+def test_a_book_with_one_end_mark(tmp_path):
+    path = write(tmp_path / "a.txt", book(3) + f"\n{data.END_TEXT}\n")
+    made = data.prepare(path, "byte", 0, tmp_path / "cache", log=pytest.fail)
+    parts = texts_of(made.heldout, made.tokenizer)
+    assert all(f"\n\n{part}\n\n" in f"\n\n{book(3)}\n\n" for part in parts)  # whole paragraphs
+
+
+def test_short_documents_stay_whole():
+    stories = [f"{STORY}{STORY}{i}" for i in range(20)]
+    rest, held = data.hold_out(stories)
+    assert len(held) == 1 and set(rest + held) == set(stories)
+    assert data.hold_out(["one"]) == (["one"], []) and data.hold_out([]) == ([], [])
+
+
+@pytest.mark.parametrize("name, held", [
+    ("TinyStoriesV2-GPT4-valid.txt", 1), ("my-val.txt", 1), ("val/a.txt", 1), ("valid_v1.txt", 1),
+    ("b/Valid.txt", 1), ("TEST.jsonl", 1), ("Test2.txt", 1), ("GPTValid.txt", 1), ("dev.json", 1),
+    ("my_validation_set.txt.gz", 1), ("x/heldOut/y/z.md", 1), ("interval.txt", 0), ("a.text", 0),
+    ("latest.txt", 0), ("test/train.txt", 0), ("train-valid/valid.txt", 1), ("evaluate.txt", 0),
+    ("contest/protest.txt", 0), ("valid-train.txt", 0),
+])  # fmt: skip
+def test_held_out_files_are_known_by_name(name, held, tmp_path):
+    write(tmp_path / "a" / "stories.txt", data.END_TEXT.join(["one", "two", "three"]))
+    text = data.END_TEXT.join(["three", "four"])
+    raw = "\n".join(json.dumps({"text": d}) for d in ("three", "four")) if "json" in name else text
+    write(tmp_path / name, gzip.compress(raw.encode()) if name.endswith("gz") else raw)
+    log = []
+    dataset, _, _, read = data.find_source(str(tmp_path), tmp_path / "data", 0, log.append, {}, ())
+    assert dataset == str(tmp_path) and log == [f"held out, by name: {name}"] * held
+    if held:
+        assert read() == (["one", "two"], ["three", "four"], {})
+    else:
+        assert len(read()[1]) == 1
+
+
+def test_not_all_files_are_held_out(tmp_path):
+    for name in ("test1.txt", "test2.txt"):
+        write(tmp_path / name, data.END_TEXT.join(f"{name}{i}" for i in range(30)))
+    train, held = data.read_source(data.list_files(tmp_path))
+    assert len(train) == 59 and len(held) == 1
+    assert data.held_out_files(["valid.txt"]) == []
 
 
 def test_cuts():
@@ -602,6 +784,113 @@ def test_streams(prepared):
         assert all(text in known for text in texts_of(prepared.valid[phase], tokenizer))
 
 
+def test_the_order_of_pieces_is_drawn(corpus):
+    """In the order of the text, small pieces would be running text."""
+    byte, in_order = Tokenizer("byte"), [w for text in corpus for w in data.words(text)]
+    first, second = (data.cut(corpus, "words", byte, seed) for seed in (0, 1))
+    assert sorted(first) == sorted(in_order) and first not in (in_order, second)
+    assert data.cut(corpus, "words", byte, 0) == first
+    stories = data.cut(corpus, "stories", byte)
+    assert stories == [text for text in corpus if not data.is_talk(text)]  # whole ones are not
+
+
+def test_the_order_of_held_out_documents_is_drawn(tmp_path):
+    write(tmp_path / "in" / "train.txt", STORY)
+    lines = [f"{i}" for i in range(99)]
+    write(tmp_path / "in" / "valid.txt", data.END_TEXT.join(lines))
+    orders = []
+    for seed in (0, 0, 1):
+        made = data.prepare(tmp_path / "in", "byte", len(orders), tmp_path / "c", seed=seed)
+        orders.append(texts_of(made.heldout, made.tokenizer))
+    assert sorted(orders[0]) == sorted(lines) and orders[0] == orders[1]
+    assert orders[0] not in (lines, orders[2])
+
+
+def test_a_tokenizer_learns_of_training_text_only(tmp_path):
+    write(tmp_path / "in" / "train.txt", data.END_TEXT.join([STORY * 9, "zebra " * 99]))
+    write(tmp_path / "in" / "valid.txt", "quokka " * 999)
+    for kind in ("bpe", "lengthmax"):
+        learnt = b" ".join(data.prepare(tmp_path / "in", kind, 400, tmp_path / "c").tokenizer.vocab)
+        assert b"zebra" in learnt and b"q" not in learnt
+    assert "q" in data.prepare(tmp_path / "in", "char", 0, tmp_path / "c").tokenizer.vocab
+
+
+def test_the_nursery_does_not_leak(monkeypatch):
+    texts = {"train 3": ["a", "b", "c", "b"], "held-out 3": ["b", "d"]}
+    monkeypatch.setattr(data, "nursery", lambda size, seed: (texts[seed], 7.0 + size))
+    assert data._grow(3) == (["a", "c"], ["b", "d"], {"entropy_bits": 7.0 + data.NURSERY_BYTES[1]})
+
+
+def test_long_streams_have_one_end_between_texts(tmp_path):
+    texts = [f"{i}" for i in range(9000)]  # they are encoded 4096 at a time
+    data._write(tmp_path / "a.bin", texts, Tokenizer("byte"), "uint16")
+    assert texts_of(np.fromfile(tmp_path / "a.bin", "uint16"), Tokenizer("byte")) == texts
+
+
+# Parts of conversations, and whether Sam says them or they end what Sam says; "" stands for END.
+TALKS = [
+    [("You: Hé\nSam:", 0), (" Ho, hé!\n\nLine two\nYou:", 1), (" 文?\nSam:", 0), (" Yés.", 1),
+     ("", 1)],
+    [("You: A\nYou: b\nSam:", 0), (" Sam: you\n You: \nYou:", 1), (" Bye, Sam: bye", 0), ("", 0)],
+    [("You: the cat sat on the hat\nSam:", 0), (" the cat sat on the hat", 1), ("", 1)],
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", ["byte", "bpe", "lengthmax", "char"])
+def test_answers_are_marked(kind, tmp_path, corpus):
+    talks = ["".join(part for part, _ in talk) for talk in TALKS]
+    wanted = {talk: [[mark] * len(part.encode()) or [mark] for part, mark in parts]
+              for talk, parts in zip(talks, TALKS)}  # fmt: skip
+    write(tmp_path / "in" / "train.txt", data.END_TEXT.join([*corpus[:60], *talks]))
+    write(tmp_path / "in" / "valid.txt", data.END_TEXT.join([talks[0], STORY]))
+    made = data.prepare(tmp_path / "in", kind, 400, tmp_path / "cache")
+    tokenizer, long = made.tokenizer, 0
+    assert set(made.answers) == {"train", "valid"}
+    for split, answers in made.answers.items():
+        tokens = getattr(made, split)["conversations"]
+        assert isinstance(answers, np.memmap) and answers.dtype == np.uint8 and answers[0] == 0
+        assert answers.shape == tokens.shape and set(answers.tolist()) == {0, 1}
+        at, texts = 1, texts_of(tokens, tokenizer)
+        for text in texts:
+            marks = sum(wanted.get(text, []), [])
+            byte = 0
+            for token in tokenizer.encode(text):
+                assert not marks or answers[at] == marks[byte], (text, byte)
+                length = len(tokenizer.decode_bytes([token]))
+                at, byte, long = at + 1, byte + length, long + (length > 1)
+            assert tokens[at] == tokenizer.end and (not marks or answers[at] == marks[-1])
+            at += 1
+        assert at == len(tokens) and (talks[0] in texts) == (split == "valid")
+    assert long > {"byte": -1, "char": 3}.get(kind, 50)
+
+
+def test_texts_without_conversations_have_no_answers(tmp_path):
+    path = write(tmp_path / "a.txt", data.END_TEXT.join(f"{STORY}{i}" for i in range(20)))
+    assert data.prepare(path, "byte", 0, tmp_path / "c").answers == {}
+
+
+def test_the_dataset_can_be_named_again(tmp_path, rows_server, monkeypatch):
+    """What `auto` or a relative path meant, from another place and with the tokenizer it had."""
+    path = write(tmp_path / "x" / "a.txt", data.END_TEXT.join(f"{STORY}{i}" for i in range(20)))
+    monkeypatch.chdir(tmp_path)
+    bases = dict.fromkeys(data.BASES, "http://127.0.0.1:9")
+    names = {"auto": "nursery", "nursery": "nursery", "x": str(path.parent), "x/a.txt": str(path)}
+    for given, meant in names.items():
+        monkeypatch.chdir(tmp_path)
+        first = data.prepare(given, "bpe", 300, tmp_path / "c", bases=bases)
+        assert first.dataset == meant
+        monkeypatch.chdir("/")
+        with monkeypatch.context() as patch:
+            patch.setattr(data, "_build", None)  # would raise: the first cache is found
+            again = data.prepare(meant, first.tokenizer, 300, tmp_path / "c", bases=bases)
+        assert again.dataset == meant and np.array_equal(again.heldout, first.heldout)
+    other = Tokenizer("bpe", [b"th", b"he"])
+    assert data.prepare(meant, other, 300, tmp_path / "c").tokenizer.hash == other.hash
+    bases = dict.fromkeys(data.BASES, rows_server.url)
+    name = f"stream:{MIXTURE}"
+    assert data.prepare(name, "byte", 0, tmp_path / "c", bases=bases).dataset == name
+
+
 # ---- The cache -------------------------------------------------------------------------------
 
 
@@ -632,11 +921,12 @@ def flip(path):
     path.write_bytes(raw)
 
 
-@pytest.mark.parametrize("name", ["heldout.bin", "train_words.bin", "meta.json"])
+@pytest.mark.parametrize("name", ["heldout.bin", "train_answers.bin", "meta.json"])
 @pytest.mark.parametrize("damage", [shorten, flip, alter, Path.unlink])
 def test_a_damaged_cache_is_rebuilt(name, damage, tmp_path):
     log = []
-    path = write(tmp_path / "a.txt", data.END_TEXT.join(f"{STORY}{i}" for i in range(20)))
+    talks = [f"{data.turn(i)} {STORY}" for i in range(20)]
+    path = write(tmp_path / "a.txt", data.END_TEXT.join(talks))
     first = data.prepare(path, "byte", 0, tmp_path / "cache", log=log.append)
     expected = np.array(first.heldout)
     (folder,) = (tmp_path / "cache").iterdir()
@@ -742,10 +1032,16 @@ def test_turn():
     assert text.startswith(data.turn(text[len(data.YOU) : text.index("\n")]) + " ")
 
 
-def test_main(capsys):
+def test_main(capsys, monkeypatch):
     data.main()
     out = capsys.readouterr().out
     assert "bits per byte" in out and all(f"{phase}: " in out for phase in data.PHASES)
+    for error, code in ((KeyboardInterrupt, 130), (BrokenPipeError, 141)):
+        monkeypatch.setattr(data, "cut", lambda *_: (_ for _ in ()).throw(error))
+        monkeypatch.setattr(data.config.os, "dup2", lambda *_: None)
+        with pytest.raises(SystemExit) as caught:
+            data.main()
+        assert caught.value.code == code and capsys.readouterr().err == ""
 
 
 def test_training_goes_on_in_a_stream_where_it_stopped(rows_server, tmp_path, monkeypatch):

@@ -24,7 +24,7 @@ MAY_IMPORT = {
     "lif": set(),
     "tokenizer": set(),
     "nursery": set(),
-    "data": {"nursery", "tokenizer"},
+    "data": {"config", "nursery", "tokenizer"},
     "kernels": {"lif"},
     "traits": {"kernels", "lif"},
     "cell_bridge": {"config"},  # for its command line

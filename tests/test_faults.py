@@ -494,8 +494,8 @@ def test_marks_of_windows_change_nothing(change, tmp_path):
 
 @pytest.mark.parametrize("raw, says", [
     (b"", "no text"), (b"x", "too little"), (GOOD.encode() + b"\xff", "not UTF-8"),
-    (GOOD.encode() + "h\xe9".encode("latin-1"), "not UTF-8"), (GOOD.encode("utf-16"), "not UTF-8"),
-    (GOOD.encode() + b"\0", "binary"), (bytes(range(256)) * 9, "not UTF-8"),
+    (GOOD.encode() + "h\xe9".encode("latin-1"), "not UTF-8"),
+    (GOOD.encode() + b"\0", "binary"), (bytes(range(256)) * 9, "binary"),
 ])  # fmt: skip
 def test_files_that_are_no_text(raw, says, tmp_path):
     (tmp_path / "a.txt").write_bytes(raw)
@@ -512,7 +512,7 @@ def test_malformed_records_are_counted(tmp_path):
     (tmp_path / "a.jsonl").write_text("\n".join(line.replace("\0", "") for line in lines))
     said = []
     prepare(tmp_path / "a.jsonl", tmp_path / "cache", log=said.append)
-    assert said == ["a.jsonl: skipped 8 malformed of 38 records"]
+    assert said[0].startswith("a.jsonl: skipped 8 malformed of 38 records; the first, line ")
 
 
 @pytest.mark.parametrize("blanks", [True, False])

@@ -13,8 +13,9 @@ from hypothesis import strategies as st
 from data import END_TEXT
 from nursery import nursery
 from tokenizer import (
-    BYTES, CHUNK, LONGEST, PATTERN, _parts, _runs, tokenizer_from_state, train_tokenizer, DataError, Tokenizer,
-)
+    BYTES, CHUNK, LONGEST, PATTERN, DataError, Tokenizer, _merge, _parts, _runs,
+    tokenizer_from_state, train_tokenizer,
+)  # fmt: skip
 
 SAMPLE = "The cat's hat, the cat sat. That's that: 12345 hats_and cats!\n\n  A caterpillar sat.  "
 
@@ -52,6 +53,36 @@ def test_any_bytes_decode(kind, corpus):
     assert tokenizer.decode(ids) == raw.decode(errors="replace")
     with pytest.raises(DataError, match="token ids"):
         tokenizer.decode([tokenizer.vocab_size])
+
+
+@pytest.mark.parametrize("kind", ["byte", "bpe", "lengthmax"])
+@pytest.mark.parametrize("text, whole", [
+    ("a\ud83d\ude00b", "a😀b"), ("\ud83d", "\ufffd"), ("x\ud83d y\ude00", "x\ufffd y\ufffd"),
+    ("\ude00\ud83d", "\ufffd\ufffd"), ("\ud83d\ud83d\ude00", "\ufffd😀"), ("\ufeffa", "\ufeffa"),
+    ("a" * 249 + "\ud83d\ude00" * 9, "a" * 249 + "😀" * 9),
+])  # fmt: skip
+def test_surrogates(kind, text, whole):
+    """Pairs are joined and lone ones replaced, by every tokenizer, in text and in what teaches."""
+    tokenizer = Tokenizer(kind, [] if kind == "byte" else ["😀".encode(), b"aa"])
+    ids = tokenizer.encode(text)
+    assert ids == tokenizer.encode(whole) == tokenizer.encode_batch([text])[0]
+    assert tokenizer.decode(ids) == whole
+    states = [train_tokenizer(kind, [t] * 9, 300).state() for t in (text, whole)]
+    assert states[0] == states[1]
+
+
+def test_a_million_signs():
+    """Older versions of tiktoken overflow their stack and panic; requirements.txt excludes them."""
+    signs = "^" * 1_000_000
+    assert Tokenizer("byte").encode(signs) == [ord("^")] * 1_000_000
+    assert Tokenizer("bpe", [b"^^"]).encode(signs) == [256] * 500_000
+
+
+def test_merges_of_lowest_rank_come_first():
+    """As tiktoken encodes: where ranks compete, the statistics have to be those of its choice."""
+    word, pairs = [b"a", b"b", b"c"], [b"ab", b"bc"]
+    gone, come = _merge(word, pairs, {b"bc": 0, b"ab": 1})
+    assert (word, pairs, gone, come) == ([b"a", b"bc"], [b"abc"], [b"ab", b"bc"], [b"abc"])
 
 
 def test_byte_tokens_are_bytes():
