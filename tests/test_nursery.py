@@ -78,10 +78,10 @@ def test_judge_notices_what_was_swapped(rule, corpus):
 
 
 STORY = (
-    "Long ago, there lived a shy owl named Tom. Tom wanted a friend. One cool day, he sat in an old "
-    "box and watched the bees. Soon, a busy fox named Anna came by. She was new and did not know "
-    "anyone. Tom took a deep breath. \"Do you like games?\" he asked. \"I love them!\" said Anna. "
-    "They played tag two times, and Anna won once. Tom and Anna sang until bedtime."
+    "Long ago, there lived a shy owl named Tom. Tom wanted a friend. One cool day, he sat in an "
+    "old box and watched the bees. Soon, a busy fox named Anna came by. She was new and did not "
+    "know anyone. Tom took a deep breath. \"Do you like games?\" he asked. \"I love them!\" said "
+    "Anna. They played tag two times, and Anna won once. Tom and Anna sang until bedtime."
 )
 
 
