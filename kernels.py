@@ -14,8 +14,6 @@ A pointer is called p_x, and x is the tile it holds at this step. TRITON_INTERPR
 Python starts, runs the kernels on the CPU, slowly; the tests do that.
 """
 
-import os
-import sys
 from types import SimpleNamespace
 
 import torch
@@ -655,27 +653,33 @@ def plif_triton(x, b, t, a=None, v=None, *, frames, slope=4.0):
 
 # ---- the choice -------------------------------------------------------------------------------
 
-_said = set()  # what `lif` has printed in this process
+_taken = {}  # in this process, in order: a dictionary stands in for an ordered set
+
+
+def backends():
+    """What `lif` and `plif` have run on so far: "lif: torch (cpu)", with the reason if a GPU has
+    no Triton. For the first line of a program, after a forward of one token; nothing is printed."""
+    return "; ".join(_taken)
 
 
 def lif(current, beta, theta, w_rec=None, state=None, *, backend="auto", **options):
     """The scan of lif.py on the backend that suits: see lif.lif_torch for all else.
 
     backend: 'triton' (lif_triton) or 'torch' (lif_torch), or 'auto': Triton for tensors on a GPU
-    wherever it can, else PyTorch. Says once per process what it took, and for a GPU without Triton
-    why. A backend asked for by name that cannot run raises (see lif_triton); it is never replaced.
+    wherever it can, else PyTorch. `backends` tells what it took, and for a GPU without Triton why.
+    A backend asked for by name that cannot run raises (see lif_triton); it is never replaced.
     """
-    scan, said = _choose(lif_triton, lif_torch, backend, current, w_rec)
+    scan, taken = _choose(lif_triton, lif_torch, backend, current, w_rec)
     result = scan(current, beta, theta, w_rec, state, **options)
-    _say(said)
+    _note(taken)
     return result
 
 
 def plif(x, b, t, a=None, v=None, *, backend="auto", **options):
     """The neurons of lif.plif_torch on the backend that suits, chosen as for `lif`."""
-    scan, said = _choose(plif_triton, plif_torch, backend, x)
+    scan, taken = _choose(plif_triton, plif_torch, backend, x)
     result = scan(x, b, t, a, v, **options)
-    _say(said)
+    _note(taken)
     return result
 
 
@@ -691,11 +695,9 @@ def _choose(in_triton, in_torch, backend, x, w_rec=None):
     return in_torch, f"lif: torch ({device})" + (f", as {obstacle}" if obstacle else "")
 
 
-@torch.compiler.assume_constant_result  # while a graph is compiled it speaks all the same
-def _say(line):
-    if line not in _said and os.environ.get("RANK", "0") == "0":
-        print(line, file=sys.stderr)  # stdout is for what a program says
-    _said.add(line)
+@torch.compiler.assume_constant_result  # it is noted while a graph is compiled, too
+def _note(line):
+    _taken[line] = None
 
 
 def _obstacle(current, w_rec):

@@ -30,8 +30,10 @@ MAY_IMPORT = {
     "cell_bridge": {"config"},  # for its command line
     "model": {"cell_bridge", "kernels", "lif", "traits"},
     "checkpoint": {"model"},
-    "train": {"cell_bridge", "checkpoint", "config", "data", "model", "tokenizer", "traits"},
-    "sample": {"cell_bridge", "checkpoint", "config", "data", "model", "tokenizer"},
+    "train": {"cell_bridge", "checkpoint", "config", "data", "kernels", "model", "nursery"}
+    | {"tokenizer", "traits"},
+    "sample": {"cell_bridge", "checkpoint", "config", "data", "kernels", "model", "nursery"}
+    | {"tokenizer"},
     # bench times the training step itself, so it takes it from train.py
     "bench": {"cell_bridge", "checkpoint", "config", "data", "kernels", "lif", "model", "tokenizer", "train"},
 }

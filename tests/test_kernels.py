@@ -95,9 +95,8 @@ def small_blocks(monkeypatch):
 
 @pytest.fixture
 def fresh(monkeypatch):
-    """Nothing said so far, rank 0."""
-    monkeypatch.setattr(kernels, "_said", set())
-    monkeypatch.delenv("RANK", raising=False)
+    """No backend taken so far."""
+    monkeypatch.setattr(kernels, "_taken", {})
     return monkeypatch
 
 
@@ -309,7 +308,7 @@ def test_compile_does_not_break_the_graph(heads, fresh, capsys):
             gradients.append([x.grad for x in leaves if x is not None])
         for got, want in zip(*gradients):
             torch.testing.assert_close(got, want)
-    assert capsys.readouterr().err == "lif: triton\n"
+    assert kernels.backends() == "lif: triton" and capsys.readouterr() == ("", "")
 
 
 @needs_triton
@@ -359,31 +358,27 @@ def small(dtype=torch.float32):
     return torch.ones(1, 2, 4, dtype=dtype), torch.full((4,), 0.5), torch.ones(4)
 
 
-def test_auto_on_cpu_is_torch_and_said_once(fresh, capsys):
+def test_auto_on_cpu_is_torch_and_noted_once(fresh, capsys):
+    assert kernels.backends() == ""
     for _ in range(2):
         spikes, membrane, (v, s) = kernels.lif(*small(), surrogate="atan", soft=True)
     assert torch.equal(spikes, lif_torch(*small(), surrogate="atan", soft=True)[0])
     kernels.lif(*small(), backend="torch")  # the same choice, by name
-    assert capsys.readouterr().err == "lif: torch (cpu)\n"
-
-
-def test_other_ranks_are_silent(fresh, capsys):
-    fresh.setenv("RANK", "1")
-    kernels.lif(*small())
-    assert capsys.readouterr().err == ""
+    assert kernels.backends() == "lif: torch (cpu)"
+    assert capsys.readouterr() == ("", "")  # nothing is printed into a sample, a bar or a chat
 
 
 @needs_triton
-def test_triton_by_name(fresh, capsys):
+def test_triton_by_name(fresh):
     for _ in range(2):
         spikes, *_ = kernels.lif(*(x.to(DEVICE) for x in small()), backend="triton", slope=2)
     assert torch.equal(spikes.cpu(), lif_torch(*small())[0])
-    assert capsys.readouterr().err == "lif: triton\n"
+    assert kernels.backends() == "lif: triton"
     with pytest.raises(TypeError, match="soft"):
         kernels.lif(*small(), backend="triton", soft=True)
 
 
-def test_triton_by_name_is_never_replaced(fresh, capsys):
+def test_triton_by_name_is_never_replaced(fresh):
     def refuses(error, match, *arguments):
         with pytest.raises(error, match=match):
             kernels.lif(*arguments, backend="triton")
@@ -397,7 +392,7 @@ def test_triton_by_name_is_never_replaced(fresh, capsys):
     refuses(ValueError, "129 neurons.*more heads", *wide)
     fresh.setattr(kernels, "HAS_TRITON", False)
     refuses(ValueError, "pip install triton", *small())
-    assert capsys.readouterr().err == ""
+    assert kernels.backends() == ""
 
 
 def test_unknown_backend(fresh):
@@ -405,26 +400,24 @@ def test_unknown_backend(fresh):
         kernels.lif(*small(), backend="cuda")
 
 
-def test_auto_on_gpu(fresh, capsys):
+def test_auto_on_gpu(fresh):
     """Triton; PyTorch with the reason where Triton cannot. Stand-ins play the GPU's part."""
     fresh.setattr(kernels, "HAS_TRITON", True)
     fresh.setattr(kernels, "lif_triton", lambda *args, **options: "triton")
     fresh.setattr(kernels, "lif_torch", lambda *args, **options: "torch")
     cuda = SimpleNamespace(is_cuda=True, device=torch.device("cuda"), dtype=torch.bfloat16)
-    said = []
 
     def chosen(w_rec=None, **options):
-        scan = [kernels.lif(cuda, None, None, w_rec, **options) for _ in range(2)][0]
-        said.append(capsys.readouterr().err)
-        return scan
+        return [kernels.lif(cuda, None, None, w_rec, **options) for _ in range(2)][0]
 
-    assert chosen() == "triton" and said[-1] == "lif: triton\n"
-    assert chosen(torch.zeros(2, 128, 128)) == "triton" and said[-1] == ""
+    assert chosen() == "triton" and kernels.backends() == "lif: triton"
+    assert chosen(torch.zeros(2, 128, 128)) == "triton" and kernels.backends() == "lif: triton"
     assert chosen(torch.zeros(1, 256, 256)) == "torch"
-    assert re.fullmatch(r"lif: torch \(cuda\), as a head of 256 neurons.*\n", said[-1])
-    assert chosen(backend="torch") == "torch" and said[-1] == "lif: torch (cuda)\n"
+    noted = r"lif: triton; lif: torch \(cuda\), as a head of 256 neurons.*"
+    assert re.fullmatch(noted, kernels.backends())
+    assert chosen(backend="torch") == "torch" and kernels.backends().endswith("; lif: torch (cuda)")
     fresh.setattr(kernels, "HAS_TRITON", False)
-    assert chosen() == "torch" and "Triton is not installed" in said[-1]
+    assert chosen() == "torch" and "Triton is not installed" in kernels.backends()
 
 
 def test_import_without_triton():
@@ -434,9 +427,10 @@ def test_import_without_triton():
         "import torch, kernels\n"
         "assert not kernels.HAS_TRITON\n"
         "kernels.lif(torch.ones(1, 2, 4), torch.ones(4), torch.ones(4))\n"
+        "print(kernels.backends())\n"
     )
     done = second_process("-c", program)
-    assert done.stderr == "lif: torch (cpu)\n" and not done.stdout
+    assert (done.stdout, done.stderr) == ("lif: torch (cpu)\n", "")
 
 
 # ---- real GPUs --------------------------------------------------------------------------------

@@ -6,9 +6,11 @@ import re
 from collections import Counter
 
 import pytest
+import torch
 
 from data import SAM, YOU, is_talk
-from nursery import nursery, rules, tell
+from nursery import EXAMPLES, LONGEST, follow, judge, nursery, rules, tell, told_by
+from tokenizer import Tokenizer
 
 
 def seeded(seed):
@@ -44,60 +46,113 @@ def test_probabilities_sum_to_one(rule):
     assert sum(probability.values()) == pytest.approx(1)
 
 
-def parse_back(text: str, rule: str):
-    """-log2 probability of every derivation of `text`: an independent reading of the grammar.
-
-    Capitals and a/an are undone first, in the text and in the grammar alike.
-    """
-    plain = lambda s: re.sub(r"\ban (?=[aeiou])", "a ", s.lower())  # noqa: E731
-    grammar, goal = rules(), plain(text)
-
-    def sequence(nodes, at, facts, then):
-        if not nodes:
-            return then(at, facts)
-        node, rest = nodes[0], nodes[1:]
-        go = lambda end, facts: sequence(rest, end, facts, then)  # noqa: E731
-        if isinstance(node, str):
-            node = plain(node)
-            return go(at + len(node), facts) if goal.startswith(node, at) else []
-        if isinstance(node, tuple) and node[1]:
-            return fact(*node, at, facts, go)
-        options = node if isinstance(node, list) else grammar[node[0]]
-        return alternatives(options, at, facts, go)
-
-    def alternatives(options, at, facts, go):
-        total, found = sum(weight for weight, _ in options), []
-        for weight, nodes in options:
-            cost = -math.log2(weight / total)
-            found += [cost + more for more in sequence(nodes, at, facts, go)]
-        return found
-
-    def fact(rule, name, form, at, facts, go):
-        if name in facts:
-            spoken = plain(facts[name][1][form])
-            return go(at + len(spoken), facts) if goal.startswith(spoken, at) else []
-        barred = {i for key, (i, _) in facts.items() if key.rstrip("0123456789") == rule}
-        options = [(i, w, nodes) for i, (w, nodes) in enumerate(grammar[rule]) if i not in barred]
-        total, found = sum(w for _, w, _ in options), []
-        for i, w, nodes in options:
-            if all(isinstance(node, str) for node in nodes):  # a lexicon entry, maybe with forms
-                forms = "".join(nodes).split("/")
-                spoken = plain(forms[form])
-                if goal.startswith(spoken, at):
-                    known = {**facts, name: (i, forms)}
-                    found += [-math.log2(w / total) + more for more in go(at + len(spoken), known)]
-            else:  # a template, used once
-                tail = lambda end, facts, i=i: go(end, {**facts, name: (i, [])})  # noqa: E731
-                found += [-math.log2(w / total) + more for more in sequence(nodes, at, facts, tail)]
-        return found
-
-    return alternatives(grammar[rule], 0, {}, lambda end, _: [0.0] if end == len(goal) else [])
-
-
 def test_a_text_has_one_derivation():
+    """`follow` knows nothing of `tell`: it finds the same derivation, and no other."""
     for seed in range(400):
         text, bits = tell("document", seeded(seed))
-        assert parse_back(text, "document") == [pytest.approx(bits)], text
+        found, far, _ = follow(text)
+        assert found == [pytest.approx(bits)] and len(text) < LONGEST, text
+        assert far == len(text) - len(re.findall(r"\b[Aa]n [aeiou]", text))
+
+
+def swapped(text, rule):
+    """`text` with another word of the lexicon `rule` where a word of it stands again, or None."""
+    lexicon = [nodes[0].split("/")[0] for _, nodes in rules()[rule]]
+    found = [word for word in re.finditer(r"\w+", text) if word[0] in lexicon]
+    again = [word for i, word in enumerate(found) if word[0] in [w[0] for w in found[:i]]]
+    if again:
+        other = lexicon[(lexicon.index(again[-1][0]) + 1) % len(lexicon)]
+        return text[: again[-1].start()] + other + text[again[-1].end() :]
+
+
+def test_judge_passes_what_the_grammar_tells(corpus):
+    assert judge(corpus) == dict.fromkeys(("documents", "derivable", "consistent"), len(corpus))
+
+
+@pytest.mark.parametrize("rule", ["name", "thing"])
+def test_judge_notices_what_was_swapped(rule, corpus):
+    texts = [text for told in corpus if (text := swapped(told, rule))]
+    texts += [text.replace(" ", "  ", 1) for text in texts]  # the grammar is left before the swap
+    assert len(texts) > 50
+    assert judge(texts) == {"documents": len(texts), "derivable": 0, "consistent": 0}
+
+
+STORY = (
+    "Long ago, there lived a shy owl named Tom. Tom wanted a friend. One cool day, he sat in an "
+    "old box and watched the bees. Soon, a busy fox named Anna came by. She was new and did not "
+    "know anyone. Tom took a deep breath. \"Do you like games?\" he asked. \"I love them!\" said "
+    "Anna. They played tag two times, and Anna won once. Tom and Anna sang until bedtime."
+)
+
+
+@pytest.mark.parametrize(
+    "old, new, derivable, consistent",
+    [
+        ("", "", 1, 1),
+        ("Tom wanted", "tom wanted", 0, 1),  # capitals
+        ("an old", "a old", 0, 1),
+        (" until bedtime.", " until", 0, 1),  # cut off
+        ("bees. ", "bees. The end. ", 0, 0),  # so far it is kept, but then Anna is new
+        ("said Anna. They", "said Anna. Well, they", 0, 1),
+        ("he sat", "she sat", 0, 0),  # Tom has become somebody else
+        ("Tom took", "Anna took", 0, 0),  # known, but not the one
+        ("Tom took", "Tim took", 0, 1),  # no name
+        ("a busy fox", "a busy owl", 0, 0),  # as the first one
+        ("Long ago, there lived", "Tom", 0, 0),  # never began
+        (STORY, "", 0, 0),
+        (STORY, "You: You: You:" * 200, 0, 0),
+        (STORY, "Long ago, " * 500, 0, 0),
+    ],
+)
+def test_judge_by_hand(old, new, derivable, consistent):
+    assert old in STORY
+    text = STORY.replace(old, new, 1)
+    found = {"documents": 1, "derivable": derivable, "consistent": consistent}
+    assert judge([text]) == found, text
+
+
+def test_examples_are_of_the_grammar():
+    """What is said to be worth a try is what conversations of the nursery begin with."""
+    story, hello, name, cow = (f"You: {said}\nSam: " for said in EXAMPLES)
+    for rule, text in (("tale", story), ("self", hello), ("quiz", cow + "A ")):
+        assert follow(text, rule)[1] == len(text)
+    assert any(tell("mine", seeded(seed))[0].startswith(name) for seed in range(40))
+
+
+class Replay:
+    """A model that says what it is told to: a text for each row of a batch, then the end token."""
+
+    def __init__(self, texts, end):
+        self.rows, self.training, self.how = [[*t.encode(), end, 65] for t in texts], True, None
+
+    def parameters(self):
+        return iter([torch.zeros(1)])
+
+    def train(self, mode=True):
+        self.training = mode
+
+    def eval(self):
+        self.training = False
+
+    def generate(self, tokens, state=None, *how):
+        assert not self.training  # without dropout
+        self.start, self.how, self.steps = tokens, how, 0
+        while True:
+            self.steps += 1
+            yield torch.tensor([[row[min(self.steps, len(row)) - 1]] for row in self.rows]), None
+
+
+def test_told_by_a_model(corpus):
+    byte = Tokenizer("byte")
+    texts = [corpus[0], " a\n", "", "b" * 2 * LONGEST]
+    model = Replay(texts, byte.end)
+    told = told_by(model, byte, n=4, seed=5)
+    assert told == [corpus[0], "a", "", "b" * (LONGEST + 1)]
+    assert model.start.tolist() == [[byte.end]] * 4 and model.training
+    temperature, top_k, top_p, generator, vocab = model.how
+    assert (temperature, top_k, top_p, vocab) == (0.7, 0, 0.95, 257)
+    assert generator.initial_seed() == 5 and model.steps == LONGEST + 1
+    assert len(told_by(Replay([""] * 100, byte.end), byte)) == 100
 
 
 def test_same_text_same_probability():

@@ -1,0 +1,422 @@
+"""sample.py: what it says, when it stops, what it remembers; `generate` and `pick` beneath it."""
+
+import codecs
+import contextlib
+import os
+import pty
+import subprocess
+import sys
+from dataclasses import asdict
+from itertools import islice
+from pathlib import Path
+
+import pytest
+import torch
+
+import nursery
+import sample
+from checkpoint import VERSION
+from data import turn
+from model import ModelConfig, SpikingLM, pick
+from sample import SampleConfig, Speaker
+from tokenizer import Tokenizer, tokenizer_from_state, train_tokenizer
+
+ROOT = Path(__file__).parent.parent
+TINY = dict(vocab_size=300, n_embd=16, n_hidden=32, n_layer=2, n_head=2, d_ff=32)
+
+
+# ---- a fake model --------------------------------------------------------------------------------
+
+
+class Fake:
+    """Says the given answers, one after the other, token by token, then end tokens for ever. Its
+    state is the tuple of all tokens that it has seen."""
+
+    def __init__(self, tokenizer, *answers):
+        self.end = tokenizer.end
+        self.answers = [a if isinstance(a, list) else tokenizer.encode(a) for a in answers]
+        self.calls = []
+
+    def generate(self, tokens, state=None, *how):
+        self.calls.append(how)
+        seen = (state or ()) + tuple(tokens[0].tolist())
+        answer = iter(self.answers.pop(0))
+        while True:
+            token = next(answer, self.end)
+            yield torch.tensor([[token]]), seen
+            seen += (token,)
+
+
+BYTE = Tokenizer("byte")
+END = "<end>"
+
+
+def speaker(*answers, tokenizer=BYTE, **settings):
+    c = SampleConfig(device="cpu", **settings)
+    return Speaker(Fake(tokenizer, *answers), tokenizer, c)
+
+
+def seen(s):
+    """What the state and the tokens that wait for it say, as text."""
+    tokens = (*(s.state or ()), *s.pending)
+    assert s.tokenizer.end not in tokens[1:]
+    return (END if tokens[0] == s.tokenizer.end else "") + s.tokenizer.decode(tokens)
+
+
+def test_all_settings_reach_the_model():
+    s = speaker("a", "b", temperature=0.3, top_k=7, top_p=0.6, seed=5)
+    for _ in range(2):
+        list(s.speak("x"))
+    for temperature, top_k, top_p, generator, vocab in s.model.calls:
+        assert (temperature, top_k, top_p, vocab) == (0.3, 7, 0.6, BYTE.vocab_size)
+        assert generator is s.generator and generator.initial_seed() == 5
+
+
+def test_a_continuation():
+    s = speaker("upon a\nYou: time ")
+    pieces = list(s.speak("Once "))
+    assert "".join(pieces) == "upon a\nYou: time "  # of a prompt, blanks and all
+    assert len(pieces) > 10  # shown as it comes
+    assert seen(s) == f"{END}Once upon a\nYou: time "
+    assert len(s.model.calls) == 1
+
+
+def test_where_it_stops():
+    for n in (0, 1, 3):
+        s = speaker("abcdef", max_new_tokens=n)
+        assert "".join(s.speak("x")) == "abcdef"[:n]
+        assert seen(s) == END + "x" + "abcdef"[:n]
+    goes_on = [*b"ab", BYTE.end, *b"cd"]
+    assert "".join(speaker(goes_on).speak("")) == "ab"
+    assert "".join(speaker(goes_on, stop_at_end=False, max_new_tokens=5).speak("")) == "abcd"
+
+
+def test_a_character_of_several_tokens():
+    s = speaker("a文b")
+    assert list(s.speak("")) == ["a", "文", "b", ""]
+    s = speaker("a文b", max_new_tokens=3)  # cut off within
+    assert list(s.speak("")) == ["a", "\N{REPLACEMENT CHARACTER}"]
+
+
+UNTIL = "\nYou:"
+
+
+@pytest.mark.parametrize(
+    "said, shown",
+    [
+        (" Hello.", "Hello."),
+        (" Hello.\nYou: What", "Hello."),
+        ("\n Hello.\n\n- a\n- b\nYou: What", "Hello.\n\n- a\n- b"),  # several lines
+        (" I like\nYou, you.\nY", "I like\nYou, you.\nY"),  # only a beginning of `until`
+        (" A\n\nYou: b", "A\n"),
+        (" a\nSam: b\nYou: c\nYou: d", "a\nSam: b"),
+        ("\nYou: c", ""),
+        ("  ", ""),
+        (" é文\nYou: c", "é文"),
+    ],
+)
+def test_a_turn(said, shown):
+    """It ends before the next "You:" or at the end token, and the state is that of what it said."""
+    text = "You: hi\nSam: next é文 Hello. I like you, A b\n"
+    kinds = [Tokenizer("char", sorted(set(text + said)))]
+    kinds += [train_tokenizer(kind, [text * 9 + said], 320) for kind in ("bpe", "lengthmax")]
+    for tokenizer in [BYTE, *kinds]:
+        s = speaker(said, " next", tokenizer=tokenizer)
+        pieces = list(s.speak(turn("hi"), UNTIL))
+        assert "".join(pieces) == shown
+        cut = said.split(UNTIL)[0]
+        assert seen(s) == f"{END}You: hi\nSam:{cut}"
+        assert "".join(s.speak("\n" + turn("A"), UNTIL)) == "next"
+        assert seen(s) == f"{END}You: hi\nSam:{cut}\nYou: A\nSam: next"
+
+
+def test_a_turn_is_shown_as_it_comes():
+    pieces = list(speaker(" Hello you\nYou: x").speak("", UNTIL))
+    assert pieces[:5] == list("Hello") and "".join(pieces) == "Hello you"
+
+
+def test_a_character_left_unfinished_before_the_next_turn():
+    broken = [*b" a\nYou:", *"文".encode()[:1]]
+    assert "".join(speaker(broken).speak("", UNTIL)) == "a"
+    lengthmax = train_tokenizer("lengthmax", ["You: é\n" * 50], 300)
+    s = speaker(" a\nYou: é\n", tokenizer=lengthmax)  # a token goes on behind "\nYou:"
+    assert "".join(s.speak("", UNTIL)) == "a" and seen(s) == f"{END} a"
+
+
+def test_a_turn_that_was_cut_off_is_remembered():
+    s = speaker(" abcdefgh", " x", max_new_tokens=4)
+    assert "".join(s.speak("You: a\nSam:", UNTIL)) == "abc"
+    list(s.speak("\nYou: b\nSam:", UNTIL))
+    assert seen(s) == f"{END}You: a\nSam: abc\nYou: b\nSam: x"
+
+
+# ---- a tiny real model ---------------------------------------------------------------------------
+
+
+def checkpoint(path, tokenizer=BYTE, **more):
+    """A checkpoint of an untrained model."""
+    torch.manual_seed(0)
+    c = ModelConfig(**TINY)
+    content = {"version": VERSION, "model": SpikingLM(c).state_dict(), "config": asdict(c)}
+    content |= {"tokenizer": tokenizer.state(), "position": {"step": 7}}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    torch.save(content | more, path)
+    return path
+
+
+@pytest.fixture
+def ckpt(tmp_path):
+    return checkpoint(tmp_path / "best.pt")
+
+
+def run(capsys, *argv, code=0):
+    """(stdout, stderr) of sample.py."""
+    try:
+        sample.main([*argv, "--device=cpu"])
+        assert code == 0
+    except SystemExit as stopped:
+        assert stopped.code == code, capsys.readouterr().err
+    return capsys.readouterr()
+
+
+def test_which_checkpoint_speaks(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    out, err = run(capsys, code=2)
+    assert err.startswith("error: ") and "python train.py" in err and "--ckpt" in err
+    files = ["out/best.pt", "out/a/best.pt", "out/b/best.pt", "out/b/1/best.pt", "other/best.pt"]
+    for number, name in enumerate(files):
+        os.utime(checkpoint(Path(name), position={"step": number}), (number, number))
+    for newest in (2, 1, 0):  # neither older runs in numbered folders nor anything outside out/
+        out, err = run(capsys, "--max_new_tokens=0", "--prompt=ab")
+        assert out == "ab\n"
+        assert err == f"{files[newest]}, step {newest} | lif: torch (cpu)\n"
+        os.remove(files[newest])
+    run(capsys, code=2)
+    for name in ("other", "other/best.pt", "~/other", "~/other/best.pt"):
+        assert "other/best.pt, step 4 | " in run(capsys, f"--ckpt={name}").err
+    assert "other/b.pt; train.py" in run(capsys, "--ckpt=other/b.pt", code=2).err
+    run(capsys, "--ckpt=~nobody/x.pt", code=2)
+    checkpoint(Path("other/best.pt"), position=None)
+    assert "step unknown" in run(capsys, "--ckpt=other").err
+
+
+def test_a_prompt(ckpt, capsys):
+    ask = f"--ckpt={ckpt}", "--prompt= The cat", "--max_new_tokens=20", "--stop_at_end=False"
+    out, err = run(capsys, *ask)
+    assert out.startswith(" The cat") and len(out) > 15 and err.count("\n") == 1
+    assert run(capsys, *ask).out == out != run(capsys, *ask, "--seed=1").out
+
+
+def test_an_unreadable_prompt_is_one_line(tmp_path, capsys):
+    path = checkpoint(tmp_path / "best.pt", Tokenizer("char", "abc "))
+    out, err = run(capsys, f"--ckpt={path}", "--prompt=abé", code=2)
+    assert out == "" and "error: character 'é'" in err
+    path = checkpoint(tmp_path / "best.pt", Tokenizer("char", map(chr, range(500, 800))))
+    assert "another --ckpt" in run(capsys, f"--ckpt={path}", code=2).err
+
+
+def test_bfloat16_is_used(ckpt, capsys, monkeypatch):
+    halved = []
+    monkeypatch.setattr(SpikingLM, "halve_synapses", lambda model: halved.append(model))
+    run(capsys, f"--ckpt={ckpt}", "--max_new_tokens=0")
+    assert not halved
+    run(capsys, f"--ckpt={ckpt}", "--max_new_tokens=0", "--dtype=bfloat16")
+    assert halved
+
+
+# ---- chat ----------------------------------------------------------------------------------------
+
+
+def talk(monkeypatch, capsys, lines, *argv, answers=(), **settings):
+    """(stdout, stderr, the speaker) of a chat in which `lines` are typed."""
+    typed, made = iter(lines), []
+
+    def read(prompt):
+        line = next(typed, EOFError())
+        if isinstance(line, Exception):
+            raise line
+        return line
+
+    def of(name, loaded, c):
+        tokenizer = tokenizer_from_state(loaded["tokenizer"])
+        made.append(Speaker(Fake(tokenizer, *answers), tokenizer, c))
+        return made[0]
+
+    monkeypatch.setattr("builtins.input", read)
+    if answers:
+        monkeypatch.setattr(Speaker, "of", of)
+    return *run(capsys, "--chat", *argv), made and made[0]
+
+
+def test_chat(ckpt, monkeypatch, capsys):
+    lines = ["Hello ", "", "  ", "Who?", "\udcff", "Bye"]
+    answers = [" Hi.\nYou: a", " One.\nTwo.", " So long.\nYou:"]
+    out, err, s = talk(monkeypatch, capsys, lines, f"--ckpt={ckpt}", answers=answers)
+    assert out == "Hi.\nOne.\nTwo.\nSo long.\n"
+    conversation = "You: Hello\nSam: Hi.\nYou: Who?\nSam: One.\nTwo.\nYou: Bye\nSam: So long."
+    assert seen(s) == END + conversation
+    assert err.count("not UTF-8") == 1 and "Ctrl-D" in err and "example" not in err
+
+
+def test_a_prompt_is_the_first_thing_said(ckpt, monkeypatch, capsys):
+    answers = " Hi.\nYou:", " Me."
+    ask = f"--ckpt={ckpt}", "--prompt= Hello "
+    out, err, s = talk(monkeypatch, capsys, ["Who?"], *ask, answers=answers)
+    assert out == "Hi.\nMe.\n" and "> Hello\n" in err
+    assert seen(s) == f"{END}You: Hello\nSam: Hi.\nYou: Who?\nSam: Me."
+
+
+def test_a_line_with_an_unknown_character_costs_that_line(tmp_path, monkeypatch, capsys):
+    letters = sorted(set("\nYou: Sam: ab"))
+    path = checkpoint(tmp_path / "best.pt", Tokenizer("char", letters))
+    for lines in (["é", "ab"], ["ab", "é"]):
+        out, err, s = talk(monkeypatch, capsys, lines, f"--ckpt={path}", answers=[" a b"])
+        assert err.count("'é'") == 1 and out == "a b\n"
+        assert seen(s) == f"{END}You: ab\nSam: a b"
+
+
+@pytest.mark.parametrize("where", [{"dataset": "nursery"}, {"config": {"dataset": "nursery"}}])
+def test_a_model_of_the_nursery_has_examples(where, tmp_path, monkeypatch, capsys):
+    if "config" in where:
+        where["config"] |= asdict(ModelConfig(**TINY))
+    path = checkpoint(tmp_path / "best.pt", **where)
+    err = talk(monkeypatch, capsys, [], f"--ckpt={path}")[1]
+    assert all(example in err for example in nursery.EXAMPLES)
+
+
+def test_a_chat_in_a_terminal(ckpt):
+    """Bytes that are no text, an empty line, Ctrl-D; then a chat through a pipe."""
+    start = [sys.executable, "sample.py", "--chat", f"--ckpt={ckpt}", "--max_new_tokens=3"]
+    ours, theirs = pty.openpty()
+    environment = os.environ | {"PYTHONUTF8": "1", "TERM": "dumb"}
+    process = subprocess.Popen(
+        start, cwd=ROOT, stdin=theirs, stdout=theirs, stderr=theirs, env=environment
+    )
+    os.close(theirs)
+    screen, left = "", [b"\xff\xfe\n", b"\n", b"Helo\x02l\n", b"\x04"]  # \x02: one to the left
+    decoder = codecs.getincrementaldecoder("utf-8")("replace")
+    with contextlib.suppress(OSError):  # raised at the end on Linux
+        while part := os.read(ours, 4096):
+            screen += decoder.decode(part)
+            if left and screen.count("\n> ") == 5 - len(left):
+                os.write(ours, left.pop(0))
+    os.close(ours)
+    assert process.wait(60) == 0 and not left, screen
+    assert screen.count("not UTF-8") == 1 and "Traceback" not in screen
+    assert "best.pt, step 7 | lif: torch (cpu)" in screen.split("> ")[0]
+    typed = b"a\n\xff\xfe\n\nb\n"
+    done = subprocess.run(start, cwd=ROOT, input=typed, capture_output=True, env=environment)
+    assert done.returncode == 0 and done.stderr.count(b"not UTF-8") == 1
+    assert b">" not in done.stdout.replace(b">", b"", 6) and b"lif" not in done.stdout
+
+
+# ---- --eval --------------------------------------------------------------------------------------
+
+
+def test_eval_reads_what_training_reads(ckpt, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "texts").mkdir()
+    (tmp_path / "texts" / "a.txt").write_text("The cat sat.\n<|endoftext|>\nA dog ran.\n")
+    (tmp_path / "texts" / "b.jsonl").write_text('{"text": "So be it."}\n{"no": 1}\n')
+    out, err = run(capsys, f"--ckpt={ckpt}", "--eval=~/texts")
+    assert out.startswith(f"{12 + 10 + 9 + 3} tokens, {12 + 10 + 9} bytes, 3 documents\n")
+    assert "skipped 1 malformed" in err and "grammar" not in out
+    assert "no file or folder" in run(capsys, f"--ckpt={ckpt}", "--eval=~/none", code=2).err
+
+
+def test_the_nursery_judges_its_model(tmp_path, monkeypatch, capsys, corpus):
+    monkeypatch.setattr("data.NURSERY_BYTES", (0, 3_000))
+    asked = []
+
+    def told_by(model, tokenizer, n=100, seed=0):
+        asked.append((type(model), tokenizer.kind, n, seed))
+        return [corpus[0], corpus[1] + ".", corpus[2], "x"]
+
+    monkeypatch.setattr(nursery, "told_by", told_by)
+    mine = checkpoint(tmp_path / "mine.pt", dataset="nursery")
+    other = checkpoint(tmp_path / "other.pt", dataset="other.txt")
+    verdict = "of 4 documents that it wrote, the grammar derives 2; 3 keep"
+    text = tmp_path / "text.txt"
+    text.write_text("The cat sat.")
+    for ask in ("--eval", "--eval=nursery", f"--eval={text}"):
+        out = run(capsys, f"--ckpt={mine}", ask, "--seed=3").out
+        assert verdict in out.splitlines()[-1]
+        assert ("entropy 0.1" in out) == (ask != f"--eval={text}")
+    assert asked == [(SpikingLM, "byte", 100, 3)] * 3
+    assert verdict in run(capsys, f"--ckpt={other}", "--eval", "--seed=1").out
+    assert verdict not in run(capsys, f"--ckpt={other}", f"--eval={text}").out
+
+
+# ---- generate and pick ---------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def model():
+    torch.manual_seed(1)
+    return SpikingLM(ModelConfig(**TINY)).eval()
+
+
+def same(a, b):
+    """Whether two states are equal but for rounding."""
+    if torch.is_tensor(a):
+        return torch.allclose(a.float(), b.float(), atol=1e-4)
+    return a is b or len(a) == len(b) and all(map(same, a, b))
+
+
+def test_a_long_prompt_is_read_whole(model):
+    prompt = torch.randint(300, (2, 1027), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        logits, state, _ = model(prompt)
+        last = model(prompt[:, 1024:])[1]  # neurons forget: 3 tokens alone leave another state
+    token, read = next(model.generate(prompt, temperature=0))
+    assert same(read, state) and not same(last, state)
+    assert token.tolist() == logits[:, -1].argmax(-1, keepdim=True).tolist()
+    more = torch.randint(300, (2, 5), generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        onward = model(more, state)[1]
+    assert same(next(model.generate(more, read))[1], onward)
+
+
+def test_generate_passes_everything_on(model, monkeypatch):
+    asked = []
+
+    def pick(logits, *how):
+        asked.append((logits.shape, logits.requires_grad, how))
+        return torch.zeros(2, 1, dtype=torch.long)
+
+    monkeypatch.setattr("model.pick", pick)
+    generator = torch.Generator()
+    list(islice(model.generate(torch.zeros(2, 3).long(), None, 0.3, 7, 0.6, generator, 200), 2))
+    assert asked == [((2, 200), False, (0.3, 7, 0.6, generator))] * 2
+
+
+def frequencies(logits, temperature=1.0, top_k=0, top_p=1.0, n=4000):
+    drawn = pick(logits.expand(n, -1), temperature, top_k, top_p, torch.Generator().manual_seed(0))
+    return (drawn.flatten().bincount(minlength=logits.shape[-1]) / n).tolist()
+
+
+def test_pick_by_hand():
+    p = torch.tensor([0.1, 0.4, 0.3, 0.2])  # not sorted
+    near = lambda *shares: pytest.approx(shares, abs=0.03)  # noqa: E731
+    logits = p.log()
+    assert frequencies(logits) == near(0.1, 0.4, 0.3, 0.2)
+    assert frequencies(logits + 50) == frequencies(logits)
+    assert frequencies(logits, top_k=1) == [0, 1, 0, 0]
+    assert frequencies(logits, top_k=3) == near(0, 4 / 9, 3 / 9, 2 / 9)
+    # the fewest that hold top_p: one is left out once those before it hold that much
+    assert frequencies(logits, top_p=0.39) == [0, 1, 0, 0]
+    assert frequencies(logits, top_p=0.41) == near(0, 4 / 7, 3 / 7, 0)
+    assert frequencies(logits, top_p=0.71) == near(0, 4 / 9, 3 / 9, 2 / 9)
+    half = (p**2 / (p**2).sum()).tolist()  # temperature 1/2: squares
+    assert frequencies(logits, temperature=0.5) == near(*half)
+    # top_p is of what temperature and top_k leave: 0.16 of 0.30, then 0.25
+    assert frequencies(logits, temperature=0.5, top_p=0.52) == [0, 1, 0, 0]
+    assert frequencies(logits, top_k=2, top_p=0.56) == [0, 1, 0, 0]
+    # two that are equal are alike; each row has its own
+    assert frequencies(torch.tensor([0.0, 1.0, 1.0]), top_p=0.3) != [1, 0, 0]
+    rows = torch.tensor([[0.0, 9.0, 0.0], [9.0, 0.0, 0.0], [0.0, 0.0, 9.0]])
+    for how in ((0.0, 0, 1.0), (1.0, 1, 1.0), (1.0, 0, 0.5)):
+        assert pick(rows, *how, None).tolist() == [[1], [0], [2]]
+    with pytest.raises(ValueError, match="older checkpoint"):
+        pick(torch.tensor([[0.0, float("nan")]]), 1.0, 0, 1.0, None)
