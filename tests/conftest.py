@@ -1,10 +1,14 @@
-"""Before any test module imports Triton: interpret its kernels, unless told to use the GPU."""
+"""Before any test module imports Triton: interpret its kernels, unless told to use the GPU.
+
+Also what several test modules check with.
+"""
 
 import os
 
-import pytest
-
 os.environ.setdefault("TRITON_INTERPRET", "1")
+
+import pytest
+import torch
 
 
 @pytest.fixture(scope="session")
@@ -13,3 +17,29 @@ def corpus():
     from nursery import nursery
 
     return nursery(60_000, "test")[0]
+
+
+def check_state(forward, T, near=1e-5):
+    """Whole = split = token by token: forward(slice of T tokens, state) -> (B, t, ...), state."""
+    whole, last = forward(slice(0, T), None)
+    for cuts in ([1] * T, [T // 3, T - T // 3], [T // 6, T // 2, T - T // 6 - T // 2]):
+        parts, state, at = [], None, 0
+        for n in filter(None, cuts):
+            y, state = forward(slice(at, at + n), state)
+            parts.append(y)
+            at += n
+        torch.testing.assert_close(torch.cat(parts, 1), whole, rtol=near, atol=near)
+    for a, b in zip(leaves(state), leaves(last), strict=True):
+        torch.testing.assert_close(a, b, rtol=near, atol=near)
+
+
+def leaves(state):
+    """The tensors of a state, however nested."""
+    if torch.is_tensor(state):
+        return [state]
+    return [x for part in state or () for x in leaves(part)]
+
+
+def fire(u, smooth):
+    """1 where u >= 0; its gradient is that of `smooth`, a function of u."""
+    return (u >= 0).to(u.dtype) + (smooth - smooth.detach())

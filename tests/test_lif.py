@@ -4,6 +4,7 @@ import re
 
 import pytest
 import torch
+from conftest import check_state, fire
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lif import SURROGATES, lif_torch, population, softclamp
@@ -105,22 +106,12 @@ def test_backward_equals_autograd_step_by_step(T, reset_grad):
     assert 0.05 < rate < 0.95
     got = torch.autograd.grad((spikes * cotangents[0] + membrane * cotangents[1]).sum(), out)
 
-    class Fire(torch.autograd.Function):
-        @staticmethod
-        def forward(ctx, u):
-            ctx.save_for_backward(u)
-            return (u >= 0).to(u.dtype)
-
-        @staticmethod
-        def backward(ctx, d):
-            return d / (1 + (torch.pi * ctx.saved_tensors[0]) ** 2)
-
     v = s = torch.zeros(3, 100, dtype=torch.double)
     total = 0
     for t, x in enumerate(ref[0].unbind(1)):
         recurrent = torch.einsum("bhi,hij->bhj", s.view(3, 4, 25), ref[3]).reshape(3, 100)
         pre = ref[1] * v + x + recurrent
-        s = Fire.apply(pre - ref[2])
+        s = fire(pre - ref[2], torch.atan(torch.pi * (pre - ref[2])) / torch.pi)
         assert torch.equal(s, spikes[:, t])
         v = pre - ref[2] * (s if reset_grad else s.detach())
         total = total + (s * cotangents[0][:, t] + pre * cotangents[1][:, t]).sum()
@@ -157,21 +148,13 @@ def test_surrogate_is_the_derivative_of_its_smooth_step(name):
 def test_whole_equals_split_equals_one_at_a_time(heads, per_step):
     current, beta, theta, w = neurons(3, 23, 32, heads, per_step)
 
-    def run(cuts):
-        state, spikes, membranes = None, [], []
-        for a, b in zip(cuts, cuts[1:]):
-            at = [x[:, a:b] if x.dim() == 3 else x for x in (beta, theta)]
-            s, m, state = lif_torch(current[:, a:b], *at, w, state)
-            spikes.append(s), membranes.append(m)
-        return torch.cat(spikes, 1), torch.cat(membranes, 1), *state
+    def forward(at, state):
+        now = (x[:, at] if x.dim() == 3 else x for x in (beta, theta))
+        spikes, membrane, state = lif_torch(current[:, at], *now, w, state)
+        return torch.stack([spikes, membrane], -1), state
 
-    whole = run([0, 23])
-    assert 0.05 < whole[0].mean() < 0.95
-    for cuts in ([0, 9, 23], list(range(24))):
-        parts = run(cuts)
-        assert torch.equal(parts[0], whole[0])
-        for a, b in zip(parts, whole):
-            torch.testing.assert_close(a, b, rtol=0, atol=1e-5)
+    assert 0.05 < forward(slice(0, 23), None)[0][..., 0].mean() < 0.95
+    check_state(forward, 23)
 
 
 def test_causal():
@@ -258,16 +241,18 @@ def test_python_lif_draws_neurons(capsys):
 # ---- populations -------------------------------------------------------------------------------
 
 
+@torch.no_grad()
 def test_population_by_hand():
     theta = torch.tensor([1.0, 2.0, 3.0])
-    v = torch.tensor([0.99, 1.0, 1.99, 2.0, 9.0, -0.99, -1.0, -2.5, -3.0]).view(1, -1, 1)
+    v = torch.tensor([0.99, 1.0, 1.99, 2.0, 9.0, -0.99, -1.0, -2.5, -3.0])
     levels = torch.tensor([[1.5, 2.5, 3.5], [-1.0, -2.0, -4.0]]).unsqueeze(-1)
-    sent, rate = population(v, theta, levels)
-    assert sent.flatten().tolist() == [0, 1.5, 1.5, 2.5, 3.5, 0, -1.0, -2.0, -4.0]
-    assert rate.item() == pytest.approx(7 / 9)  # at most one spike per population and step
-    sent, rate = population(v, theta, levels[:1])  # nobody watches -v
-    assert sent.flatten().tolist() == [0, 1.5, 1.5, 2.5, 3.5, 0, 0, 0, 0]
-    assert rate.item() == pytest.approx(4 / 9)
+    for shape in ((1, 9, 1), (9, 1, 1)):  # a sequence; single tokens, which go another way
+        sent, rate = population(v.view(shape), theta, levels)
+        assert sent.flatten().tolist() == [0, 1.5, 1.5, 2.5, 3.5, 0, -1.0, -2.0, -4.0]
+        assert rate.item() == pytest.approx(7 / 9)  # at most one spike per population and step
+        sent, rate = population(v.view(shape), theta, levels[:1])  # nobody watches -v
+        assert sent.flatten().tolist() == [0, 1.5, 1.5, 2.5, 3.5, 0, 0, 0, 0]
+        assert rate.item() == pytest.approx(4 / 9)
 
 
 @pytest.mark.parametrize("sides, slope, T", [(1, 1.0, 7), (2, 0.5, 7), (2, 2.0, 20000)])
@@ -279,13 +264,9 @@ def test_population_gradient_is_that_of_its_thresholds(sides, slope, T):
     v = (1.5 * torch.randn(3, T, 5, dtype=torch.float64)).requires_grad_()
     levels = torch.randn(sides, 3, 5, dtype=torch.float64, requires_grad=True)
 
-    def step(u):
-        smooth = soft(u, slope)
-        return (u >= 0).double() + smooth - smooth.detach()
-
     expected, rate = 0, 0
     for side, level in zip((v, -v), levels):
-        s = [step(side - t) for t in theta] + [0]
+        s = [fire(side - t, soft(side - t, slope)) for t in theta] + [0]
         expected = expected + sum(level[k] * (s[k] - s[k + 1]) for k in range(3))
         rate = rate + s[0].mean((0, 1))
     actual = population(v, theta, levels, "triangle", slope)

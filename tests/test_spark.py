@@ -14,6 +14,7 @@ os.environ.setdefault("TRITON_INTERPRET", "1")  # for this file run alone; read 
 
 import pytest
 import torch
+from conftest import check_state, fire
 
 import config
 import kernels
@@ -52,21 +53,6 @@ def thoughtful(c, seed=0):
 # ---- the equations, frame by frame ---------------------------------------------------------------
 
 
-class Fire(torch.autograd.Function):
-    """1 where the potential is at the threshold; backward 4 sigmoid(4 u) sigmoid(-4 u)."""
-
-    @staticmethod
-    def forward(ctx, u):
-        ctx.save_for_backward(u)
-        return (u >= 0) * 1.0
-
-    @staticmethod
-    def backward(ctx, d):
-        (u,) = ctx.saved_tensors
-        e = torch.exp(-4 * u)
-        return d * 4 * e / (1 + e) ** 2
-
-
 def transcription(model, tokens):
     """Logits (T, V) of one sequence, and E[K] of all halves, in loops over tokens and frames.
 
@@ -84,7 +70,7 @@ def transcription(model, tokens):
     def step(v, x, decay, alpha, theta, runs):
         before = v
         v = decay * v + alpha * x
-        v = v - theta * Fire.apply(v - theta)
+        v = v - theta * fire(v - theta, torch.sigmoid(4 * (v - theta)))
         return v if runs else before
 
     def leaky(name, v, x, runs):
@@ -211,16 +197,7 @@ def test_state_is_that_of_the_last_frame_that_ran():
     model = thoughtful(settings())
     tokens = torch.randint(30, (3, 20))
     with torch.no_grad():
-        whole, state, _ = model(tokens)
-        for cuts in ([7, 13], [1] * 20):
-            parts, now = [], None
-            for chunk in tokens.split(cuts, 1):
-                logits, now, _ = model(chunk, now)
-                parts.append(logits)
-            torch.testing.assert_close(torch.cat(parts, 1), whole, rtol=0, atol=1e-10)
-            for a, b in zip(state, now, strict=True):
-                for x, y in zip(a, b, strict=True):
-                    torch.testing.assert_close(x, y, rtol=0, atol=1e-10)
+        check_state(lambda at, state: model(tokens[:, at], state)[:2], 20, near=1e-10)
 
 
 def test_the_result_is_continuous_in_the_probability_to_halt():
