@@ -215,8 +215,9 @@ def save(folder, X, labels, genes, column="target_gene", raw=None, **parts):
     file = anndata.AnnData(X, obs, var, **parts)
     if raw is not None:
         file.raw = anndata.AnnData(raw, obs, pd.DataFrame(index=["OTHER", *genes]))
+    file.strings_to_categoricals = lambda *_: None  # leave the labels as they are
     with anndata.settings.override(allow_write_nullable_strings=True):
-        file.write_h5ad(folder / "a.h5ad", convert_strings_to_categoricals=False)
+        file.write_h5ad(folder / "a.h5ad")
     known, table = embeddings()
     np.savez(folder / "e.npz", genes=known, embedding=table)
     return CellConfig(data=f"{folder}/a.h5ad", embedding=f"{folder}/e.npz", column=column)
@@ -275,16 +276,16 @@ def test_h5ad_of_anndata_0_7(tmp_path, monkeypatch):
     c = save(tmp_path, counts, pd.Categorical([None, *labels[1:]]), genes)
 
     def age(file):
-        old = file["obs/target_gene"]
-        codes, categories = old["codes"][:], old["categories"][:]
+        known = [CONTROL, *MARKERS[:10]]
         del file["obs/target_gene"], file.attrs["encoding-type"]
-        file["obs/__categories/target_gene"] = categories
-        file["obs/target_gene"] = codes
+        file["obs/__categories/target_gene"] = known
+        file["obs/target_gene"] = np.array([-1] + [known.index(label) for label in labels[1:]])
         reference = file["obs/__categories/target_gene"].ref
         file["obs/target_gene"].attrs["categories"] = reference
-        for name in ("obs", "var"):
+        for name, index in (("obs", [f"c{i}" for i in range(120)]), ("var", genes)):
             file[name].attrs["encoding-version"] = "0.1.0"
-            file[f"{name}/_index"].attrs.clear()
+            del file[f"{name}/_index"]
+            file[f"{name}/_index"] = index
 
     edit(c, age)
     check_screen(cell_bridge.read_h5ad(c), counts[1:], labels[1:], genes)
