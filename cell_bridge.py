@@ -27,6 +27,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn as nn
+from tqdm import tqdm
 
 import config
 
@@ -58,7 +59,6 @@ PROGRAMS = {
 MARKERS = [gene for symbols in PROGRAMS.values() for gene in symbols]  # 177, none in two programs
 VARIABLE = 2000  # further genes that are read out: G = 2177
 EMBEDDING = 1280  # width of a gene's embedding
-CONTROL = "non-targeting"  # target_gene of unperturbed cells
 DRAWS = 3  # genes behind each neuron: of ~150 each repeats among N neurons, triples hardly do
 
 
@@ -66,9 +66,14 @@ DRAWS = 3  # genes behind each neuron: of ~150 each repeats among N neurons, tri
 class CellConfig:
     # files
     data: str = ""  # screen to train on, .npz or .h5ad; empty: the embedded synthetic one
-    embedding: str = ""  # .h5ad only: .npz with arrays genes (K), embedding (K, 1280)
     out: str = "out/cell.pt"  # what train.py reads: scores of the pool, the cell, its validation
     result: str = ""  # also write the validation as JSON
+    # cells, .h5ad only
+    embedding: str = ""  # .npz with arrays genes (K), embedding (K, 1280)
+    column: str = "target_gene"  # of obs: which gene is perturbed in a cell, as A or A+control
+    control: str = "non-targeting"  # what stands there for unperturbed cells
+    symbols: str = ""  # column of var with the symbols of genes; empty: its index
+    layer: str = "X"  # where the raw counts are: X, raw/X or layers/NAME
     # training
     holdout: float = 0.2  # share of the perturbed genes that is only used to validate
     max_steps: int = 150  # at most; cross-validation on the training genes chooses how many
@@ -238,78 +243,136 @@ def read_npz(path):
     return Screen(genes.tolist(), perturbations.tolist(), *rest)
 
 
-def read_h5ad(path, embedding_path):
-    """Screen from single cells: X raw counts (CSR), obs target_gene, and a table of embeddings."""
-    try:
-        import h5py
-    except ImportError:
-        raise ValueError("reading .h5ad needs h5py (pip install h5py); .npz does not") from None
-    table = arrays(embedding_path, "genes", "embedding")
-    try:
-        with h5py.File(path) as file:
-            return from_cells(file, *table)
-    except (OSError, KeyError) as error:
-        raise ValueError(f"cannot read {path} as .h5ad: {error}") from None
+def perturbed(label, control):
+    """The gene perturbed in cells of this label, or control; "": no label, "+": several genes.
+
+    A label may name the control too, as those of GEARS do: A+ctrl and ctrl+A are gene A.
+    """
+    genes = {part for part in label.split("+") if part not in (control, "")}
+    if label == control or not genes:
+        return control if label else ""
+    return "+" if len(genes) > 1 else genes.pop()
 
 
-def from_cells(file, known, embedding):
-    """Screen of an open .h5ad; embedding (K, 1280) of the genes known (K).
+def read_h5ad(c):
+    """Screen from single cells: raw counts, a column of labels, and a table of embeddings.
 
     Read out are the program genes and the 2000 others that vary most among control cells: the
-    choice sees no perturbed cell.
+    choice sees no perturbed cell. anndata reads part by part, since anndata.read_h5ad holds all
+    layers in memory, in backed mode too.
     """
+    try:
+        import h5py  # comes with anndata
+        from anndata.io import read_elem, sparse_dataset
+    except ImportError:
+        raise ValueError(".h5ad needs anndata (pip install anndata); .npz does not") from None
 
-    def text(dataset):
-        return np.array([x.decode() if isinstance(x, bytes) else str(x) for x in dataset[:]])
+    def read(name, reader=read_elem):
+        try:
+            return reader(file[name])
+        except Exception as error:  # damaged in any of many ways
+            raise ValueError(f"cannot read {name} of {c.data}: {error}") from None
 
-    column, var, X = file["obs"]["target_gene"], file["var"], file["X"]
-    target = text(column["categories"] if hasattr(column, "keys") else column)
-    if hasattr(column, "keys"):  # categorical; code -1 is no category
-        target = np.append(target, "(no gene)")[column["codes"][:]]
-    labels, code = np.unique(target, return_inverse=True)
-    genes, row = text(var[var.attrs.get("_index", "_index")]), {g: i for i, g in enumerate(known)}
+    def demand(setting, there, where):
+        if (name := getattr(c, setting)) not in there:
+            some = ", ".join(there[:10]) + ", ..." * (len(there) > 10) or "(nothing there)"
+            raise ValueError(f"there is no {name} in {where}; set --{setting} to one of: {some}")
+
+    def text(values):
+        return [x.decode() if isinstance(x, bytes) else str(x) for x in values]
+
+    def means(node):
+        X = sparse_dataset(node) if isinstance(node, h5py.Group) else node
+        if X.shape != (len(code), len(genes)):
+            raise ValueError(f"its shape is {X.shape}, not {len(code)} cells x {len(genes)} genes")
+        others = " or ".join(f"--layer={place}" for place in places if place != c.layer)
+        return pseudobulk(X, code, len(pool) + 1, others or "another file: this has only X")
+
+    known, embedding = arrays(c.embedding, "genes", "embedding")
     if len(known) != len(embedding):
         raise ValueError(f"{len(embedding)} embeddings for {len(known)} genes: one each is needed")
-    if not hasattr(X, "keys") or X.attrs.get("encoding-type", "csr_matrix") != "csr_matrix":
-        raise ValueError("X must be stored by rows (CSR); scipy's tocsr() converts it")
-    if CONTROL not in labels:
-        raise ValueError(f"no controls: there is no cell whose target_gene is {CONTROL}")
-    if unknown := [label for label in labels if label not in row and label != CONTROL]:
-        raise ValueError(f"unknown genes: the embedding has no {', '.join(unknown[:5])}")
-    is_control = labels == CONTROL
-    mean, variance = pseudobulk(X, code, len(labels), len(genes), is_control.argmax())
+    try:
+        file = h5py.File(c.data)
+    except OSError as error:
+        raise ValueError(f"cannot read {c.data} as .h5ad: {error}") from None
+    with file:
+        places = [place for place in ("X", "raw/X") if place in file]
+        places += [f"layers/{name}" for name in file.get("layers", ())]
+        demand("layer", places, c.data)
+        obs, var = read("obs"), read("raw/var" if c.layer == "raw/X" else "var")
+        if not (hasattr(obs, "columns") and hasattr(var, "columns")):
+            raise ValueError(f"{c.data} is older than anndata 0.7: read and write it with anndata")
+        demand("column", list(obs), "obs")
+        if c.symbols:
+            demand("symbols", list(var), "var")
+        genes = np.array(text(var[c.symbols] if c.symbols else var.index))
+        found, labels = obs[c.column].factorize()  # the label's number; -1 where it is missing
+        labels, cells = text(labels), np.bincount(found + 1)[1:]
+        demand("control", [labels[i] for i in np.argsort(-cells)], f"obs column {c.column}")
+        names = [perturbed(label, c.control) for label in labels] + [""]  # last, as -1
+        pool = sorted(set(names) - {c.control, "", "+"})
+        row = {gene: i for i, gene in enumerate(known)}
+        if unknown := [gene for gene in pool if gene not in row]:
+            raise ValueError(f"unknown genes: the embedding has no {', '.join(unknown[:5])}")
+        number = {name: i for i, name in enumerate([c.control, *pool])} | {"": -1, "+": -2}
+        code = np.array([number[name] for name in names])[found]
+        mean, variance = read(c.layer, means)
+    print(
+        f"read {len(code)} cells; left out: {(code == -1).sum()} without a label, "
+        f"{(code == -2).sum()} with several perturbed genes"
+    )
     variance[np.isin(genes, MARKERS)] = np.inf  # program genes first
-    chosen = np.argsort(-variance, kind="stable")[: VARIABLE + np.isinf(variance).sum()]
-    perturbed, mean = labels[~is_control].tolist(), mean[:, chosen]
-    rows = embedding[[row[gene] for gene in perturbed]]
-    return Screen(genes[chosen].tolist(), perturbed, mean[is_control][0], mean[~is_control], rows)
+    order = np.argsort(-variance, kind="stable")
+    order = order[np.sort(np.unique(genes[order], return_index=True)[1])]  # a symbol only once
+    chosen = order[: VARIABLE + np.isinf(variance[order]).sum()]
+    rows = embedding[[row[gene] for gene in pool]]
+    return Screen(genes[chosen].tolist(), pool, mean[0, chosen], mean[1:, chosen], rows)
 
 
-def pseudobulk(X, code, L, G, control, rows=256):
-    """Mean (L, G) of log1p(counts per 10^4) by label, its variance (G,) in cells of label control.
+def pseudobulk(X, code, L, others, rows=512):
+    """Mean (L, G) of log1p(counts per 10^4) by label, its variance (G,) in cells of label 0.
 
-    X: CSR group (data, indices, indptr) on disk, read `rows` cells at a time, so that memory does
-    not grow with their number; code: label of each cell.
+    X (cells, G) stays on disk, dense, CSR or CSC: `rows` cells are read at a time, of CSC all
+    cells of as few genes as need the same memory. code: label of each cell, below 0: left out.
+    others: where counts may be if X holds none.
     """
-    start = X["indptr"][:].astype(np.int64)
-    if len(start) != len(code) + 1:
-        raise ValueError(f"X has {len(start) - 1} rows, obs {len(code)} cells")
-    total, square = np.zeros(L * G), np.zeros(G)
-    for first in range(0, len(code), rows):
-        size = np.diff(start[first : first + rows + 1])  # entries of each of these cells
-        span = slice(start[first], start[first] + size.sum())
-        count, gene = X["data"][span].astype(np.float64), X["indices"][span].astype(np.int64)
-        if not (count >= 0).all():
-            raise ValueError("X holds NaN or negative values; raw counts are needed")
-        cell = np.repeat(np.arange(len(size)), size)
-        depth = np.bincount(cell, count, len(size)).clip(1e-9)  # 0 where a cell stores only zeros
-        value = np.log1p(1e4 * count / depth[cell])
-        label = code[first : first + rows][cell]
-        total += np.bincount(label * G + gene, value, L * G)
-        square += np.bincount(gene, value**2 * (label == control), G)
-    number = np.bincount(code, minlength=L)
-    mean = total.reshape(L, G) / number[:, None]
-    return mean, square / number[control] - mean[control] ** 2
+    (n, G), is_csc = X.shape, getattr(X, "format", None) == "csc"
+    total, square, depth = np.zeros(L * G), np.zeros(G), np.zeros(n)
+    length, step = (G, max(1, rows * G // n)) if is_csc else (n, rows)
+
+    def chunks(what):
+        """(cell, gene, count) of all entries, chunk by chunk."""
+        for first in tqdm(range(0, length, step), what, disable=None, unit=" chunks"):
+            part = slice(first, first + step)
+            chunk = X[:, part] if is_csc else X[part]
+            if isinstance(chunk, np.ndarray):
+                cell, gene = chunk.nonzero()
+                count = chunk[cell, gene].astype(np.float64)
+            else:
+                chunk.check_format()  # scipy crashes on damaged indices elsewhere
+                chunk.data = chunk.data.astype(np.float64)  # before the sum: small integers wrap
+                chunk.sum_duplicates()
+                chunk = chunk.tocoo()
+                cell, gene, count = chunk.row, chunk.col, chunk.data
+            is_count = (count >= 0) & (count < np.inf) & (count == np.rint(count))
+            if not is_count.all():
+                bad = count[~is_count][0]
+                raise ValueError(f"{bad:g} is no count; raw counts may be in {others}")
+            yield (cell, gene + first, count) if is_csc else (cell + first, gene, count)
+
+    if is_csc:
+        for cell, _, count in chunks("counts per cell"):
+            np.add.at(depth, cell, count)
+    for cell, gene, count in chunks("expression"):
+        if not is_csc:
+            np.add.at(depth, cell, count)
+        keep = (code[cell] >= 0) & (count > 0)
+        cell, gene = cell[keep], gene[keep]
+        value, label = np.log1p(1e4 * count[keep] / depth[cell]), code[cell]
+        np.add.at(total, label * G + gene, value)
+        square += np.bincount(gene, value**2 * (label == 0), G)
+    mean = total.reshape(L, G) / np.bincount(code[code >= 0], minlength=L)[:, None]
+    return mean, square / (code == 0).sum() - mean[0] ** 2
 
 
 # ---- the virtual cell ------------------------------------------------------------------------
@@ -426,16 +489,21 @@ def validate(screen, c):
 
 
 def write(path, content):
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
     Path(path).write_bytes(content)
     print(f"wrote {path}")
 
 
 def main(argv):
-    c, began = config.load(CellConfig, argv), time.time()
-    try:
+    with config.one_line():
+        c, began = config.load(CellConfig, argv), time.time()
+        for path in map(Path, [c.out] + [c.result] * bool(c.result)):
+            is_new = not path.exists()
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.open("ab").close()  # what can not be written is an error now, not after training
+            if is_new:
+                path.unlink()
         if c.embedding:
-            screen = read_h5ad(c.data, c.embedding)
+            screen = read_h5ad(c)
         else:
             screen = read_npz(c.data) if c.data else synthetic_screen()
         cell, steps, table = validate(screen, c)
@@ -462,8 +530,6 @@ def main(argv):
         if c.result:
             result["seconds"] = round(time.time() - began, 1)
             write(c.result, json.dumps(result, indent=1).encode() + b"\n")
-    except (ValueError, OSError) as error:
-        config.stop(error)
 
 
 if __name__ == "__main__":

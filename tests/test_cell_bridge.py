@@ -1,6 +1,7 @@
 """cell_bridge.py: programs, P, modulation, screens and readers, the cell beside its baselines."""
 
 import json
+import re
 import sys
 from dataclasses import replace
 
@@ -10,7 +11,6 @@ import torch
 
 import cell_bridge
 from cell_bridge import (
-    CONTROL,
     DRAWS,
     MARKERS,
     PROGRAMS,
@@ -28,6 +28,7 @@ from cell_bridge import (
     validate,
 )
 
+CONTROL = CellConfig.control
 QUICK = CellConfig(max_steps=70, folds=2)
 NEURON = [draw * 6 + 1 for draw in range(3)]  # columns of neuron_identity
 
@@ -190,53 +191,15 @@ def test_missing_and_damaged_files(tmp_path):
             cell_bridge.read_npz(tmp_path / name)
 
 
-class Node(dict):
-    """What is used of an h5py.Group, in memory."""
-
-    def __init__(self, content, **attrs):
-        super().__init__(content)
-        self.attrs = attrs
-
-
-class Dataset:
-    """What is used of an h5py.Dataset; remembers the most that was read at once."""
-
-    def __init__(self, values):
-        self.values, self.most = np.asarray(values), 0
-
-    def __getitem__(self, key):
-        self.most = max(self.most, len(self.values[key]))
-        return self.values[key]
-
-
-def cells(n=120, categorical=True):
-    """(tree of arrays as in an .h5ad, dense counts (n, G), labels (n), genes): raw counts."""
+def cells(n=120):
+    """(raw counts (n, G), labels (n), genes) of a small screen."""
     rng = np.random.default_rng(0)
     genes = [symbols[0] for symbols in PROGRAMS.values()] + [f"A{i}" for i in range(20)]
-    names = [CONTROL] + MARKERS[:10] + ["UNUSED"]
     codes = np.concatenate([np.arange(11), rng.integers(0, 11, n - 11)])
-    counts = rng.poisson(rng.gamma(0.5, 2, (n, len(genes))))
+    counts = rng.poisson(rng.gamma(0.5, 2, (n, len(genes)))).astype(np.float32)
     counts[:, 8] = 30 * (codes != 0) * rng.integers(0, 2, n)  # A2 varies, but not in controls
-    counts[5:7] = 0  # cells without any count:
-    stored = counts > 0
-    stored[5, :3] = True  # one of them stores its zeros
-    indptr = np.append(0, stored.sum(1).cumsum())
-    labels = np.array(names)[codes]
-    X = Node(
-        {"data": Dataset(counts[stored].astype(np.float32)),
-         "indices": Dataset(stored.nonzero()[1].astype(np.int32)), "indptr": Dataset(indptr)}
-    )  # fmt: skip
-    X.attrs["encoding-type"] = "csr_matrix"
-    column = Dataset(labels.astype("S"))
-    if categorical:
-        column = Node({"codes": Dataset(codes), "categories": Dataset(np.array(names, "S"))})
-    var = Node({"symbol": Dataset(np.array(genes, "S"))}, _index="symbol")
-    return Node({"X": X, "obs": Node({"target_gene": column}), "var": var}), counts, labels, genes
-
-
-def expected(counts, labels, label):
-    rows = counts[labels == label]
-    return np.log1p(1e4 * rows / np.maximum(rows.sum(1, keepdims=True), 1))
+    counts[5:7] = 0  # cells without any count
+    return counts, np.array([CONTROL, *MARKERS[:10]], object)[codes], genes
 
 
 def embeddings():
@@ -244,12 +207,25 @@ def embeddings():
     return np.array(known), np.arange(len(known))[:, None] + np.zeros(1280)
 
 
-@pytest.mark.parametrize("categorical", [True, False])
-def test_h5ad_is_pseudobulk_of_normalised_cells(monkeypatch, categorical):
-    monkeypatch.setattr(cell_bridge, "VARIABLE", 4)
-    file, counts, labels, genes = cells(categorical=categorical)
-    screen = cell_bridge.from_cells(file, *embeddings())
-    check_screen(screen, counts, labels, genes)
+def save(folder, X, labels, genes, column="target_gene", raw=None, **parts):
+    """CellConfig of an .h5ad that anndata writes, and of embeddings."""
+    anndata, pd = pytest.importorskip("anndata"), pytest.importorskip("pandas")
+    obs = pd.DataFrame({column: labels}, index=[f"c{i}" for i in range(len(labels))])
+    var = genes if isinstance(genes, pd.DataFrame) else pd.DataFrame(index=genes)
+    file = anndata.AnnData(X, obs, var, **parts)
+    if raw is not None:
+        file.raw = anndata.AnnData(raw, obs, pd.DataFrame(index=["OTHER", *genes]))
+    file.strings_to_categoricals = lambda *_: None  # leave the labels as they are
+    with anndata.settings.override(allow_write_nullable_strings=True):
+        file.write_h5ad(folder / "a.h5ad")
+    known, table = embeddings()
+    np.savez(folder / "e.npz", genes=known, embedding=table)
+    return CellConfig(data=f"{folder}/a.h5ad", embedding=f"{folder}/e.npz", column=column)
+
+
+def expected(counts, labels, label):
+    rows = counts[labels == label]
+    return np.log1p(1e4 * rows / np.maximum(rows.sum(1, keepdims=True), 1))
 
 
 def check_screen(screen, counts, labels, genes):
@@ -266,82 +242,202 @@ def check_screen(screen, counts, labels, genes):
         assert screen.embedding[i, 0] == MARKERS[::-1].index(name)
 
 
-def test_h5ad_is_streamed():
-    file, counts, labels, _ = cells(3000)
-    X, names = file["X"], np.unique(labels)
-    code = np.searchsorted(names, labels)
-    mean, variance = cell_bridge.pseudobulk(X, code, len(names), 26, 10, rows=7)
-    assert names[10] == CONTROL
-    assert 0 < X["data"].most <= 7 * 26 and 0 < X["indices"].most <= 7 * 26
-    assert np.allclose(mean[3], expected(counts, labels, names[3]).mean(0))
-    assert np.allclose(variance, expected(counts, labels, CONTROL).var(0))
-    again = cell_bridge.pseudobulk(X, code, len(names), 26, 10, rows=5000)
-    assert np.allclose(mean, again[0]) and np.allclose(variance, again[1])
+def doubled(counts):
+    """CSR that stores two entries of half the count, as well as zeros."""
+    sparse = pytest.importorskip("scipy.sparse")
+    (n, G), gene = counts.shape, np.tile(np.arange(counts.shape[1]), 2)
+    data = np.hstack([counts / 2, counts / 2]).ravel()
+    return sparse.csr_matrix((data, np.tile(gene, n), np.arange(0, 2 * n * G + 1, 2 * G)), (n, G))
 
 
-def spoil(file, how):
-    codes = file["obs"]["target_gene"]["codes"].values
-    if how == "no controls":
-        codes[codes == 0] = 1
-    if how == "no gene":
-        codes[3] = -1
-    if how == "negative":
-        file["X"]["data"].values[5] = -1
-    if how == "NaN":
-        file["X"]["data"].values[5] = np.nan
-    if how == "CSR":
-        file["X"].attrs["encoding-type"] = "csc_matrix"
-    if how == "119 cells":
-        file["obs"]["target_gene"]["codes"].values = codes[1:]
-
-
-@pytest.mark.parametrize("how", ["no controls", "no gene", "negative", "NaN", "CSR", "119 cells"])
-def test_broken_cells_are_one_clear_line(how):
-    file = cells()[0]
-    spoil(file, how)
-    with pytest.raises(ValueError, match=how):
-        cell_bridge.from_cells(file, *embeddings())
-
-
-def test_embeddings_must_know_every_perturbed_gene_at_the_right_width():
-    known, table = embeddings()
-    with pytest.raises(ValueError, match=f"unknown genes: the embedding has no {MARKERS[0]}"):
-        cell_bridge.from_cells(cells()[0], known[:-1], table[:-1])
-    with pytest.raises(ValueError, match="must have shape"):
-        cell_bridge.from_cells(cells()[0], known, table[:, :640])
-    with pytest.raises(ValueError, match="one each"):
-        cell_bridge.from_cells(cells()[0], known, table[:-1])
-
-
-def test_h5ad_with_h5py(tmp_path, monkeypatch):
-    h5py = pytest.importorskip("h5py")
+@pytest.mark.parametrize("how", ["dense", "csr", "csc", "doubled"])
+@pytest.mark.parametrize("dtype", ["object", "string", "category"])
+def test_h5ad_is_pseudobulk_of_normalised_cells(tmp_path, monkeypatch, how, dtype):
+    pd, sparse = pytest.importorskip("pandas"), pytest.importorskip("scipy.sparse")
     monkeypatch.setattr(cell_bridge, "VARIABLE", 4)
-    tree, counts, labels, genes = cells()
+    counts, labels, genes = cells()
+    forms = {"dense": np.array, "doubled": doubled}
+    X = forms.get(how) or getattr(sparse, f"{how}_matrix")
+    column = pd.array(labels, dtype=dtype)
+    c = save(tmp_path, X(counts), column, pd.DataFrame(index=pd.Index(genes, dtype=dtype)))
+    check_screen(cell_bridge.read_h5ad(c), counts, labels, genes)
 
-    def write(group, node):
-        for name, child in node.items():
-            if isinstance(child, Node):
-                write(group.create_group(name), child)
-            else:
-                group[name] = child.values
-        group.attrs.update(node.attrs)
 
-    with h5py.File(tmp_path / "a.h5ad", "w") as file:
-        write(file, tree)
-    known, table = embeddings()
-    np.savez(tmp_path / "e.npz", genes=known, embedding=table)
-    screen = cell_bridge.read_h5ad(tmp_path / "a.h5ad", tmp_path / "e.npz")
-    check_screen(screen, counts, labels, genes)
+def edit(c, change):
+    """Change a file in a way that anndata would not: an old layout, or damage."""
+    with pytest.importorskip("h5py").File(c.data, "r+") as file:
+        change(file)
+
+
+def test_h5ad_of_anndata_0_7(tmp_path, monkeypatch):
+    monkeypatch.setattr(cell_bridge, "VARIABLE", 4)
+    counts, labels, genes = cells()
+    pd = pytest.importorskip("pandas")
+    c = save(tmp_path, counts, pd.Categorical([None, *labels[1:]]), genes)
+
+    def age(file):
+        known = [CONTROL, *MARKERS[:10]]
+        del file["obs/target_gene"], file.attrs["encoding-type"]
+        file["obs/__categories/target_gene"] = known
+        file["obs/target_gene"] = np.array([-1] + [known.index(label) for label in labels[1:]])
+        reference = file["obs/__categories/target_gene"].ref
+        file["obs/target_gene"].attrs["categories"] = reference
+        for name, index in (("obs", [f"c{i}" for i in range(120)]), ("var", genes)):
+            file[name].attrs["encoding-version"] = "0.1.0"
+            del file[f"{name}/_index"]
+            file[f"{name}/_index"] = index
+
+    edit(c, age)
+    check_screen(cell_bridge.read_h5ad(c), counts[1:], labels[1:], genes)
+
+    def age_more(file):
+        del file["obs"]
+        file["obs"] = np.zeros(120, [("index", "S4"), ("target_gene", "i1")])
+
+    edit(c, age_more)
+    with pytest.raises(ValueError, match="older than anndata 0.7"):
+        cell_bridge.read_h5ad(c)
+
+
+class Disk:
+    """A matrix that remembers the most values that were asked for at once."""
+
+    def __init__(self, X):
+        self.X, self.shape, self.most = X, X.shape, 0
+        self.format = getattr(X, "format", None)
+
+    def __getitem__(self, key):
+        self.most = max(self.most, np.prod(self.X[key].shape))
+        return self.X[key]
+
+
+@pytest.mark.parametrize("how", ["array", "csr_matrix", "csc_matrix"])
+def test_h5ad_is_streamed(how):
+    sparse = pytest.importorskip("scipy.sparse")
+    counts, labels, _ = cells(3000)
+    names, code = np.unique(labels, return_inverse=True)
+    code = (code + 1) % 11  # controls, the last of the names, are 0
+    code[:50] = -1
+    X = Disk(getattr(np if how == "array" else sparse, how)(counts))
+    mean, variance = cell_bridge.pseudobulk(X, code, 11, "", rows=700)
+    assert 0 < X.most <= 700 * 26
+    counts, labels = counts[50:], labels[50:]
+    assert names[10] == CONTROL
+    assert np.allclose(mean[4], expected(counts, labels, names[3]).mean(0))
+    assert np.allclose(variance, expected(counts, labels, CONTROL).var(0))
+
+
+def test_labels_of_gears(tmp_path, monkeypatch, capsys):
+    """GEARS: A+ctrl or ctrl+A is one gene, A+B two; symbols stand in a column of var."""
+    pd = pytest.importorskip("pandas")
+    monkeypatch.setattr(cell_bridge, "VARIABLE", 4)
+    counts, labels, genes = cells()
+    written = [f"{x}+ctrl" if i % 2 else f"ctrl+{x}" for i, x in enumerate(labels)]
+    written = np.where(labels == CONTROL, "ctrl", np.array(written, object))
+    written[[20, 21, 22]], written[[30, 31]] = f"{MARKERS[0]}+{MARKERS[1]}", (None, "")
+    var = pd.DataFrame({"gene_name": genes}, index=[f"ENSG{i}" for i in range(26)])
+    c = save(tmp_path, counts, pd.Categorical(written), var, "condition")
+    c = replace(c, control="ctrl", symbols="gene_name")
+    screen, kept = cell_bridge.read_h5ad(c), np.delete(np.arange(120), [20, 21, 22, 30, 31])
+    check_screen(screen, counts[kept], labels[kept], genes)
+    assert capsys.readouterr().out == (
+        "read 120 cells; left out: 2 without a label, 3 with several perturbed genes\n"
+    )
+
+
+def test_counts_are_demanded_and_found_elsewhere(tmp_path, monkeypatch):
+    monkeypatch.setattr(cell_bridge, "VARIABLE", 4)
+    counts, labels, genes = cells()
+    logs = np.log1p(counts)
+    c = save(tmp_path, logs, labels, genes)
+    with pytest.raises(ValueError, match="X of .* is no count; raw counts .* another file"):
+        cell_bridge.read_h5ad(c)
+    raw = np.hstack([np.zeros((120, 1)), counts])  # raw has genes of its own
+    c = save(tmp_path, logs, labels, genes, raw=raw, layers={"logs": logs, "counts": counts})
+    with pytest.raises(ValueError, match="--layer=raw/X or --layer=layers/counts or --layer=lay"):
+        cell_bridge.read_h5ad(c)
+    for layer in ("raw/X", "layers/counts"):
+        check_screen(cell_bridge.read_h5ad(replace(c, layer=layer)), counts, labels, genes)
+
+
+def test_a_symbol_listed_twice_is_read_out_once(tmp_path):
+    counts, labels, genes = cells()
+    pd = pytest.importorskip("pandas")
+    c = save(tmp_path, counts, labels, pd.DataFrame({"symbol": [*genes[:-1], "A3"]}, index=genes))
+    screen, control = cell_bridge.read_h5ad(replace(c, symbols="symbol")), labels == CONTROL
+    more = max((genes.index("A3"), 25), key=lambda g: expected(counts, labels, CONTROL)[:, g].var())
+    assert sorted(screen.genes) == sorted(genes[:-1]) and control.sum() > 5
+    at = screen.genes.index("A3")
+    assert screen.control[at] == pytest.approx(expected(counts, labels, CONTROL)[:, more].mean())
+
+
+def put(name, at, value):
+    return lambda file: file[name].__setitem__(at, value)
+
+
+def drop(name):
+    return lambda file: file.__delitem__(name)
+
+
+DAMAGE = {
+    "cannot read obs of .* codes": put("obs/target_gene/codes", 3, 99),
+    "cannot read X of .* -1 is no count": put("X/data", 5, -1),
+    "nan is no count": put("X/data", 5, np.nan),
+    "inf is no count": put("X/data", 5, np.inf),
+    "1.5 is no count": put("X/data", -1, 1.5),
+    "cannot read X of .* ind": put("X/indices", 5, 26),
+    "cannot read X of .* indptr": put("X/indptr", 7, 2**30),
+    "cannot read X of .* 'indices'": drop("X/indices"),
+    r"shape is \(120, 25\), not 120 cells x 26": lambda f: f["X"].attrs.update(shape=[120, 25]),
+    "cannot read obs of": drop("obs"),
+    "cannot read var of": drop("var/_index"),
+    "there is no X in .* --layer to one of: ": drop("X"),
+    "cannot read X of .* strange": lambda f: f["X"].attrs.update({"encoding-type": "strange"}),
+}
+WRONG = {
+    "no drug in obs; set --column to one of: target_gene$": {"column": "drug"},
+    f"no DMSO in obs column target_gene; .* one of: {CONTROL}, .*[.]{{3}}$": {"control": "DMSO"},
+    "no name in var; set --symbols to one of: ": {"symbols": "name"},
+    "no layers/a in .* --layer to one of: X$": {"layer": "layers/a"},
+}
+
+
+@pytest.mark.parametrize("message", [*DAMAGE, *WRONG])
+def test_broken_cells_are_one_clear_line(tmp_path, message, capsys):
+    pd, sparse = pytest.importorskip("pandas"), pytest.importorskip("scipy.sparse")
+    counts, labels, genes = cells()
+    labels[20:70] = CONTROL  # the most frequent
+    c = save(tmp_path, sparse.csr_matrix(counts), pd.Categorical(labels), genes)
+    if message in DAMAGE:
+        edit(c, DAMAGE[message])
+    flags = [f"--{k}={v}" for k, v in WRONG.get(message, {}).items()]
+    with pytest.raises(SystemExit, match="2"):
+        main([f"--data={c.data}", f"--embedding={c.embedding}", f"--out={tmp_path}/o", *flags])
+    error = capsys.readouterr().err
+    assert re.search(message, error.strip()) and error.count("\n") == 1, error
+
+
+def test_embeddings_must_know_every_perturbed_gene_at_the_right_width(tmp_path):
+    c, (known, table) = save(tmp_path, *cells()), embeddings()
+    for message, genes, rows in [
+        (f"unknown genes: the embedding has no {MARKERS[0]}", known[:-1], table[:-1]),
+        ("must have shape", known, table[:, :640]),
+        ("one each", known, table[:-1]),
+    ]:
+        np.savez(c.embedding, genes=genes, embedding=rows)
+        with pytest.raises(ValueError, match=message):
+            cell_bridge.read_h5ad(c)
+
+
+def test_h5ad_that_is_none_or_without_anndata(tmp_path, monkeypatch):
+    c = save(tmp_path, *cells())
     (tmp_path / "b.h5ad").write_bytes(b"nothing")
     for name in ("b.h5ad", "c.h5ad"):
-        with pytest.raises(ValueError, match="cannot read"):
-            cell_bridge.read_h5ad(tmp_path / name, tmp_path / "e.npz")
-
-
-def test_without_h5py_the_message_names_it(monkeypatch):
-    monkeypatch.setitem(sys.modules, "h5py", None)
-    with pytest.raises(ValueError, match="pip install h5py"):
-        cell_bridge.read_h5ad("a.h5ad", "e.npz")
+        with pytest.raises(ValueError, match=f"cannot read .*{name} as .h5ad"):
+            cell_bridge.read_h5ad(replace(c, data=f"{tmp_path}/{name}"))
+    monkeypatch.setitem(sys.modules, "anndata.io", None)
+    with pytest.raises(ValueError, match="pip install anndata"):
+        cell_bridge.read_h5ad(c)
 
 
 # ---- the cell and its baselines --------------------------------------------------------------
@@ -515,3 +611,26 @@ def test_wrong_settings_end_in_one_line(flag, capsys):
 def test_too_few_genes_on_a_side():
     with pytest.raises(ValueError, match="too few"):
         validate(Screen(*small_screen().values()), replace(QUICK, holdout=0.05))
+
+
+@pytest.mark.parametrize("flag", ["out", "result"])
+def test_what_cannot_be_written_is_found_before_training(tmp_path, flag, monkeypatch, capsys):
+    monkeypatch.setattr(cell_bridge, "validate", None)
+    (tmp_path / "file").write_text("kept")
+    for path in (tmp_path, tmp_path / "file" / "c.pt"):
+        with pytest.raises(SystemExit, match="2"):
+            main([f"--out={tmp_path}/file", f"--{flag}={path}"])
+        assert capsys.readouterr().err.count("\n") == 1
+    assert (tmp_path / "file").read_text() == "kept"
+
+
+@pytest.mark.parametrize("end, code", [(KeyboardInterrupt, "130"), (BrokenPipeError, "141")])
+def test_ctrl_c_and_a_closed_pipe_end_without_a_word(end, code, tmp_path, monkeypatch, capsys):
+    def stopped(*_):
+        raise end
+
+    monkeypatch.setattr(cell_bridge, "validate", stopped)
+    monkeypatch.setattr(cell_bridge.config.os, "dup2", lambda *_: None)
+    with pytest.raises(SystemExit, match=code):
+        main([f"--out={tmp_path}/cell.pt"])
+    assert capsys.readouterr() == ("", "") and not (tmp_path / "cell.pt").exists()

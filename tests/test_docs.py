@@ -38,7 +38,7 @@ MAY_IMPORT = {
     "bench": {"cell_bridge", "checkpoint", "config", "data", "kernels", "lif", "model", "tokenizer", "train"},
 }
 PACKAGES = {"torch", "numpy", "tiktoken", "requests", "tqdm"}
-OPTIONAL = {"triton", "snntorch", "spikingjelly", "norse", "h5py", "matplotlib"}  # where used
+OPTIONAL = {"triton", "snntorch", "spikingjelly", "norse", "anndata", "h5py", "matplotlib"}  # where used
 
 
 def imports(path):
