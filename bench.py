@@ -15,7 +15,8 @@
 All contestants of a comparison run in one process, taking turns round by round, so that a slow
 moment of the machine hits all of them; the tables show medians and their ratio to ours. Peers that
 are not installed are left out by name. A CUDA device is used where there is one.
-Results go to results/<sub-command>_<config>_<device>.json with machine, versions and git commit.
+--save writes the result to results/<sub-command>_<config>_<device>.json, with machine, versions
+and git commit.
 
 Importing train.py is on purpose: what is timed is the training step itself, not a copy of it.
 """
@@ -73,7 +74,7 @@ class BenchConfig(TrainConfig):
     variants: str = ""  # ablate, recall: only those whose names contain one of these words
     seeds: int = 2  # ablate, recall: runs per variant
     trials: int = 50  # resume: runs that are killed
-    save: bool = True  # write the result to results/
+    save: bool = False  # write the result to results/
 
     def scan_shapes(self):
         """[(B, T, N)] from the shapes setting, [] if it is empty."""
@@ -642,20 +643,21 @@ def params(c, run):
 
     Attention is counted as for a token that sees the whole window.
     """
-    looks_back = c.block == "gpt" or c.block == "snn" and c.attention
-    before = min(c.window, c.longest()) - 1 if looks_back else 0
+    groups = {}
     with torch.device("meta"):
         model, token = SpikingLM(c), torch.zeros(1, 1, dtype=torch.long)
-        state = model(token.expand(1, before))[1] if before else None
-        _, _, report = model(token, state)
-    groups = {}
     for name, p in model.named_parameters():
         group = name.removeprefix("parts.").split(".")[0].rstrip("0123456789")
         groups[group] = groups.get(group, 0) + p.numel()
     total = sum(groups.values())
     for group, count in groups.items():
         print(f"{group:12s} {count:14,d}")
-    print(f"{'total':12s} {total:14,d} = {total / 1e6:.2f}M")
+    print(f"{'total':12s} {total:14,d} = {total / 1e6:.2f}M", flush=True)
+    with torch.device("meta"):
+        _, state, report = model(token)
+        if c.block == "gpt" or c.block == "snn" and c.attention:  # a token before costs as much
+            per_token = model(token, state)[2].macs - report.macs  # as any other one before
+            report.macs += (min(c.window, c.longest()) - 1) * per_token
     spike_fed = sum(report.synapses)
     print(f"per token: {spike_fed:,d} spike-fed synapses, {report.macs:,d} float multiplications")
     result = {"parameters": total, "groups": groups, "synapses": spike_fed, "macs": report.macs}
@@ -679,6 +681,7 @@ def plan(c, model, macs):
         for p in group["params"]
     )
     states /= c.gpus if c.shard else 1
+    print(f"\nper GPU of {c.gpus}, {c.micro_tokens} tokens at a time:", flush=True)
     gigabytes = {"weights": 4 * total, "gradients": 4 * total, "optimiser": states}
     for name, checkpointing in (("activations", False), ("activations, checkpointing", True)):
         gigabytes[name] = activation_bytes(replace(c, checkpointing=checkpointing))
@@ -686,7 +689,6 @@ def plan(c, model, macs):
     compute = (8 if c.checkpointing else 6) * macs * c.tokens_per_step / c.gpus / c.gpu_flops
     moved = 2 * (c.gpus - 1) / c.gpus * 4 * total
     seconds = {"compute": compute, "all-reduce": moved / c.gpu_link}
-    print(f"\nper GPU of {c.gpus}, {c.micro_tokens} tokens at a time:")
     for name, size in gigabytes.items():
         print(f"  {name:28s} {size:9.2f} GB")
     print(f"  {'all-reduce per step':28s} {moved / 1e9:9.2f} GB")
@@ -1069,22 +1071,25 @@ PRESET = {"recall": RECALL}  # settings that a command begins with; what is give
 
 
 def main(argv):
-    if not argv or argv[0] not in COMMANDS:
-        config.stop(f"python bench.py {'|'.join(COMMANDS)} [CONFIG.py] [--key=value ...]")
     with config.one_line(DataError):
-        if argv[0] in PRESET and not all(arg.startswith("--") for arg in argv[1:]):
-            raise ValueError(f"{argv[0]} takes no config file, only --key=value: it has its own")
+        if argv[:1] in (["-h"], ["--help"]):
+            return print(__doc__)
+        if not argv or argv[0] not in COMMANDS:
+            names = "|".join(COMMANDS)
+            raise ValueError(f"write python bench.py {names} [CONFIG.py] [--key=value ...]")
         c = config.load(BenchConfig, [*PRESET.get(argv[0], ()), *argv[1:]])
+        files, _ = config.split(BenchConfig, argv[1:])
+        if argv[0] in PRESET and files:
+            raise ValueError(f"{argv[0]} has its own settings: leave out {files[0]}")
         run = Run(c)
-        result = environment(run.device, c.seed) | COMMANDS[argv[0]](c, run)
-    if c.save:
-        files = [a.split("/")[-1].removesuffix(".py") for a in argv[1:] if not a.startswith("--")]
         asked = [] if c.dtype == "auto" else [c.dtype]
-        name = "_".join([argv[0], *files, run.device.type, *asked])
-        paths = ("_dir", "dataset", "ckpt")
-        settings = {k: v for k, v in asdict(c).items() if not k.endswith(paths)}
-        with config.one_line():
-            write_result(f"results/{name}.json", result | {"config": settings})
+        name = "_".join([argv[0], *(Path(f).stem for f in files), run.device.type, *asked])
+        path = c.save and config.writable(f"results/{name}.json")
+        result = environment(run.device, c.seed) | COMMANDS[argv[0]](c, run)
+        if path:
+            private = ("_dir", "dataset", "ckpt")
+            settings = {k: v for k, v in asdict(c).items() if not k.endswith(private)}
+            write_result(path, result | {"config": settings})
 
 
 if __name__ == "__main__":

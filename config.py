@@ -11,6 +11,9 @@ import runpy
 import sys
 from contextlib import contextmanager
 from pathlib import Path
+from types import ModuleType
+
+COMMAND_LINE = "the command line"
 
 
 def stop(message):
@@ -43,30 +46,45 @@ def one_line(*mistakes):
         stop(f"out of memory ({reason}): set a smaller model or --micro_tokens")
 
 
+def writable(path):
+    """path, if a file can be written there; its folder is made, and a file there stays as it is.
+
+    ValueError in one line if not: to be asked before hours of work, not after them.
+    """
+    try:
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        is_new = not Path(path).exists()
+        open(path, "ab").close()
+        if is_new:
+            Path(path).unlink()
+    except OSError as error:
+        raise ValueError(f"cannot write {path}: {error.strerror}; name another file") from None
+    return path
+
+
 def load(cls, argv, given={}):
     """cls from argv = [CONFIG.py] [--key=value ...]: defaults < file < given < command line.
 
-    The run of configs/NAME.py goes to out/NAME if nothing else is said.
-
-    Unknown settings, wrong types, a missing or broken file: one line, exit code 2. --help prints.
+    `--key value` is `--key=value`. Modules, functions and classes in a file, and names that begin
+    with _, are no settings. Unknown settings, wrong types, a missing or broken file: one line, exit
+    code 2. --help prints.
     """
     if {"-h", "--help"} & set(argv):
         print(f"{sys.argv[0]} [CONFIG.py] [--key=value ...]\n\n{describe(cls)}")
         raise SystemExit(0)
-    settings, flags = {}, {}
-    for arg in (arg for arg in argv if arg.startswith("--")):
-        key, equals, text = arg[2:].partition("=")
-        is_switch = getattr(cls, key, None) is False  # --chat is short for --chat=True
-        if not equals and not is_switch:
-            stop(f"{arg} has no value; write --{key}=VALUE (--help lists the settings)")
-        flags[key] = checked(cls, key, text if equals else "True", "the command line")
-    for path in (arg for arg in argv if not arg.startswith("--")):
+    paths, texts = split(cls, argv)
+    flags = {key: checked(cls, key, text, COMMAND_LINE) for key, text in texts.items()}
+    settings, kinds = {}, kinds_of(cls)
+    for path in paths:
         try:
-            found = runpy.run_path(path).items()
+            found = runpy.run_path(path)
         except Exception as error:  # whatever a file can do wrong
             stop(f"cannot read the config file {path}: {type(error).__name__}: {error}")
-        settings |= {k: checked(cls, k, v, path) for k, v in found if not k.startswith("_")}
-        if hasattr(cls, "out_dir"):
+        for key, value in found.items():
+            is_helper = callable(value) or isinstance(value, ModuleType)
+            if not key.startswith("_") and not (is_helper and key not in kinds):
+                settings[key] = checked(cls, key, value, path)
+        if "out_dir" in kinds:  # every config has a folder of its own
             settings.setdefault("out_dir", f"out/{Path(path).stem}")
     try:
         return cls(**settings | given | flags)
@@ -74,25 +92,61 @@ def load(cls, argv, given={}):
         stop(error)
 
 
-def checked(cls, key, value, where):
-    """value as the declared type of cls.key; text from the command line is read as a literal."""
-    kinds = {f.name: f.type for f in dataclasses.fields(cls)}
+def split(cls, argv):
+    """The paths of config files in argv, and {key: text} of its settings."""
+    words, paths, flags = list(argv), [], {}
+    while words:
+        word = words.pop(0)
+        if not word.startswith("--"):
+            paths.append(word)
+            continue
+        key, equals, text = word[2:].partition("=")
+        if not equals and getattr(cls, key, None) is False:  # --chat is short for --chat=True,
+            text = words.pop(0) if words[:1] in (["True"], ["False"]) else "True"  # --chat True too
+        elif not equals and words and not words[0].startswith("--"):
+            text = words.pop(0)
+        elif not equals:
+            known(cls, key, COMMAND_LINE)
+            stop(f"{word} has no value; write --{key}=VALUE (--help lists the settings)")
+        flags[key] = text
+    return paths, flags
+
+
+def kinds_of(cls):
+    """{setting: its type}."""
+    return {f.name: f.type for f in dataclasses.fields(cls)}
+
+
+def known(cls, key, where):
+    """The type of the setting; an unknown one stops with the nearest name."""
+    kinds = kinds_of(cls)
     if key not in kinds:
         near = difflib.get_close_matches(key, kinds, 1)
-        stop(f"{where}: unknown setting {key!r}" + (f"; did you mean {near[0]!r}?" if near else ""))
-    if isinstance(value, str) and kinds[key] is not str:
+        hint = f"; did you mean {near[0]!r}?" if near else ""
+        if not near and where != COMMAND_LINE:
+            hint = f"; if it is a helper, name it _{key}"
+        stop(f"{where}: unknown setting {key!r}{hint}")
+    return kinds[key]
+
+
+def checked(cls, key, value, where):
+    """value as the declared type of cls.key; text from the command line is read as a literal."""
+    kind = known(cls, key, where)
+    if hasattr(value, "dtype") and getattr(value, "ndim", 1) == 0:
+        value = value.item()  # a number that NumPy or PyTorch computed
+    if isinstance(value, str) and kind is not str:
         try:
             value = ast.literal_eval(value)
-        except (ValueError, SyntaxError):
+        except Exception:
             pass  # stays text, and is the wrong type below
-    if type(value) is int and kinds[key] is float:
+    if type(value) is int and abs(value) >= 2**63:
+        stop(f"{where}: {key} must fit into 64 bits, got {value}")
+    if type(value) is int and kind is float:
         value = float(value)
     if type(value) is float and not math.isfinite(value):
         stop(f"{where}: {key} must be finite, got {value!r}")
-    if type(value) is int and abs(value) >= 2**63:
-        stop(f"{where}: {key} must fit into 64 bits, got {value}")
-    if type(value) is not kinds[key]:
-        stop(f"{where}: {key} must be of type {kinds[key].__name__}, got {value!r}")
+    if type(value) is not kind:
+        stop(f"{where}: {key} must be of type {kind.__name__}, got {value!r}")
     return value
 
 

@@ -73,6 +73,8 @@ def _head(p_w, N, width, COLS: tl.constexpr, TRANSPOSED: tl.constexpr):
 
 # ---- surrogates and soft clamp ----------------------------------------------------------------
 
+IN_TRITON = "fast_sigmoid atan sigmoid gaussian triangle boxcar multi_gaussian ste".split()
+
 
 @triton.jit
 def _surrogate(u, k, NAME: tl.constexpr):
@@ -426,7 +428,7 @@ def lif_triton(
     """
     options = check(current, beta, theta, w_rec, state, reset, reset_grad, clamp)
     chosen = surrogate_named(surrogate)
-    obstacle = _obstacle(current, w_rec)
+    obstacle = _obstacle(current, w_rec, surrogate)
     if obstacle:
         raise obstacle
     B, T, N = current.shape
@@ -644,7 +646,7 @@ def plif_triton(x, b, t, a=None, v=None, *, frames, slope=4.0):
     x is float32, bfloat16 or float16 and so is what is passed on; the rate and v are float32.
     """
     check_plif(x, b, t, a, v, frames)
-    obstacle = _obstacle(x, None)
+    obstacle = _obstacle(x)
     if obstacle:
         raise obstacle
     v = x.new_zeros(x.shape[0], x.shape[2], dtype=torch.float32) if v is None else v
@@ -669,7 +671,8 @@ def lif(current, beta, theta, w_rec=None, state=None, *, backend="auto", **optio
     wherever it can, else PyTorch. `backends` tells what it took, and for a GPU without Triton why.
     A backend asked for by name that cannot run raises (see lif_triton); it is never replaced.
     """
-    scan, taken = _choose(lif_triton, lif_torch, backend, current, w_rec)
+    surrogate = options.get("surrogate", IN_TRITON[0])
+    scan, taken = _choose(lif_triton, lif_torch, backend, current, w_rec, surrogate)
     result = scan(current, beta, theta, w_rec, state, **options)
     _note(taken)
     return result
@@ -683,13 +686,13 @@ def plif(x, b, t, a=None, v=None, *, backend="auto", **options):
     return result
 
 
-def _choose(in_triton, in_torch, backend, x, w_rec=None):
+def _choose(in_triton, in_torch, backend, x, w_rec=None, surrogate=IN_TRITON[0]):
     """One of the two scans, and a line that says which."""
     if backend not in ("auto", "triton", "torch"):
         raise ValueError(f"unknown backend {backend!r}; choose auto, triton or torch")
     device = x.device.type
     auto_gpu = backend == "auto" and device == "cuda"
-    obstacle = _obstacle(x, w_rec) if auto_gpu else None
+    obstacle = _obstacle(x, w_rec, surrogate) if auto_gpu else None
     if backend == "triton" or auto_gpu and not obstacle:
         return in_triton, "lif: triton"
     return in_torch, f"lif: torch ({device})" + (f", as {obstacle}" if obstacle else "")
@@ -700,7 +703,7 @@ def _note(line):
     _taken[line] = None
 
 
-def _obstacle(current, w_rec):
+def _obstacle(current, w_rec=None, surrogate=IN_TRITON[0]):
     """The exception that says why Triton cannot run this and what would mend it; None if it can."""
     if not HAS_TRITON:
         return ValueError("Triton is not installed: pip install triton, or take backend='torch'")
@@ -711,6 +714,8 @@ def _obstacle(current, w_rec):
         )
     if current.dtype not in (torch.float32, torch.bfloat16, torch.float16):
         return ValueError(f"no kernel takes {current.dtype}: take float32, or backend='torch'")
+    if surrogate not in IN_TRITON:
+        return ValueError(f"the surrogate {surrogate!r} has no kernel: take backend='torch'")
     if w_rec is not None and w_rec.shape[-1] > MAX_HEAD:
         return ValueError(
             f"a head of {w_rec.shape[-1]} neurons is over the kernel's {MAX_HEAD}: split the"

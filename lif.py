@@ -175,6 +175,8 @@ def _scan(current, beta, theta, w_rec, v0, s0, surrogate, slope, options):
     B, T, N = current.shape
     membrane, spikes = current.new_empty(B, T, N), current.new_empty(B, T, N)
     v, s = v0.clone(), s0
+    if current.is_meta:  # a meta tensor has a shape and no numbers: there is nothing to loop for
+        return spikes, membrane, v
     steps = zip(
         current.unbind(1), _steps(beta, T), _steps(theta, T),
         membrane.unbind(1), spikes.unbind(1),
@@ -408,7 +410,7 @@ class _Population(torch.autograd.Function):
 
 def _in_cache(v):
     """Slices over the sequences of v (B, T, N), of about 128k elements each."""
-    n = max(1, 131072 // v[0].numel())
+    n = len(v) if v.is_meta else max(1, 131072 // v[0].numel())
     return [slice(i, i + n) for i in range(0, len(v), n)]
 
 
@@ -506,6 +508,7 @@ class _Plif(torch.autograd.Function):
         B, size, N = x.shape
         C = max(1, 131072 // (B * N))
         ctx.blocks = [slice(start, min(start + C, size)) for start in range(0, size, C)]
+        ctx.blocks = [] if x.is_meta else ctx.blocks  # a meta tensor has no numbers to loop for
         membrane, v_all, rate = torch.empty_like(x), torch.empty_like(x), x.new_zeros(N)
         spikes = x.new_empty(B, min(C, size), N)  # of one block
         v, live = v0, frames.live.to(x.dtype)
@@ -738,4 +741,7 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    import config  # how a closed pipe and Ctrl-C end
+
+    with config.one_line():
+        main()

@@ -158,8 +158,9 @@ def heads(w):
     """w (N, d) as the scan's (N/d, d, d), in the dtype of autocast, as of any other matrix."""
     if w is None:
         return None
-    device = w.device.type
-    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else w.dtype
+    device, dtype = w.device.type, w.dtype
+    if device != "meta" and torch.is_autocast_enabled(device):  # meta tensors know no autocast
+        dtype = torch.get_autocast_dtype(device)
     return w.view(-1, w.shape[1], w.shape[1]).to(dtype)
 
 
@@ -355,8 +356,6 @@ class SNNBlock(nn.Module):
 
 class GPTBlock(nn.Module):
     """The control: causal attention, then GELU. State: as of look_back."""
-
-    sites, fan_out = [], []  # nothing fires
 
     def __init__(self, config, index):
         super().__init__()
@@ -642,7 +641,8 @@ class SpikingLM(nn.Module):
             self.parts["engram"] = Engram(D, c.vocab_size, c.engram, c.engram_heads, c.engram_width)
         for i in range(c.n_layer):
             self.parts[f"block{i}"] = BLOCKS[c.block](c, i)
-        self.sites = [n for block in self.blocks for n in block.sites]  # neurons per spiking layer
+        # neurons per spiking layer; none where a block does not name them
+        self.sites = [n for block in self.blocks for n in getattr(block, "sites", [])]
         if c.block == "whale":
             self.parts["membranes"] = MembraneReadout(c)
         if c.hrm:
@@ -717,6 +717,8 @@ class SpikingLM(nn.Module):
                 y, now = recomputed(part, x, before, report)
             else:
                 y, now = part(x, before, report)
+            if name.startswith("block") and not hasattr(part, "sites"):
+                report.rate.clear()  # of neurons that `sites` does not name: nobody asks for them
             if tokens.shape[1] > 1 and not torch.is_grad_enabled() and x.shape == y.shape:
                 updates[name] = (y - x).norm(dim=-1).mean()
             x = y
@@ -783,7 +785,7 @@ class SpikingLM(nn.Module):
     def work(self, rates):
         """The share of all synapses that spike-fed matrices have which is triggered at such rates,
         one (N,) per spiking layer: what is spared is the optimiser's to choose."""
-        fan_out = [n for block in self.blocks for n in block.fan_out]
+        fan_out = [n for block in self.blocks for n in getattr(block, "fan_out", [])]
         fan_out += [self.config.vocab_size] if self.head is not None else []
         triggered = sum(rate.sum() * n for rate, n in zip(rates, fan_out))
         return triggered / sum(len(rate) * n for rate, n in zip(rates, fan_out))

@@ -468,7 +468,8 @@ def environment(device, seed):
     """
     gpu = torch.cuda.get_device_properties(device).name if device.type == "cuda" else None
     here = Path(__file__).parent
-    command = [Path(sys.argv[0]).name, *(re.sub(r"=.*/", "=", x) for x in sys.argv[1:])]
+    private = r"(=|^(?=[/~]|\.\.)).*/"  # of --key=PATH, and of a PATH of its own
+    command = [Path(sys.argv[0]).name, *(re.sub(private, r"\1", x) for x in sys.argv[1:])]
 
     def line_of(path, start):
         lines = Path(path).read_text().splitlines() if Path(path).exists() else []
