@@ -20,7 +20,7 @@ import torch
 from torch import library
 
 import kernels
-from lif import SURROGATES, lif_torch
+from lif import SURROGATES, Frames, lif_torch
 
 DEVICE = "cpu" if kernels.INTERPRETED or not kernels.HAS_TRITON else "cuda"
 needs_triton = pytest.mark.skipif(not kernels.HAS_TRITON, reason="Triton is not installed")
@@ -442,122 +442,151 @@ def second_process(*arguments):
     env = dict(os.environ, TRITON_INTERPRET="0", PYTHONPATH=path)
     env.pop("RANK", None)
     command = [sys.executable, *arguments]
-    return subprocess.run(command, env=env, cwd=here, capture_output=True, text=True, timeout=300)
+    return subprocess.run(command, env=env, cwd=here, capture_output=True, text=True, timeout=600)
 
 
 @needs_triton
-def test_compiles_for_gpus():
-    """All kernels for sm_90 and sm_80: no register spills, no 32-bit offsets into (B, T, N).
+@pytest.mark.parametrize("scan, kinds", [("lif", 8 + len(SURROGATES)), ("plif", 4)])
+def test_compiles_for_gpus(scan, kinds):
+    """All kernels for sm_90 and sm_80, as they are launched: no register spills, no 32-bit offsets
+    into (B, T, N), and no arithmetic less exact than that of PyTorch.
 
     And what makes a scan without recurrent synapses fast: the loads of a whole block of steps,
     currents or what is kept and the cotangent, stand before the first store in the machine code.
+    Those of frames, whose number is not known, are started ahead of their use.
     """
-    done = second_process(os.path.abspath(__file__))
+    done = second_process(os.path.abspath(__file__), scan)
     assert done.returncode == 0, done.stderr[-3000:]
     reports = [json.loads(line) for line in done.stdout.splitlines()]
-    assert len(reports) == 2 * (8 * 2 + len(SURROGATES))
+    assert len(reports) == 2 * 2 * kinds
     for report in reports:
         print(report)  # seen with pytest -s
         assert report["local"] == 0 and report["stack"] == 0, f"spills: {report}"
         assert report["shared"] <= 163 * 1024, f"more shared memory than an A100 has: {report}"
         assert not report["offsets32"], f"32-bit offsets: {report}"
-        if report["w"] is None:
-            per_step = 1 if report["kernel"] == "_forward_kernel" else 2 + report["membrane"]
-            per_step += 2 * report["per_step"]
+        assert not report["fusion"] and not report["tf32"], f"other spikes: {report}"
+        if scan == "plif":
+            held = report["HELD"] and report["p_a"] is None  # then a frame loads nothing
+            assert held or report["ahead"], f"waits for its loads: {report}"
+        elif report["p_w"] is None:
+            per_step = 1 if report["kernel"] == "_forward_kernel" else 2 + (report["p_u"] is None)
+            per_step += 2 * report["BETA_STEPS"]
             assert report["loads"] >= 16 * per_step, f"loads wait for each other: {report}"
 
 
-def compile_all():
-    """Compile for GPUs that are not here, as _launch would; a JSON report per kernel."""
-    kinds = [  # dtype of current, of w_rec, neurons of a head; parameters per step; membrane kept
-        ("fp32", None, 0, True, True),
-        ("bf16", None, 0, True, True),
-        ("bf16", None, 0, True, False),
-        ("bf16", None, 0, False, False),  # what a model without recurrent synapses trains with
-        ("fp32", "fp32", 20, False, True),
-        ("fp32", "fp32", 128, False, True),
-        ("bf16", "bf16", 128, False, False),
-        ("bf16", "fp32", 64, True, True),
-    ]
+def compile_all(scan):
+    """Run the scans forward and backward with kernels that are compiled instead."""
+    kernels.INTERPRETED = True  # or the tensors would have to be on a GPU
+    names = [f"_{'plif_' * (scan == 'plif')}{way}_kernel" for way in ("forward", "backward")]
+    jit = [getattr(kernels, name) for name in names]
     for capability in (90, 80):
-        for kind in kinds:
-            for kernel in (kernels._forward_kernel, kernels._backward_kernel):
-                compile_one(kernel, capability, "atan", *kind)
-        for surrogate in SURROGATES:
-            compile_one(
-                kernels._backward_kernel, capability, surrogate, "bf16", None, 0, False, False
+        for name, kernel in zip(names, jit):
+            setattr(kernels, name, Compiled(kernel, capability))
+        compile_lif() if scan == "lif" else compile_plif()
+
+
+def compile_lif():
+    f32, bf16 = torch.float32, torch.bfloat16
+    kinds = [  # dtype of current, of w_rec, neurons of a head; parameters per step; membrane kept
+        (f32, None, 0, True, True),
+        (bf16, None, 0, True, True),
+        (bf16, None, 0, True, False),
+        (bf16, None, 0, False, False),  # what a model without recurrent synapses trains with
+        (f32, f32, 20, False, True),
+        (f32, f32, 128, False, True),
+        (bf16, bf16, 128, False, False),
+        (bf16, f32, 64, True, True),
+    ]
+    kinds = [("atan", *kind) for kind in kinds] + [(name, *kinds[3]) for name in SURROGATES]
+    for surrogate, dtype, w_dtype, d, per_step, membrane in kinds:
+        B, T, N = 3, 5, 4 * d or 48
+        beta, theta = torch.ones(2, *((B, T, N) if per_step else (N,)), requires_grad=True)
+        w = None if w_dtype is None else torch.ones(4, d, d, dtype=w_dtype, requires_grad=True)
+        spikes, u, state = kernels.lif_triton(
+            torch.ones(B, T, N, dtype=dtype), beta, theta, w,
+            surrogate=surrogate, clamp=1.5 * per_step, return_membrane=membrane,
+        )  # fmt: skip
+        sum(x.sum() for x in (spikes, u, *state) if x is not None).backward()
+
+
+def compile_plif():
+    frames = Frames(torch.tensor([[2, 1, 4], [1, 1, 3]]), 4)
+    for step, held, dtype in (
+        (False, True, torch.float32), (False, False, torch.bfloat16),
+        (True, False, torch.float32), (True, False, torch.bfloat16),
+    ):  # fmt: skip
+        x = torch.ones(2, 3 if held else frames.size, 48, dtype=dtype, requires_grad=True)
+        per_frame = torch.ones(2, frames.size, 48, dtype=dtype, requires_grad=True)
+        neurons = [per_frame] * 3 if step else [torch.ones(48, requires_grad=True)] * 2
+        sum(y.float().sum() for y in kernels.plif_triton(x, *neurons, frames=frames)).backward()
+
+
+class Compiled:
+    """A kernel that is compiled for a GPU that is not here; launches print a JSON report on it."""
+
+    def __init__(self, kernel, capability):
+        self.kernel, self.capability = kernel, capability
+
+    def __getitem__(self, grid):
+        return self.compile
+
+    def compile(self, *arguments, **named):
+        from triton import compile, knobs
+        from triton.backends.compiler import GPUTarget
+        from triton.compiler import ASTSource
+
+        given = dict(zip(self.kernel.arg_names, arguments)) | named
+        options = {name: given.pop(name) for name in list(given.keys() - self.kernel.arg_names)}
+        tensors = {name: x for name, x in given.items() if torch.is_tensor(x)}
+        short = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.int64: "i64"}
+        signature = {name: "*" + short[x.dtype] for name, x in tensors.items()}
+        numbers = given.keys() - named.keys() - tensors.keys()
+        signature |= {name: "i32" for name in numbers if type(given[name]) is int}
+        signature |= {name: "fp32" for name in numbers if type(given[name]) is float}
+        constants = {name: x for name, x in given.items() if name not in signature}
+        signature = {name: signature.get(name, "constexpr") for name in self.kernel.arg_names}
+        aligned = {  # what Triton sees on a launch with ordinary sizes
+            (i,): [["tt.divisibility", 16]]
+            for i, (name, kind) in enumerate(signature.items())
+            if kind[0] == "*" or kind == "i32" and given[name] % 16 == 0
+        }
+        built = compile(
+            ASTSource(self.kernel, signature, constants, aligned),
+            target=GPUTarget("cuda", self.capability, 32), options=options,
+        )  # fmt: skip
+        with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+            file.write(built.asm["cubin"])
+            file.flush()
+            command = [knobs.nvidia.cuobjdump.path, "-res-usage", "-sass", file.name]
+            listing = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+        usage = re.findall(r"(REG|STACK|LOCAL):(\d+)", listing)
+        between_stores = "".join(re.findall(r"\b(LD|ST)G\b", listing)).replace("LD", ".").split("ST")
+        per_neuron = [name for name, x in tensors.items() if x.dim() == 1]
+        print(json.dumps(
+            signature | constants | {key.lower(): int(x) for key, x in usage} | dict(
+                kernel=self.kernel.__name__, sm=self.capability, shared=built.metadata.shared,
+                loads=max(map(len, between_stores)), ahead=built.asm["ptx"].count("cp.async"),
+                fusion=built.metadata.enable_fp_fusion, tf32="tf32" in built.asm["ptx"],
+                offsets32=offsets32(built.asm["ttir"], ["p_w", "p_ends", "a row", *per_neuron]),
             )
+        ))  # fmt: skip
 
 
-def compile_one(kernel, capability, surrogate, dtype, w_dtype, d, per_step, membrane):
-    from triton import compile, knobs
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
-
-    w_rec = None if w_dtype is None else torch.empty(1, d, d)
-    width, rows, cols, steps, warps = kernels._tiling(w_rec)
-    constants = dict(BETA_STEPS=per_step, THETA_STEPS=per_step, RESET=True, RESET_GRAD=True)
-    constants.update(CLAMP=1.5 * per_step, SURROGATE=surrogate)
-    constants.update(ROWS=rows, COLS=cols, STEPS=steps)
-    absent = ["p_u"] if membrane else ["p_membrane", "p_d_membrane"]
-    constants.update(dict.fromkeys(absent + ["p_w"] * (w_rec is None)))
-    signature = {}
-    for name in kernel.arg_names:
-        if name in constants:
-            signature[name] = "constexpr"
-        elif name in ("p_current", "p_spikes", "p_d_spikes", "p_d_current", "p_u"):
-            signature[name] = "*" + dtype
-        elif name.startswith("p_"):
-            signature[name] = "*" + (w_dtype if name == "p_w" else "fp32")
-        else:
-            signature[name] = "fp32" if name == "slope" else "i32"
-    constants = {name: x for name, x in constants.items() if name in signature}
-    aligned = {  # what Triton sees on a launch with ordinary sizes
-        (i,): [["tt.divisibility", 16]]
-        for i, (name, kind) in enumerate(signature.items())
-        if kind[0] == "*" or name == "N" or name == "width" and width % 16 == 0
-    }
-    built = compile(
-        ASTSource(kernel, signature, constants, aligned),
-        target=GPUTarget("cuda", capability, 32),
-        options=dict(num_warps=warps, enable_fp_fusion=False),
-    )
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(built.asm["cubin"])
-        file.flush()
-        command = [knobs.nvidia.cuobjdump.path, "-res-usage", "-sass", file.name]
-        listing = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    usage = dict(re.findall(r"(REG|STACK|LOCAL):(\d+)", listing))
-    between_stores = "".join(re.findall(r"\b(LD|ST)G\b", listing)).replace("LD", ".").split("ST")
-    report = dict(kernel=kernel.__name__, sm=capability, current=dtype, w=w_dtype, head=d)
-    report.update(
-        surrogate=surrogate,
-        per_step=per_step,
-        membrane=membrane,
-        warps=warps,
-        shared=built.metadata.shared,
-    )
-    report.update({key: int(usage[key[:5].upper()]) for key in ("stack", "local")})
-    report.update(loads=max(map(len, between_stores)))
-    report.update(registers=int(usage["REG"]), offsets32=offsets32(built.asm["ttir"], per_step))
-    print(json.dumps(report))
-
-
-def offsets32(ttir, per_step):
-    """Lines of TTIR that could overflow at 2^31 elements: 32-bit offsets, or 32-bit products by T.
-
-    Free to be 32-bit are offsets into W, and into beta and theta per neuron.
+def offsets32(ttir, free):
+    """Lines of TTIR that could overflow at 2^31 elements: 32-bit products by T, F or N, or 32-bit
+    offsets into a tensor; but for those into `free` ones, or of a row that 64 bits have found.
     """
-    free = ("p_w",) if per_step else ("p_w", "p_beta", "p_theta")
     origin, found = {}, []  # the argument that a pointer, or a scalar as a whole tile, stems from
     for line in ttir.splitlines():
         if made := re.search(r"%(\w+) = tt\.(?:splat|broadcast|addptr) %(\w+)\b", line):
             origin[made[1]] = origin.get(made[2], made[2])
+            if re.search(r"addptr .*, i64 loc", line):
+                origin[made[1]] = "a row"
         if offset := re.search(r"tt\.addptr %(\w+),.* (tensor<\w+>|i32) loc", line):
             if "i32" in offset[2] and origin.get(offset[1], offset[1]) not in free:
                 found.append(line)
         if product := re.search(r"arith\.muli %(\w+), %(\w+) .*i32", line):
-            if "T" in [origin.get(x, x) for x in product.groups()]:
+            if {"T", "F", "N"} & {origin.get(x, x) for x in product.groups()}:
                 found.append(line)
     return found
 
@@ -575,4 +604,4 @@ def test_more_than_2_31_elements():
 
 
 if __name__ == "__main__":
-    compile_all()
+    compile_all(sys.argv[1])

@@ -1,12 +1,7 @@
 """NeuronSpark: the fast path against a slow transcription; kernels; frames that are not run."""
 
-import json
 import math
 import os
-import re
-import subprocess
-import sys
-import tempfile
 from dataclasses import replace
 from pathlib import Path
 
@@ -450,67 +445,3 @@ def test_recomputation_sees_the_report_as_it_was():
     report.spikes = torch.tensor(3.0)  # of a later part
     y.backward()
     assert x.grad.item() == pytest.approx(2 * math.e)
-
-
-@needs_triton
-def test_compiles_for_gpus():
-    """All forms for sm_90 and sm_80: no register spills, loads that run ahead of their use."""
-    env = dict(os.environ, TRITON_INTERPRET="0", PYTHONPATH=os.path.dirname(kernels.__file__))
-    command = [sys.executable, os.path.abspath(__file__)]
-    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr[-3000:]
-    reports = [json.loads(line) for line in done.stdout.splitlines()]
-    assert len(reports) == 16
-    for report in reports:
-        assert report["stack"] == 0 and report["local"] == 0, f"spills: {report}"
-        assert report["ahead"] or report["form"] == "row held", f"waits for its loads: {report}"
-
-
-def compile_all():
-    from triton import compile, knobs
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
-
-    forms = [("row held", "fp32"), ("row", "bf16"), ("step", "fp32"), ("step", "bf16")]
-    kinds = kernels._plif_forward_kernel, kernels._plif_backward_kernel
-    for kernel, capability, (form, dtype) in (
-        (kernel, capability, form) for kernel in kinds for capability in (90, 80) for form in forms
-    ):
-        constants = dict(HELD="held" in form, COLS=kernels.CHANNELS)
-        if "row" in form:
-            constants |= dict(p_a=None, p_d_a=None)
-        signature = {}
-        for name in kernel.arg_names:
-            per_frame = name in ("p_x", "p_out", "p_u", "p_d_out", "p_d_x")
-            per_frame |= "step" in form and name[-2:] in ("_a", "_b", "_t")
-            if name in constants:
-                signature[name] = "constexpr"
-            elif name.startswith("p_"):
-                kind = dtype if per_frame else "i64" if name == "p_ends" else "fp32"
-                signature[name] = "*" + kind
-            else:
-                signature[name] = "fp32" if name == "slope" else "i32"
-        constants = {name: x for name, x in constants.items() if name in signature}
-        aligned = {
-            (i,): [["tt.divisibility", 16]]
-            for i, (name, kind) in enumerate(signature.items())
-            if kind[0] == "*" or name == "N"
-        }
-        built = compile(
-            ASTSource(kernel, signature, constants, aligned),
-            target=GPUTarget("cuda", capability, 32),
-            options=dict(num_warps=4, enable_fp_fusion=False),
-        )
-        with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-            file.write(built.asm["cubin"])
-            file.flush()
-            command = [knobs.nvidia.cuobjdump.path, "-res-usage", file.name]
-            usage = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-        usage = dict(re.findall(r"(REG|STACK|LOCAL):(\d+)", usage))
-        report = dict(kernel=kernel.__name__, sm=capability, form=form, dtype=dtype)
-        report |= {key.lower(): int(x) for key, x in usage.items()}
-        print(json.dumps(report | dict(ahead=built.asm["ptx"].count("cp.async"))))
-
-
-if __name__ == "__main__":
-    compile_all()
