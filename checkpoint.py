@@ -118,7 +118,7 @@ def save(out, is_best, raw, optimizers, c, corpus, position, record, run):
         "random": run.of_all([g.get_rng_state() for g in run.generators]),
         "config": asdict(c),
         "tokenizer": corpus.tokenizer.state(),
-        "dataset": getattr(corpus, "dataset", c.dataset),  # what `auto` meant
+        "dataset": corpus.dataset,  # what `auto` meant
         "data": corpus.sha256,
         "position": asdict(position),
         "environment": record,  # commit and versions among others

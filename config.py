@@ -14,6 +14,7 @@ from pathlib import Path
 from types import ModuleType
 
 COMMAND_LINE = "the command line"
+PATHS = "dataset data_dir out_dir cell result init_from ckpt eval picture data embedding out rates"
 
 
 def stop(message):
@@ -134,6 +135,8 @@ def checked(cls, key, value, where):
     kind = known(cls, key, where)
     if hasattr(value, "dtype") and getattr(value, "ndim", 1) == 0:
         value = value.item()  # a number that NumPy or PyTorch computed
+    if key in PATHS.split() and isinstance(value, str):
+        value = os.path.expanduser(value)
     if isinstance(value, str) and kind is not str:
         try:
             value = ast.literal_eval(value)

@@ -12,7 +12,6 @@ What the model says goes to stdout, everything else to stderr.
 import codecs
 import itertools
 import math
-import os
 import sys
 from contextlib import suppress
 from dataclasses import dataclass
@@ -68,7 +67,7 @@ def note(text):
 
 def open_checkpoint(c):
     """(path, checkpoint) of --ckpt, or of the run that was the last to write a best.pt."""
-    path = Path(os.path.expanduser(c.ckpt))
+    path = Path(c.ckpt)
     if not c.ckpt:
         found = [*Path("out").glob("best.pt"), *Path("out").glob("*/best.pt")]
         if not found:
@@ -208,7 +207,7 @@ def evaluate(c):
         seed = checkpoint["config"].get("seed")
         documents, entropy = nursery.nursery(data.NURSERY_BYTES[1], f"held-out {seed}")
     else:
-        files = data.list_files(Path(os.path.expanduser(c.eval)))
+        files = data.list_files(Path(c.eval))
         documents, entropy = [text for file in files for text in data.read_file(file, note)], None
     speaker = Speaker.of(name, checkpoint, c)
     ids, end = [], speaker.tokenizer.end
@@ -265,7 +264,7 @@ def picture(c):
         axes.legend(
             loc="upper center", bbox_to_anchor=(0.5, 0), ncols=2, fontsize=8, markerscale=0.8
         )
-    figure.savefig(os.path.expanduser(c.picture), dpi=120, bbox_inches="tight")
+    figure.savefig(c.picture, dpi=120, bbox_inches="tight")
     print(f"wrote {c.picture}")
 
 

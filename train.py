@@ -39,12 +39,14 @@ from tqdm import tqdm
 
 import config
 import data
+import kernels
 from cell_bridge import load_scores
 from checkpoint import (
     check_weights, load_checkpoint, locked, newest, restore, rewind_log, save, set_aside, shape_of,
     whole_file,
 )  # fmt: skip
 from model import ModelConfig, SpikingLM, Synapse, find_device
+from nursery import judge, told_by
 from tokenizer import DataError, tokenizer_from_state
 from traits import IGNORED
 
@@ -520,7 +522,9 @@ def open_corpus(c, run, checkpoint, resuming):
     if checkpoint:
         tokenizer = tokenizer_from_state(checkpoint["tokenizer"])
     corpus = run.one_first(
-        lambda: data.prepare(dataset, tokenizer, c.vocab_size, c.data_dir, log=run.say)
+        lambda: data.prepare(
+            dataset, tokenizer, c.vocab_size, c.data_dir, log=run.say, ignore=[c.out_dir]
+        )
     )
     needed = corpus.tokenizer.vocab_size
     if needed > c.vocab_size:
@@ -651,11 +655,15 @@ def show(line, documents, c, run):
 
 def introduce(corpus, raw, position, c, run):
     """Print what is about to be trained, on what."""
+    with torch.no_grad():
+        raw.eval()(torch.zeros(1, 1, dtype=torch.long, device=run.device))  # for `backends`
+        raw.train()
     threads = f", threads: {position.threads}" * (run.device.type == "cpu")
     threads += " (fastest in a trial)" * (bool(threads) and not c.threads and not position.step)
     run.say(
         f"{sum(p.numel() for p in raw.parameters()) / 1e6:.2f}M parameters on {run.device}"
-        f"{f' x {run.world}' * (run.world > 1)}{threads} | files: {c.out_dir}"
+        f"{f' x {run.world}' * (run.world > 1)}{threads} | "
+        + " | ".join(filter(None, (kernels.backends(), f"files: {c.out_dir}")))
     )
     sizes = [f"{len(corpus.train[phase]) / 1e6:.2f}M {phase}" for phase, _ in position.curriculum]
     text = f"{corpus.name}: tokens of {', '.join(sizes)}; held out {len(corpus.heldout) - 1}"
@@ -697,6 +705,12 @@ def finish(corpus, raw, position, record, c, run, out):
         + (f" (its true entropy is {entropy:.3f})" if entropy else "")
         + f", {position.step} steps, {position.tokens:,} tokens, {position.minutes:.1f} minutes"
     )
+    if corpus.name == "nursery":
+        exam = record["exam"] = judge(told_by(raw, corpus.tokenizer))
+        run.say(
+            f"of {exam['documents']} documents that it wrote the grammar derives "
+            f"{exam['derivable']}; {exam['consistent']} keep every name and thing they began with"
+        )
     run.say(f'next: {speak} --prompt="Once upon a time"\n      {speak} --chat')
     if c.result:
         record["data"] = {"name": corpus.name, "sha256": corpus.sha256}
@@ -790,6 +804,8 @@ def main(argv):
     with config.one_line(DataError):
         try:
             c = config.load(TrainConfig, argv)
+            if c.result:
+                config.writable(c.result)
             if c.init_from not in ("scratch", "resume"):  # a model's shape is its checkpoint's
                 c = config.load(TrainConfig, argv, shape_of(load_checkpoint(c.init_from)))
             run = Run(c)

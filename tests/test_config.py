@@ -7,6 +7,7 @@ import pytest
 
 import config
 from bench import BenchConfig
+from cell_bridge import CellConfig
 from sample import SampleConfig
 from train import TrainConfig
 
@@ -95,3 +96,12 @@ def test_values_that_make_no_sense(setting, expected, capsys):
     with pytest.raises(SystemExit):
         config.load(BenchConfig, setting.split())  # a TrainConfig with settings of its own
     assert expected in capsys.readouterr().err
+
+
+def test_paths_may_begin_with_a_tilde(monkeypatch):
+    monkeypatch.setenv("HOME", "/home/me")
+    c = config.load(SampleConfig, ["--ckpt=~/a.pt", "--prompt=~/a.pt"])
+    assert (c.ckpt, c.prompt) == ("/home/me/a.pt", "~/a.pt")
+    for cls in (TrainConfig, SampleConfig, CellConfig):
+        for path in set(config.PATHS.split()) & {f.name for f in fields(cls)}:
+            assert config.checked(cls, path, "~/x", "") == "/home/me/x"
