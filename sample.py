@@ -66,7 +66,7 @@ def note(text):
 
 
 def open_checkpoint(c):
-    """(path, checkpoint) of --ckpt, or of the run that was the last to write a best.pt."""
+    """(file and step, checkpoint) of --ckpt, or of the run that wrote its best.pt last."""
     path = Path(c.ckpt)
     if not c.ckpt:
         found = [*Path("out").glob("best.pt"), *Path("out").glob("*/best.pt")]
@@ -161,7 +161,7 @@ def show(pieces):
 
 
 def chat(c):
-    """Answer --prompt, then each line that is typed, until Ctrl-D. A line that is no text, or has
+    """Answer --prompt, then each line that is typed, until Ctrl-D. A line that is not text, or has
     a character that the tokenizer does not know, is refused, and the chat goes on."""
     name, checkpoint = open_checkpoint(c)
     speaker, between = Speaker.of(name, checkpoint, c), ""
@@ -181,7 +181,7 @@ def chat(c):
 
 def typed(first):
     """The lines of a chat that are not empty: `first`, then what is typed."""
-    with suppress(AttributeError):  # bytes that are no UTF-8 become characters that are no text
+    with suppress(AttributeError):  # bytes that are not UTF-8 arrive as lone surrogates
         sys.stdin.reconfigure(errors="surrogateescape")
     is_terminal = sys.stdin.isatty() and sys.stdout.isatty()
     if is_terminal:
@@ -228,6 +228,7 @@ def evaluate(c):
         )
     print(f"float-fed       {score['macs']} multiplications per token")
     if c.eval == "nursery" or is_of_nursery(checkpoint):
+        note("writing 100 documents for the nursery to judge")
         told = nursery.told_by(speaker.model, speaker.tokenizer, seed=c.seed)
         print(nursery.VERDICT.format(**nursery.judge(told)))
 

@@ -135,12 +135,14 @@ def test_a_turn_is_shown_as_it_comes():
     assert pieces[:5] == list("Hello") and "".join(pieces) == "Hello you"
 
 
-def test_a_character_left_unfinished_before_the_next_turn():
+def test_tokens_across_the_end_of_a_turn():
     broken = [*b" a\nYou:", *"文".encode()[:1]]
     assert "".join(speaker(broken).speak("", UNTIL)) == "a"
     lengthmax = train_tokenizer("lengthmax", ["You: é\n" * 50], 300)
-    s = speaker(" a\nYou: é\n", tokenizer=lengthmax)  # a token goes on behind "\nYou:"
+    s = speaker(" a\nYou: é\n", tokenizer=lengthmax)  # "You: é" is one token
     assert "".join(s.speak("", UNTIL)) == "a" and seen(s) == f"{END} a"
+    s = speaker([*b" a", 256, *b"You:"], tokenizer=Tokenizer("bpe", [b".\n"]))
+    assert "".join(s.speak("", UNTIL)) == "a." and seen(s) == f"{END} a."
 
 
 def test_a_turn_that_was_cut_off_is_remembered():

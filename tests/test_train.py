@@ -338,21 +338,6 @@ def test_sample_scores_a_text_as_training_does(one, capsys, tmp_path):
     assert re.search(r"SynOps +\d+ triggered per token, [\d.]+% of \d+", printed)
 
 
-def test_chat_carries_its_state(one, capsys, monkeypatch):
-    lines = iter(["Hello", "Who are you?", ""])
-    monkeypatch.setattr("builtins.input", lambda prompt: next(lines))
-    seen = []
-    real = sample.Speaker.speak
-
-    def speak(self, text, until=None):
-        seen.append(self.state)
-        yield from real(self, text, until)
-
-    monkeypatch.setattr(sample.Speaker, "speak", speak)
-    say(capsys, f"--ckpt={one[0] / 'best.pt'}", "--chat=True", "--max_new_tokens=8")
-    assert seen[0] is None and seen[1] is not None
-
-
 def test_a_damaged_or_hostile_checkpoint_is_refused(tmp_path, capsys):
     class Evil:
         def __reduce__(self):
