@@ -1,7 +1,11 @@
 """What bench.py measures is what it says: the recall task, one long text."""
 
+import itertools
 import json
+import sys
+import time
 from dataclasses import asdict, replace
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from types import SimpleNamespace
@@ -177,13 +181,182 @@ def test_generate_times_the_float_twin(monkeypatch):
         ("generate configs/snn_6m.py --tokens=0", "tokens, trials > 0 must hold"),
         ("recall --variants=zzz", "no variant is called 'zzz'"),
         ("ablate configs/snn_6m.py --variants=zzz", "no variant is called 'zzz'"),
-        ("recall configs/snn_6m.py", "takes no config file"),
+        ("recall configs/snn_6m.py", "leave out configs/snn_6m.py"),
+        ("guess", "write python bench.py scan|train"),
+        ("", "write python bench.py scan|train"),
     ],
 )
 def test_mistakes_end_in_one_line(argv, said, capsys):
     with pytest.raises(SystemExit) as stopped:
-        bench.main([*argv.split(), "--save=False"])
+        bench.main(argv.split())
     assert stopped.value.code == 2 and said in capsys.readouterr().err
+
+
+def load(words, *more):
+    return config.load(bench.BenchConfig, [*words.split(), *more])
+
+
+@pytest.mark.parametrize("path", sorted(Path("configs").glob("*.py")), ids=lambda path: path.stem)
+def test_params_of_every_config(path):
+    c = load(f"{path} --device=cpu")
+    result = bench.params(c, RUN)
+    assert result["parameters"] == sum(result["groups"].values()) == bench.parameters_of(c)
+    assert result["macs"] > 0 and (result["synapses"] > 0) == (c.block in ("sam", "whale", "snn"))
+
+
+def test_params_counts_by_hand():
+    sam = bench.params(load("configs/sam_6m.py"), RUN)
+    assert sam["synapses"] == 256 * 512 + 6 * 512**2
+    assert sam["macs"] == 6 * 2 * 512**2 + 512 * 256 + 4096 * 256
+    near, far = (
+        bench.params(load(f"configs/gpt_6m.py --window={n} --phases=stories:9"), RUN)["macs"]
+        for n in (3, 512)
+    )
+    assert far - near == 6 * 2 * 256 * (8 - 2)  # layers, q k and attention v, tokens before this one
+
+
+def test_a_plan_by_hand():
+    tiny = "configs/snn_6m.py --n_layer=1 --d_ff=64 --attention=0 --phases=stories:8"
+    tiny += " --micro_tokens=16 --length=8 --tokens_per_step=1024 --gpu_flops=1e9 --gpu_link=1e6"
+    result = bench.params(load(f"{tiny} --gpus=4"), RUN)
+    plan, n = result["plan"], result["parameters"]
+    work = (result["synapses"] + result["macs"]) * 1024 / 4  # per GPU
+    assert plan["seconds"]["compute"] == pytest.approx(6 * work / 1e9)
+    assert plan["all_reduce_bytes"] == 4 * n * 2 * 3 / 4  # float32, a ring of four, there and back
+    assert plan["seconds"]["all-reduce"] == pytest.approx(plan["all_reduce_bytes"] / 1e6)
+    memory = plan["gigabytes"]
+    assert memory["weights"] == memory["gradients"] == 4 * n / 1e9
+    muon = 2 * 384 * 64  # its parameters: w_in, w_out
+    assert memory["optimiser"] == pytest.approx((8 * (n - muon) + 4 * muon) / 1e9)
+    assert 0 < memory["activations, checkpointing"] < memory["activations"]
+    again = bench.params(load(f"{tiny} --gpus=4 --checkpointing=True"), RUN)["plan"]
+    assert again["seconds"]["compute"] == pytest.approx(8 * work / 1e9)  # forward once more
+
+
+def test_a_summary_is_of_medians():
+    rows = bench.summary({"ours": [2.0, 1.0, 9.0], "fast": [1.0, 0.5, 4.0]}, "ours")
+    assert rows["ours"]["ratio"] == 1 and rows["fast"]["ratio"] == 0.5  # of our time: less is fast
+    assert rows["ours"] == {"median_ms": 2e3, "min_ms": 1e3, "max_ms": 9e3, "ratio": 1}
+
+
+def test_turns_are_timed_after_the_warm_up(monkeypatch):
+    ran, clock = [], itertools.count()
+
+    def seconds(run, device):
+        run()
+        return next(clock)
+
+    monkeypatch.setattr(bench, "seconds", seconds)
+    names = {name: partial(ran.append, name) for name in "ab"}
+    times = bench.take_turns(names, rounds=2, warmup=1, device=RUN.device)
+    assert "".join(ran) == "aabb" + "bbaa" + "aabb"  # each turn twice; every round another is first
+    assert times == {"a": [3, 4], "b": [2, 5]}  # 0 and 1 were the warm-up's
+
+
+def test_seconds_are_of_the_run():
+    assert 0.02 <= bench.seconds(lambda: time.sleep(0.02), RUN.device) < 2
+
+
+def test_tokens_counts_no_ends(monkeypatch, tmp_path):
+    text = tmp_path / "text.txt"
+    text.write_text("\n<|endoftext|>\n".join(f"Ä tale of {i} cats." for i in range(300)))
+    argv = f"--dataset={text} --data_dir={tmp_path} --vocab_size=300"
+    rows = bench.tokens(load(argv), RUN)["tokenizers"]
+    for kind, row in rows.items():
+        corpus = bench.data.prepare(str(text), kind, 300, str(tmp_path))
+        words = [i for i in corpus.heldout.tolist() if i != corpus.tokenizer.end]
+        assert row["tokens"] == len(words) < len(corpus.heldout)
+        size = len(corpus.tokenizer.decode_bytes(words))
+        assert row["bytes_per_token"] == pytest.approx(size / len(words), rel=0.01)
+    assert set(rows) == {"bpe", "lengthmax"}
+
+
+def test_train_compares_tokens_per_second(monkeypatch):
+    monkeypatch.setattr(
+        bench, "take_turns", lambda runs, *_: {x: [2.0 if x == "ours" else 0.5] for x in runs}
+    )
+    argv = "configs/sam_6m.py --n_hidden=16 --n_embd=16 --n_layer=1 --vocab_size=50 --length=8"
+    result = bench.train(load(f"{argv} --micro_tokens=32 --tokens_per_step=64"), RUN)
+    ours, gpt = (result["contestants"][name] for name in ("ours", "transformer"))
+    assert result["batch"] == [4, 8]
+    assert ours["tokens_per_s"] == 16 and gpt["tokens_per_s"] == 64 and gpt["ratio"] == 0.25
+
+
+def test_frames_finds_half_of_them(monkeypatch):
+    monkeypatch.setattr(
+        bench, "take_turns", lambda runs, *_: {x: [1.0 if x == "ours" else 4.0] for x in runs}
+    )
+    argv = "configs/neuronspark_6m.py --n_hidden=16 --n_embd=16 --n_layer=1 --d_ff=16 --k_max=8"
+    argv += " --n_state=2 --vocab_size=50 --length=8 --micro_tokens=32 --tokens_per_step=64"
+    rows = bench.frames(load(argv), RUN)["contestants"]
+    assert rows["ours"]["E[K]"] == pytest.approx(4, abs=0.2) and rows["ours"]["ratio"] == 0.25
+    assert rows["ours"]["E[K]"] <= rows["ours"]["frames"] < 8
+    assert rows["ours"]["macs"] < rows[bench.FIXED]["macs"]
+
+
+def test_a_complete_run_is_not_repeated(monkeypatch, tmp_path):
+    c = load(f"configs/snn_6m.py --max_steps=7 --out_dir={tmp_path}")
+    (tmp_path / "log.jsonl").write_text('{"step": 0}\n{"step": 7}\n')
+    seen = []
+
+    def saved(path):
+        seen.append(path.name)
+        return {"config": asdict(c) | {"out_dir": "elsewhere", "threads": 9}}
+
+    monkeypatch.setattr(bench, "load_checkpoint", saved)
+    assert bench.log_of(c) == [{"step": 0}, {"step": 7}] and seen == ["step_00000007.pt"]
+    assert bench.log_of(replace(c, seed=c.seed + 1)) == []  # another run than the one that is there
+    monkeypatch.undo()
+    assert bench.log_of(c) == []  # no checkpoint: not complete
+
+
+def test_narrowed_is_the_widest_that_fits():
+    c = load("configs/sam_6m.py --vocab_size=50")
+    most = bench.parameters_of(replace(c, n_hidden=96))
+    assert bench.narrowed(c, most).n_hidden == 96 and bench.narrowed(c, most - 1).n_hidden == 88
+
+
+def test_results_are_written_when_asked_for(tmp_path, monkeypatch, capsys):
+    sam = str(Path("configs/sam_v1_char.py").resolve())
+    monkeypatch.chdir(tmp_path)
+    bench.main(["params", sam, "--threads", "1", "--device", "cpu"])
+    assert list(tmp_path.iterdir()) == []  # nothing, unless asked
+    argv = ["params", sam, "--save", "--device", "cpu", "--out_dir", str(tmp_path)]
+    monkeypatch.setattr(sys, "argv", [str(tmp_path / "bench.py"), *argv])
+    bench.main(argv)
+    text = Path("results", "params_sam_v1_char_cpu.json").read_text()
+    result = json.loads(text)
+    assert result["config"]["n_layer"] == 2 and result["parameters"] > 0
+    assert result["command"].startswith("python bench.py params sam_v1_char.py --save --device cpu")
+    assert str(tmp_path) not in text and str(Path(sam).parent) not in text  # nobody's folders
+    capsys.readouterr()
+
+    Path("results", "params_cpu.json").mkdir()
+    monkeypatch.setitem(bench.COMMANDS, "params", lambda *_: pytest.fail("measured before"))
+    with pytest.raises(SystemExit):
+        bench.main(["params", "--save", "--device=cpu"])
+    err = capsys.readouterr().err
+    assert "cannot write results/params_cpu.json" in err and err.count("\n") == 1
+
+
+@pytest.mark.parametrize("error, code", [(KeyboardInterrupt, 130), (BrokenPipeError, 141)])
+def test_ctrl_c_and_a_closed_pipe_end_without_a_word(error, code, monkeypatch, capsys):
+    def fail(c, run):
+        raise error
+
+    monkeypatch.setattr(config.os, "dup2", lambda *_: None)  # the test's own stdout stays
+    monkeypatch.setitem(bench.COMMANDS, "params", fail)
+    with pytest.raises(SystemExit) as stopped:
+        bench.main(["params", "--device=cpu"])
+    assert stopped.value.code == code and capsys.readouterr() == ("", "")
+
+
+def test_help(capsys):
+    bench.main(["--help"])
+    assert capsys.readouterr().out.strip() == bench.__doc__.strip()
+    with pytest.raises(SystemExit) as stopped:
+        bench.main(["params", "--help"])
+    assert stopped.value.code == 0 and "--gpus=0" in capsys.readouterr().out
 
 
 def test_a_plan_shards_the_optimiser():
@@ -212,13 +385,17 @@ def test_a_plan_shards_the_optimiser():
 )
 def test_ablations_change_one_ingredient_at_no_more_parameters(argv, width, variants, monkeypatch):
     trained = {}
-    line = dict(bpb=1.0, heldout=2.0, rate=[0.1, 0.3], synops=1.0, synapses=4, tokens_per_s=5.0)
+    line = dict(bpb=0.75, heldout=2.0, rate=[0.1, 0.3], synops=1.0, synapses=4, tokens_per_s=5.0)
+
+    def log(name):
+        if name not in trained:
+            return []
+        return [line, line | {"bpb": 1.0}] if name.startswith("bare") else [line, line]
+
     monkeypatch.setattr(
         bench.trainer, "train", lambda s, run: trained.update({Path(s.out_dir).name: s})
     )
-    monkeypatch.setattr(
-        bench, "log_of", lambda s: [line, line] if Path(s.out_dir).name in trained else []
-    )
+    monkeypatch.setattr(bench, "log_of", lambda s: log(Path(s.out_dir).name))
     more = ["--vocab_size=1024", "--seeds=1", f"--variants={' '.join(variants)}"]
     c = config.load(bench.BenchConfig, [*argv.split(), *more])
     rows = bench.ablate(c, RUN)["variants"]
@@ -230,3 +407,4 @@ def test_ablations_change_one_ingredient_at_no_more_parameters(argv, width, vari
         assert replace(settings, **others) == replace(bare, **overrides)
         assert bench.parameters_of(settings) <= bench.parameters_of(bare), name
     assert rows["bare"]["triggered"] == [0.25] and rows["bare"]["rate"] == [0.2]
+    assert rows["bare"]["gain"] == 0 and rows[variants[-1]]["gain"] == 0.25  # bits that it saves

@@ -35,6 +35,52 @@ def test_the_last_wins(tmp_path):
     assert config.load(Small, ["--width=16", path]) == Small(width=16, rate=1.0)
     assert config.load(Small, ["--fast"]) == Small(fast=True)  # a switch needs no value
     assert config.load(Small, [path, "--fast=True", "--name=3"]) == Small(8, 1.0, "3", True)
+    assert config.load(Small, [path, "--width=1", "--width=2"]).width == 2
+
+
+@pytest.mark.parametrize(
+    "argv, expected",
+    [
+        ("--width 8 --rate -1", Small(width=8, rate=-1.0)),
+        ("--fast --name hi", Small(name="hi", fast=True)),  # a switch takes no word but these two
+        ("--fast True --width 8", Small(width=8, fast=True)),
+        ("--fast False", Small()),
+        ("--fast CONFIG --rate 2", Small(width=16, rate=2.0, fast=True)),
+        ("--rate 2 CONFIG --name=-", Small(width=16, rate=2.0, name="-")),
+        ("--name --fast", "--name has no value; write --name=VALUE"),
+        ("CONFIG --name", "--name has no value; write --name=VALUE"),
+        ("--widht 8", "did you mean 'width'"),
+        ("--widht", "did you mean 'width'"),
+        ("--width CONFIG", "width must be of type int, got"),
+    ],
+)
+def test_a_value_may_follow_its_name(argv, expected, tmp_path, capsys):
+    path = write(tmp_path, "width = 16")
+    argv = [path if word == "CONFIG" else word for word in argv.split()]
+    if isinstance(expected, Small):
+        assert config.load(Small, argv) == expected
+    else:
+        with pytest.raises(SystemExit):
+            config.load(Small, argv)
+        assert expected in capsys.readouterr().err
+    assert config.load(Small, ["--name", "", "--rate", "1e-3"]) == Small(name="", rate=1e-3)
+
+
+def test_a_config_file_may_import_and_compute(tmp_path):
+    lines = """
+import math
+from dataclasses import dataclass
+import numpy as np
+def half(x):
+    return x / 2
+class Plan:
+    base = 8
+_pieces = [1, 2]
+fast = any(x > 1 for x in _pieces)
+width = Plan.base * len(_pieces)
+rate = half(np.float32(0.5) * math.sqrt(4))
+"""
+    assert config.load(Small, [write(tmp_path, lines)]) == Small(width=16, rate=0.5, fast=True)
 
 
 @pytest.mark.parametrize(
@@ -51,6 +97,12 @@ def test_the_last_wins(tmp_path):
         (["missing.py"], None, "cannot read the config file missing.py"),
         ([], "width = (", "SyntaxError"),
         ([], "width = 1 / 0", "ZeroDivisionError"),
+        ([], "import nothing.here", "ModuleNotFoundError"),
+        ([], "def rate(): pass", "rate must be of type float, got <function"),  # not a helper
+        ([], "for i in range(3): width = i", "if it is a helper, name it _i"),
+        ([], "rate = 10**400", "rate must fit into 64 bits"),
+        (["--rate=1e999"], None, "rate must be finite"),
+        (["--width={[]: 1}"], None, "width must be of type int"),
     ],
 )
 def test_a_mistake_is_one_line_and_exit_2(argv, file, expected, tmp_path, capsys):
@@ -105,3 +157,14 @@ def test_paths_may_begin_with_a_tilde(monkeypatch):
     for cls in (TrainConfig, SampleConfig, CellConfig):
         for path in set(config.PATHS.split()) & {f.name for f in fields(cls)}:
             assert config.checked(cls, path, "~/x", "") == "/home/me/x"
+
+
+def test_writable_makes_the_folder_and_keeps_the_file(tmp_path):
+    path = tmp_path / "new" / "result.json"
+    assert config.writable(path) == path and path.parent.is_dir() and not path.exists()
+    path.write_text("kept")
+    config.writable(path)
+    assert path.read_text() == "kept"
+    for wrong, why in ((path / "x.json", "exists|directory"), (tmp_path, "directory")):
+        with pytest.raises(ValueError, match=f"cannot write {wrong}: .*({why})"):
+            config.writable(wrong)
