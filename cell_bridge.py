@@ -248,9 +248,9 @@ def perturbed(label, control):
 
     A label may name the control too, as those of GEARS do: A+ctrl and ctrl+A are gene A.
     """
-    genes = {part for part in label.split("+") if part not in (control, "")}
+    genes = set(label.split("+")) - {control}
     if label == control or not genes:
-        return control if label else ""
+        return control
     return "+" if len(genes) > 1 else genes.pop()
 
 
@@ -286,7 +286,7 @@ def read_h5ad(c):
         if X.shape != (len(code), len(genes)):
             raise ValueError(f"its shape is {X.shape}, not {len(code)} cells x {len(genes)} genes")
         others = " or ".join(f"--layer={place}" for place in places if place != c.layer)
-        return pseudobulk(X, code, len(pool) + 1, others or "another file: this has only X")
+        return pseudobulk(X, code, len(pool) + 1, others or f"another file: this has only {c.layer}")
 
     known, embedding = arrays(c.embedding, "genes", "embedding")
     if len(known) != len(embedding):
