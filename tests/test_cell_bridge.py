@@ -415,7 +415,7 @@ DAMAGE = {
 }
 WRONG = {
     "no drug in obs; set --column to one of: target_gene$": {"column": "drug"},
-    f"no DMSO in obs column target_gene; .*: {CONTROL}, (\\w+, ){{9}}[.]{{3}}$": {"control": "DMSO"},
+    f"no DMSO in obs column target_gene;.*: {CONTROL}, (\\w+, ){{9}}[.]{{3}}$": {"control": "DMSO"},
     "no name in var; set --symbols to one of: ": {"symbols": "name"},
     "no layers/a in .* --layer to one of: X$": {"layer": "layers/a"},
 }
