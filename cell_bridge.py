@@ -187,7 +187,10 @@ class Screen:
             raise ValueError("at least 10 perturbed genes are needed, and no gene listed twice")
         for name, symbols in PROGRAMS.items():
             if not set(symbols) & set(self.genes):
-                raise ValueError(f"unknown genes: none is of {name}; HGNC symbols are needed")
+                raise ValueError(
+                    f"unknown genes: none is of {name}; HGNC symbols are needed (of a .h5ad in its "
+                    "var's index, or in the column that --symbols names)"
+                )
         self.delta = self.profiles - self.control  # (n, G)
         self.member = membership(self.genes)
 
@@ -248,9 +251,9 @@ def perturbed(label, control):
 
     A label may name the control too, as those of GEARS do: A+ctrl and ctrl+A are gene A.
     """
-    genes = {part for part in label.split("+") if part not in (control, "")}
+    genes = set(label.split("+")) - {control}
     if label == control or not genes:
-        return control if label else ""
+        return control
     return "+" if len(genes) > 1 else genes.pop()
 
 
@@ -286,7 +289,8 @@ def read_h5ad(c):
         if X.shape != (len(code), len(genes)):
             raise ValueError(f"its shape is {X.shape}, not {len(code)} cells x {len(genes)} genes")
         others = " or ".join(f"--layer={place}" for place in places if place != c.layer)
-        return pseudobulk(X, code, len(pool) + 1, others or "another file: this has only X")
+        others = others or f"another file: this has only {c.layer}"
+        return pseudobulk(X, code, len(pool) + 1, others)
 
     known, embedding = arrays(c.embedding, "genes", "embedding")
     if len(known) != len(embedding):

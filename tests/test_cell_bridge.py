@@ -275,6 +275,8 @@ def test_h5ad_of_anndata_0_7(tmp_path, monkeypatch):
     pd = pytest.importorskip("pandas")
     c = save(tmp_path, counts, pd.Categorical([None, *labels[1:]]), genes)
 
+    ascii_text = pytest.importorskip("h5py").string_dtype("ascii")  # which is read as bytes
+
     def age(file):
         known = [CONTROL, *MARKERS[:10]]
         del file["obs/target_gene"], file.attrs["encoding-type"]
@@ -285,7 +287,7 @@ def test_h5ad_of_anndata_0_7(tmp_path, monkeypatch):
         for name, index in (("obs", [f"c{i}" for i in range(120)]), ("var", genes)):
             file[name].attrs["encoding-version"] = "0.1.0"
             del file[f"{name}/_index"]
-            file[f"{name}/_index"] = index
+            file.create_dataset(f"{name}/_index", data=index, dtype=ascii_text)
 
     edit(c, age)
     check_screen(cell_bridge.read_h5ad(c), counts[1:], labels[1:], genes)
@@ -327,6 +329,20 @@ def test_h5ad_is_streamed(how):
     assert np.allclose(variance, expected(counts, labels, CONTROL).var(0))
 
 
+def test_the_sum_of_doubled_entries_does_not_wrap_around():
+    sparse, bytes_ = pytest.importorskip("scipy.sparse"), np.array([200, 100, 100], np.uint8)
+    X = sparse.csr_matrix((bytes_, [0, 0, 1], [0, 3]), (1, 2))
+    mean, _ = cell_bridge.pseudobulk(X, np.array([0]), 1, "")
+    assert np.allclose(mean, np.log1p([[7500, 2500]]))
+
+
+def test_labels():
+    assert [cell_bridge.perturbed(x, "ctrl") for x in ("ctrl", "ctrl+ctrl")] == ["ctrl"] * 2
+    assert [cell_bridge.perturbed(x, "ctrl") for x in ("A", "A+ctrl", "ctrl+A", "A+A")] == ["A"] * 4
+    assert [cell_bridge.perturbed(x, "ctrl") for x in ("", "A+B", "A+B+ctrl")] == ["", "+", "+"]
+    assert cell_bridge.perturbed("no+drug", "no+drug") == "no+drug"
+
+
 def test_labels_of_gears(tmp_path, monkeypatch, capsys):
     """GEARS: A+ctrl or ctrl+A is one gene, A+B two; symbols stand in a column of var."""
     pd = pytest.importorskip("pandas")
@@ -360,7 +376,7 @@ def test_counts_are_demanded_and_found_elsewhere(tmp_path, monkeypatch):
         check_screen(cell_bridge.read_h5ad(replace(c, layer=layer)), counts, labels, genes)
 
 
-def test_a_symbol_listed_twice_is_read_out_once(tmp_path):
+def test_a_symbol_listed_twice_is_read_out_once(tmp_path, monkeypatch):
     counts, labels, genes = cells()
     pd = pytest.importorskip("pandas")
     c = save(tmp_path, counts, labels, pd.DataFrame({"symbol": [*genes[:-1], "A3"]}, index=genes))
@@ -369,6 +385,9 @@ def test_a_symbol_listed_twice_is_read_out_once(tmp_path):
     assert sorted(screen.genes) == sorted(genes[:-1]) and control.sum() > 5
     at = screen.genes.index("A3")
     assert screen.control[at] == pytest.approx(expected(counts, labels, CONTROL)[:, more].mean())
+    monkeypatch.setattr(cell_bridge, "VARIABLE", 4)
+    c = save(tmp_path, counts, labels, [*genes[:-1], genes[0]])
+    assert len(cell_bridge.read_h5ad(c).genes) == 6 + 4
 
 
 def put(name, at, value):
@@ -396,7 +415,7 @@ DAMAGE = {
 }
 WRONG = {
     "no drug in obs; set --column to one of: target_gene$": {"column": "drug"},
-    f"no DMSO in obs column target_gene; .* one of: {CONTROL}, .*[.]{{3}}$": {"control": "DMSO"},
+    f"no DMSO in obs column target_gene;.*: {CONTROL}, (\\w+, ){{9}}[.]{{3}}$": {"control": "DMSO"},
     "no name in var; set --symbols to one of: ": {"symbols": "name"},
     "no layers/a in .* --layer to one of: X$": {"layer": "layers/a"},
 }
@@ -406,7 +425,7 @@ WRONG = {
 def test_broken_cells_are_one_clear_line(tmp_path, message, capsys):
     pd, sparse = pytest.importorskip("pandas"), pytest.importorskip("scipy.sparse")
     counts, labels, genes = cells()
-    labels[20:70] = CONTROL  # the most frequent
+    labels[0], labels[20:70] = MARKERS[0], CONTROL  # the most frequent comes first
     c = save(tmp_path, sparse.csr_matrix(counts), pd.Categorical(labels), genes)
     if message in DAMAGE:
         edit(c, DAMAGE[message])
