@@ -451,6 +451,19 @@ def test_copies_of_held_out_documents_leave_the_sample(rows_server, tmp_path, mo
         data.prepare("stream:a/math/four", "byte", 1, tmp_path, bases=bases)
 
 
+def test_the_last_page_is_left_for_training(rows_server, monkeypatch):
+    bases = dict.fromkeys(data.BASES, rows_server.url)
+    (source,) = known_pages("a/math/four/train")
+    pages = [data.fetch_page(source.name, source.page(i), bases)[0] for i in range(source.pages)]
+    monkeypatch.setattr(data, "HELD_BYTES", 1)
+    monkeypatch.setattr(data, "SAMPLE_BYTES", sum(map(len, sum(pages[1:-1], []))))
+    train, held, _ = data.sample_mixture([source], bases)
+    assert held == pages[0] and train == sum(pages[1:-1], [])
+    monkeypatch.setattr(data, "SAMPLE_BYTES", data.SAMPLE_BYTES + 1)
+    with pytest.raises(DataError, match="too small to stream"):
+        data.sample_mixture([source], bases)
+
+
 def test_streams_that_cannot_be(rows_server, tmp_path, monkeypatch):
     nowhere = dict.fromkeys(data.BASES, "http://127.0.0.1:9")
     with pytest.raises(DataError, match="no network to stream.*--dataset=PATH") as caught:
@@ -841,7 +854,8 @@ def test_a_tokenizer_learns_of_a_part_of_much_text(tmp_path, monkeypatch):
 def test_large_vocabularies_and_letters_of_many_bytes(tmp_path):
     pairs = Tokenizer("bpe", [bytes([a, b]) for a in range(256) for b in range(256)])
     documents = [f"{PROSE[:200]}\n{i}" for i in range(60)]
-    made = data.prepare(write(tmp_path / "a.txt", data.END_TEXT.join(documents)), pairs, 0, tmp_path)
+    path = write(tmp_path / "a.txt", data.END_TEXT.join(documents))
+    made = data.prepare(path, pairs, 0, tmp_path)
     held = texts_of(made.heldout, pairs)
     assert made.heldout.dtype == np.uint32 and made.heldout.max() == pairs.end == 65_792
     assert made.heldout_bytes == len("".join(held).encode()) > len("".join(held))
