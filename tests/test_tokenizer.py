@@ -51,8 +51,9 @@ def test_any_bytes_decode(kind, corpus):
     ids = list(raw)  # the first 256 ids are the bytes
     assert tokenizer.decode_bytes(ids) == raw
     assert tokenizer.decode(ids) == raw.decode(errors="replace")
-    with pytest.raises(DataError, match="token ids"):
-        tokenizer.decode([tokenizer.vocab_size])
+    for bad in (tokenizer.vocab_size, -1):
+        with pytest.raises(DataError, match="token ids"):
+            tokenizer.decode([bad])
 
 
 @pytest.mark.parametrize("kind", ["byte", "bpe", "lengthmax"])
@@ -231,6 +232,7 @@ def test_lengthmax_learns_what_saves_most(corpus):
     assert set(range(256, 400 - 1)) <= set(ids)  # every token is of use
     tiny = train_tokenizer("lengthmax", ["one two", ""], 4096)
     assert tiny.vocab == [] and tiny.decode(tiny.encode(SAMPLE)) == SAMPLE
+    assert train_tokenizer("lengthmax", ["aaa"], 300).vocab == []  # aa would be used once
     for size, says in ((256, "vocab_size 256"), (50_001, "too large")):
         with pytest.raises(DataError, match=says):
             train_tokenizer("lengthmax", corpus, size)
