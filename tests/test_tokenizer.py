@@ -51,8 +51,9 @@ def test_any_bytes_decode(kind, corpus):
     ids = list(raw)  # the first 256 ids are the bytes
     assert tokenizer.decode_bytes(ids) == raw
     assert tokenizer.decode(ids) == raw.decode(errors="replace")
-    with pytest.raises(DataError, match="token ids"):
-        tokenizer.decode([tokenizer.vocab_size])
+    for bad in (tokenizer.vocab_size, -1):
+        with pytest.raises(DataError, match="token ids"):
+            tokenizer.decode([bad])
 
 
 @pytest.mark.parametrize("kind", ["byte", "bpe", "lengthmax"])
@@ -137,6 +138,12 @@ def test_bpe_agrees_with_brute_force(corpus):
         for word in re.findall(PATTERN, text + " new tacatcats"):
             pieces = [tokenizer.decode_bytes([i]) for i in tokenizer.encode(word)]
             assert pieces == brute_encode(word, ranks)
+
+
+def test_bpe_learns_from_all_of_a_long_word():
+    """Cut into parts of 256 letters, or a text without blanks would take hours."""
+    assert train_tokenizer("bpe", ["a" * 256 + "bc" * 99], 400).vocab[:2] == [b"aa", b"aaaa"]
+    assert b"bc" in train_tokenizer("bpe", ["a" * 256 + "bc" * 99], 400).vocab
 
 
 def test_bpe_is_deterministic_and_may_run_out_of_pairs(corpus, monkeypatch):
@@ -225,9 +232,17 @@ def test_lengthmax_learns_what_saves_most(corpus):
     assert set(range(256, 400 - 1)) <= set(ids)  # every token is of use
     tiny = train_tokenizer("lengthmax", ["one two", ""], 4096)
     assert tiny.vocab == [] and tiny.decode(tiny.encode(SAMPLE)) == SAMPLE
+    assert train_tokenizer("lengthmax", ["aaa"], 300).vocab == []  # aa would be used once
     for size, says in ((256, "vocab_size 256"), (50_001, "too large")):
         with pytest.raises(DataError, match=says):
             train_tokenizer("lengthmax", corpus, size)
+
+
+def test_lengthmax_learns_from_a_part_of_much_text(monkeypatch):
+    text = ("ab" * 10 + "\n" + "cd" * 10 + "\n") * 50  # 2100 characters in chunks of 20, 1, 20, 1
+    assert b"cd" in b"".join(train_tokenizer("lengthmax", [text], 300).vocab)
+    monkeypatch.setattr("tokenizer.LENGTHMAX_BYTES", 600)  # every fourth chunk
+    assert b"cd" not in b"".join(train_tokenizer("lengthmax", [text], 300).vocab)
 
 
 def test_runs_of_tokens():
