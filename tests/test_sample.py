@@ -324,6 +324,7 @@ def test_eval_reads_what_training_reads(ckpt, tmp_path, monkeypatch, capsys):
     out, err = run(capsys, f"--ckpt={ckpt}", "--eval=~/texts")
     assert out.startswith(f"{12 + 10 + 9 + 3} tokens, {12 + 10 + 9} bytes, 3 documents\n")
     assert "skipped 1 malformed" in err and "grammar" not in out
+    assert run(capsys, f"--ckpt={ckpt}", "--eval=~/texts", "--eval_length=2").out != out
     assert "no file or folder" in run(capsys, f"--ckpt={ckpt}", "--eval=~/none", code=2).err
 
 
@@ -336,7 +337,10 @@ def test_the_nursery_judges_its_model(tmp_path, monkeypatch, capsys, corpus):
         return [corpus[0], corpus[1] + ".", corpus[2], "x"]
 
     monkeypatch.setattr(nursery, "told_by", told_by)
-    mine = checkpoint(tmp_path / "mine.pt", dataset="nursery")
+    mine = asdict(ModelConfig(**TINY)) | {"seed": 9}
+    mine = checkpoint(tmp_path / "mine.pt", dataset="nursery", config=mine)
+    held_out, bits = nursery.nursery(3_000, "held-out 9")  # what training held out
+    size = sum(map(len, held_out))
     other = checkpoint(tmp_path / "other.pt", dataset="other.txt")
     verdict = "of 4 documents that it wrote, the grammar derives 2; 3 keep"
     text = tmp_path / "text.txt"
@@ -344,7 +348,8 @@ def test_the_nursery_judges_its_model(tmp_path, monkeypatch, capsys, corpus):
     for ask in ("--eval", "--eval=nursery", f"--eval={text}"):
         out = run(capsys, f"--ckpt={mine}", ask, "--seed=3").out
         assert verdict in out.splitlines()[-1]
-        assert ("entropy 0.1" in out) == (ask != f"--eval={text}")
+        is_corpus = f", {size} bytes," in out and f"(entropy {bits / size:.4f})" in out
+        assert is_corpus == (ask != f"--eval={text}")
     assert asked == [(SpikingLM, "byte", 100, 3)] * 3
     assert verdict in run(capsys, f"--ckpt={other}", "--eval", "--seed=1").out
     assert verdict not in run(capsys, f"--ckpt={other}", f"--eval={text}").out
