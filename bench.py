@@ -21,6 +21,7 @@ and git commit.
 Importing train.py is on purpose: what is timed is the training step itself, not a copy of it.
 """
 
+import bisect
 import itertools
 import json
 import math
@@ -806,11 +807,13 @@ def parameters_of(settings):
 
 
 def narrowed(settings, most, name="n_hidden"):
-    """The settings with the width, in steps of 8, that leaves at most so many parameters."""
-    width = getattr(settings, name) + 512
-    while parameters_of(settings := replace(settings, **{name: width})) > most:
-        width -= 8
-    return settings
+    """The settings with the largest width, in steps of 8, that has at most so many parameters."""
+    width = getattr(settings, name)
+    widths = range(width % 8 or 8, width + 513, 8)
+    fit = bisect.bisect(widths, most, key=lambda w: parameters_of(replace(settings, **{name: w})))
+    if not fit:
+        raise ValueError(f"no {name} leaves at most {most:,d} parameters: set a smaller --n_embd")
+    return replace(settings, **{name: widths[fit - 1]})
 
 
 def log_of(settings):

@@ -314,6 +314,8 @@ def test_narrowed_is_the_widest_that_fits():
     c = load("configs/sam_6m.py --vocab_size=50")
     most = bench.parameters_of(replace(c, n_hidden=96))
     assert bench.narrowed(c, most).n_hidden == 96 and bench.narrowed(c, most - 1).n_hidden == 88
+    with pytest.raises(ValueError, match="no n_hidden"):
+        bench.narrowed(c, 1000)
 
 
 def test_results_are_written_when_asked_for(tmp_path, monkeypatch, capsys):
@@ -407,4 +409,4 @@ def test_ablations_change_one_ingredient_at_no_more_parameters(argv, width, vari
         assert replace(settings, **others) == replace(bare, **overrides)
         assert bench.parameters_of(settings) <= bench.parameters_of(bare), name
     assert rows["bare"]["triggered"] == [0.25] and rows["bare"]["rate"] == [0.2]
-    assert rows["bare"]["gain"] == 0 and rows[variants[-1]]["gain"] == 0.25  # bits that it saves
+    assert rows["bare"]["gain"] == 0 and rows[list(variants)[-1]]["gain"] == 0.25  # bits that it saves

@@ -422,9 +422,22 @@ def test_auto_on_gpu(fresh, capsys):
     assert chosen(torch.zeros(2, 128, 128)) == "triton" and said[-1] == ""
     assert chosen(torch.zeros(1, 256, 256)) == "torch"
     assert re.fullmatch(r"lif: torch \(cuda\), as a head of 256 neurons.*\n", said[-1])
+    assert chosen(surrogate="mine") == "torch"
+    reason = "the surrogate 'mine' has no kernel: take backend='torch'"
+    assert said[-1] == f"lif: torch (cuda), as {reason}\n"
+    assert all(chosen(surrogate=name) == "triton" for name in SURROGATES)
     assert chosen(backend="torch") == "torch" and said[-1] == "lif: torch (cuda)\n"
     fresh.setattr(kernels, "HAS_TRITON", False)
     assert chosen() == "torch" and "Triton is not installed" in said[-1]
+
+
+@needs_triton
+def test_a_surrogate_without_a_kernel(fresh):
+    fresh.setitem(SURROGATES, "mine", SURROGATES["atan"])
+    spikes, *_ = kernels.lif(*small(), surrogate="mine")  # on a CPU it needs none
+    assert torch.equal(spikes, lif_torch(*small(), surrogate="atan")[0])
+    with pytest.raises(ValueError, match="'mine' has no kernel"):
+        kernels.lif(*(x.to(DEVICE) for x in small()), surrogate="mine", backend="triton")
 
 
 def test_import_without_triton():
