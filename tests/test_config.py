@@ -168,7 +168,11 @@ def test_writable_makes_the_folder_and_keeps_the_file(tmp_path):
 def test_a_closed_pipe_ends_without_a_word(script):
     read, write = os.pipe()
     os.close(read)
-    argv = [sys.executable, script]
-    done = subprocess.run(argv, cwd=Path(config.__file__).parent, stdout=write, stderr=subprocess.PIPE)
+    done = subprocess.run(
+        [sys.executable, script],
+        cwd=Path(config.__file__).parent,
+        stdout=write,
+        stderr=subprocess.PIPE,
+    )
     os.close(write)
     assert (done.returncode, done.stderr) == (141, b"")
