@@ -545,7 +545,7 @@ def train(c, run):
     stream = open_stream(corpus, position, c, run)
     model = torch.compile(raw) if c.compile else raw
     if run.world > 1:
-        model = DistributedDataParallel(model, broadcast_buffers=False)
+        model = DistributedDataParallel(model, forward_sync_buffers=False)
     run.say(
         f"{sum(p.numel() for p in raw.parameters()) / 1e6:.2f}M parameters on {run.device}"
         f"{f' x {run.world}' * (run.world > 1)} | {corpus.name}: "
