@@ -133,10 +133,10 @@ def test_random_weights_fire_at_trained_rates(tmp_path):
         work / (of_a + 12 * 128 * 64 + 64 * 64 + 64 * 400), rel=0.25
     )
     del found["o"]
-    with pytest.raises(ValueError, match="no population o"):
+    with pytest.raises(ValueError, match="no neurons called o"):
         bench.set_rates(model, found)
     result.write_text(json.dumps({"config": trained, "log": [{"rate": per_layer[1:]}]}))
-    with pytest.raises(ValueError, match="is not of a spiking block snn"):
+    with pytest.raises(ValueError, match="is not the result of a spiking model"):
         bench.trained_rates(c)
 
 
@@ -181,6 +181,7 @@ def test_generate_times_the_float_twin(monkeypatch):
         ("generate configs/snn_6m.py --tokens=0", "tokens, trials > 0 must hold"),
         ("recall --variants=zzz", "no variant is called 'zzz'"),
         ("ablate configs/snn_6m.py --variants=zzz", "no variant is called 'zzz'"),
+        ("frames configs/snn_6m.py", "frames measures block spark"),
         ("recall configs/snn_6m.py", "leave out configs/snn_6m.py"),
         ("guess", "write python bench.py scan|train"),
         ("", "write python bench.py scan|train"),
@@ -196,7 +197,10 @@ def load(words, *more):
     return config.load(bench.BenchConfig, [*words.split(), *more])
 
 
-@pytest.mark.parametrize("path", sorted(Path("configs").glob("*.py")), ids=lambda path: path.stem)
+CONFIGS = sorted((Path(bench.__file__).parent / "configs").glob("*.py"))
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
 def test_params_of_every_config(path):
     c = load(f"{path} --device=cpu")
     result = bench.params(c, RUN)
@@ -212,7 +216,9 @@ def test_params_counts_by_hand():
         bench.params(load(f"configs/gpt_6m.py --window={n} --phases=stories:9"), RUN)["macs"]
         for n in (3, 512)
     )
-    assert far - near == 6 * 2 * 256 * (8 - 2)  # layers, q k and a v, earlier tokens
+    of_a_token = 6 * 2 * 256  # layers, q k and a v
+    assert near == 6 * (4 * 256**2 + 2 * 256 * 1112) + 4096 * 256 + 3 * of_a_token
+    assert far - near == (9 - 3) * of_a_token
 
 
 def test_a_plan_by_hand():
