@@ -170,8 +170,25 @@ def test_generate_times_the_float_twin(monkeypatch):
     argv = [*tiny.split(), *twin.split()]
     monkeypatch.setattr(bench, "set_rates", lambda model, rates: None)
     monkeypatch.setattr(bench, "trained_rates", lambda c: {})
+    ours = iter((3.0, 2.0))  # seconds of 20 tokens early in the text, and late
+
+    def turns(runs, *_):
+        took = next(ours)
+        return {name: [took if name == "ours" else 4.0] for name in runs}
+
+    monkeypatch.setattr(bench, "take_turns", turns)
     rows = bench.generate(config.load(bench.BenchConfig, argv), RUN)["contestants"]
+    assert rows["ours"]["early_ms_per_token"] == 150 and rows["ours"]["late_ms_per_token"] == 100
     assert rows["ours"]["ratio"] == 1 and "triggered" not in rows["ours"]
+    assert rows["transformer, float32"]["ratio"] == 2
+
+
+def test_draw_takes_so_many_tokens_by_events_or_dense():
+    seen, usual = [], bench.lif_module.EVENT_RATE
+    stream = (seen.append(bench.lif_module.EVENT_RATE) for _ in itertools.count())
+    bench.draw(stream, 2, True)
+    bench.draw(stream, 3, False)
+    assert seen == [usual] * 2 + [0] * 3 and bench.lif_module.EVENT_RATE == usual > 0
 
 
 @pytest.mark.parametrize(
