@@ -21,6 +21,7 @@ and git commit.
 Importing train.py is on purpose: what is timed is the training step itself, not a copy of it.
 """
 
+import bisect
 import itertools
 import json
 import math
@@ -59,22 +60,22 @@ from train import Run, TrainConfig, environment, make_optimizers, train_step, wr
 class BenchConfig(TrainConfig):
     # measuring
     rounds: int = 9  # timed rounds per contestant
-    warmup: int = 2  # rounds before them
-    shapes: str = ""  # scan: BxTxN,BxTxN,... instead of the usual
+    warmup: int = 2  # untimed rounds before them
+    shapes: str = ""  # scan: BxTxN,BxTxN,... to time; empty: the default shapes
     length: int = 64  # train, frames: tokens of a sequence
     against: str = "configs/gpt_6m.py"  # train, generate: the transformer to compare with
     tokens: int = 2000  # generate: tokens from the first to the last measurement
-    long: int = 0  # generate: first write one text of so many tokens, on Linux; 0 writes none
+    long: int = 0  # generate: also time one text of this many tokens (Linux); 0: no
     threads: int = 2  # CPU threads of PyTorch
-    ckpt: str = ""  # generate: a checkpoint of train.py in place of random weights
-    rates: str = ""  # generate, block snn: the result of a trained one whose firing rates to take
-    gpus: int = 0  # params: plan a run of train.py on so many GPUs; 0 plans none
-    gpu_flops: float = 4e14  # params: what a GPU reaches per second in bfloat16 matrix products
+    ckpt: str = ""  # generate: take the weights of this checkpoint; empty: random weights
+    rates: str = ""  # generate, random snn: fire as often as in this result of train.py
+    gpus: int = 0  # params: plan a run of train.py on this many GPUs; 0: no plan
+    gpu_flops: float = 4e14  # params: operations per second that a GPU reaches in bfloat16
     gpu_link: float = 1e11  # params: bytes per second at which a GPU exchanges gradients
-    variants: str = ""  # ablate, recall: only those whose names contain one of these words
+    variants: str = ""  # ablate, recall: only variants whose name contains one of these words
     seeds: int = 2  # ablate, recall: runs per variant
-    trials: int = 50  # resume: runs that are killed
-    save: bool = False  # write the result to results/
+    trials: int = 50  # resume: how many runs are killed
+    save: bool = False  # write the result to a file in results/
 
     def scan_shapes(self):
         """[(B, T, N)] from the shapes setting, [] if it is empty."""
@@ -558,7 +559,7 @@ def draw(stream, n, events):
 def trained_rates(c):
     """Mean firing rates of a trained model of block snn: {population: spikes per token}."""
     if not c.rates:
-        raise ValueError("--rates=results/FILE.json must name the result of a trained snn model")
+        raise ValueError("name the result of a trained block snn: --rates=results/FILE.json")
     try:
         result = json.loads(Path(c.rates).read_text())
         was, rates = result["config"], result["log"][-1]["rate"]
@@ -568,7 +569,7 @@ def trained_rates(c):
     blocks = ["ah" if (i + 1) % every else "aoh" for i in range(was["n_layer"])]
     sites = [*"".join(blocks), *["head"] * (was.get("head") == "spikes")]
     if was["block"] != "snn" or len(rates) != len(sites):
-        raise ValueError(f"{c.rates} is not of a spiking block snn")
+        raise ValueError(f"{c.rates} is not the result of a spiking model of block snn")
     return {
         site: statistics.mean(rate for rate, name in zip(rates, sites) if name == site)
         for site in sites
@@ -579,13 +580,13 @@ def trained_rates(c):
 def set_rates(model, rates):
     """Give random neurons the gain at which they fire so often.
 
-    By small steps, since a rate is steep in the gain where neurons are to fire seldom; each on the
-    tokens that follow, since membranes fill for some hundred tokens.
+    Small steps, because at low rates the rate is very sensitive to the gain. Each step continues
+    the same text, because membranes need about 100 tokens to fill.
     """
     sites = [(block, site) for block in model.blocks for site in "aoh" if hasattr(block, site)]
     sites += [(model, "head")] if model.head is not None else []
     if lacking := {site for _, site in sites} - set(rates):
-        raise ValueError(f"the model of `rates` has no population {' or '.join(sorted(lacking))}")
+        raise ValueError(f"the model of --rates has no neurons called {', '.join(sorted(lacking))}")
     state = None
     for _ in range(20):
         tokens = torch.randint(model.config.vocab_size, (4, 64), device=model.rate.device)
@@ -600,7 +601,7 @@ def set_rates(model, rates):
 def frames(c, run):
     """Forward time where tokens expect to run half of k_max frames, against all of them always."""
     if c.block != "spark":
-        raise ValueError("frames needs neurons that run several: a config of block spark")
+        raise ValueError("frames measures block spark: name configs/neuronspark_6m.py")
     models, tokens = {}, torch.randint(c.vocab_size, (c.micro_tokens // c.length, c.length))
     tokens = tokens.to(run.device)
     for name, adaptive in ((FIXED, False), (OURS, True)):  # the same weights
@@ -806,11 +807,13 @@ def parameters_of(settings):
 
 
 def narrowed(settings, most, name="n_hidden"):
-    """The settings with the width, in steps of 8, that leaves at most so many parameters."""
-    width = getattr(settings, name) + 512
-    while parameters_of(settings := replace(settings, **{name: width})) > most:
-        width -= 8
-    return settings
+    """The settings with the largest width, in steps of 8, that has at most so many parameters."""
+    width = getattr(settings, name)
+    widths = range(width % 8 or 8, width + 513, 8)
+    fit = bisect.bisect(widths, most, key=lambda w: parameters_of(replace(settings, **{name: w})))
+    if not fit:
+        raise ValueError(f"no {name} leaves at most {most:,d} parameters: set a smaller --n_embd")
+    return replace(settings, **{name: widths[fit - 1]})
 
 
 def log_of(settings):
@@ -865,7 +868,7 @@ def ablate(c, run):
         row.setdefault("tokens_per_s", []).append(
             statistics.median(line["tokens_per_s"] for line in log[1:])
         )
-    print(f"\n{'':20s} bits per byte   +- of the bare one   rate   tokens/s   parameters")
+    print(f"\n{'':20s} bits per byte     change from bare   rate   tokens/s   parameters")
     for name, row in rows.items():
         row["mean_bpb"] = statistics.mean(row["bpb"])
         row["gain"] = rows["bare"]["mean_bpb"] - row["mean_bpb"]

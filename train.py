@@ -732,7 +732,7 @@ def train(c, run):
     stream = open_stream(corpus, position, c, run)
     model = torch.compile(raw) if c.compile else raw
     if run.world > 1:
-        model = DistributedDataParallel(model, broadcast_buffers=False)
+        model = DistributedDataParallel(model)
     record = environment(run.device, c.seed)  # now: the commit may be another one at the end
     introduce(corpus, raw, position, c, run)
 

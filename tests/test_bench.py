@@ -133,10 +133,10 @@ def test_random_weights_fire_at_trained_rates(tmp_path):
         work / (of_a + 12 * 128 * 64 + 64 * 64 + 64 * 400), rel=0.25
     )
     del found["o"]
-    with pytest.raises(ValueError, match="no population o"):
+    with pytest.raises(ValueError, match="no neurons called o"):
         bench.set_rates(model, found)
     result.write_text(json.dumps({"config": trained, "log": [{"rate": per_layer[1:]}]}))
-    with pytest.raises(ValueError, match="is not of a spiking block snn"):
+    with pytest.raises(ValueError, match="is not the result of a spiking model"):
         bench.trained_rates(c)
 
 
@@ -170,8 +170,25 @@ def test_generate_times_the_float_twin(monkeypatch):
     argv = [*tiny.split(), *twin.split()]
     monkeypatch.setattr(bench, "set_rates", lambda model, rates: None)
     monkeypatch.setattr(bench, "trained_rates", lambda c: {})
+    ours = iter((3.0, 2.0))  # seconds of 20 tokens early in the text, and late
+
+    def turns(runs, *_):
+        took = next(ours)
+        return {name: [took if name == "ours" else 4.0] for name in runs}
+
+    monkeypatch.setattr(bench, "take_turns", turns)
     rows = bench.generate(config.load(bench.BenchConfig, argv), RUN)["contestants"]
+    assert rows["ours"]["early_ms_per_token"] == 150 and rows["ours"]["late_ms_per_token"] == 100
     assert rows["ours"]["ratio"] == 1 and "triggered" not in rows["ours"]
+    assert rows["transformer, float32"]["ratio"] == 2
+
+
+def test_draw_takes_so_many_tokens_by_events_or_dense():
+    seen, usual = [], bench.lif_module.EVENT_RATE
+    stream = (seen.append(bench.lif_module.EVENT_RATE) for _ in itertools.count())
+    bench.draw(stream, 2, True)
+    bench.draw(stream, 3, False)
+    assert seen == [usual] * 2 + [0] * 3 and bench.lif_module.EVENT_RATE == usual > 0
 
 
 @pytest.mark.parametrize(
@@ -181,6 +198,7 @@ def test_generate_times_the_float_twin(monkeypatch):
         ("generate configs/snn_6m.py --tokens=0", "tokens, trials > 0 must hold"),
         ("recall --variants=zzz", "no variant is called 'zzz'"),
         ("ablate configs/snn_6m.py --variants=zzz", "no variant is called 'zzz'"),
+        ("frames configs/snn_6m.py", "frames measures block spark"),
         ("recall configs/snn_6m.py", "leave out configs/snn_6m.py"),
         ("guess", "write python bench.py scan|train"),
         ("", "write python bench.py scan|train"),
@@ -196,7 +214,10 @@ def load(words, *more):
     return config.load(bench.BenchConfig, [*words.split(), *more])
 
 
-@pytest.mark.parametrize("path", sorted(Path("configs").glob("*.py")), ids=lambda path: path.stem)
+CONFIGS = sorted((Path(bench.__file__).parent / "configs").glob("*.py"))
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
 def test_params_of_every_config(path):
     c = load(f"{path} --device=cpu")
     result = bench.params(c, RUN)
@@ -212,7 +233,9 @@ def test_params_counts_by_hand():
         bench.params(load(f"configs/gpt_6m.py --window={n} --phases=stories:9"), RUN)["macs"]
         for n in (3, 512)
     )
-    assert far - near == 6 * 2 * 256 * (8 - 2)  # layers, q k and attention v, tokens before this one
+    of_a_token = 6 * 2 * 256  # layers, q k and a v
+    assert near == 6 * (4 * 256**2 + 2 * 256 * 1112) + 4096 * 256 + 3 * of_a_token
+    assert far - near == (9 - 3) * of_a_token
 
 
 def test_a_plan_by_hand():
@@ -314,6 +337,8 @@ def test_narrowed_is_the_widest_that_fits():
     c = load("configs/sam_6m.py --vocab_size=50")
     most = bench.parameters_of(replace(c, n_hidden=96))
     assert bench.narrowed(c, most).n_hidden == 96 and bench.narrowed(c, most - 1).n_hidden == 88
+    with pytest.raises(ValueError, match="no n_hidden"):
+        bench.narrowed(c, 1000)
 
 
 def test_results_are_written_when_asked_for(tmp_path, monkeypatch, capsys):
@@ -407,4 +432,5 @@ def test_ablations_change_one_ingredient_at_no_more_parameters(argv, width, vari
         assert replace(settings, **others) == replace(bare, **overrides)
         assert bench.parameters_of(settings) <= bench.parameters_of(bare), name
     assert rows["bare"]["triggered"] == [0.25] and rows["bare"]["rate"] == [0.2]
-    assert rows["bare"]["gain"] == 0 and rows[variants[-1]]["gain"] == 0.25  # bits that it saves
+    gains = {name: row["gain"] for name, row in rows.items()}  # bits per byte that it saves
+    assert gains == {name: 0.25 * (name != "bare") for name in rows}

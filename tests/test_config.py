@@ -1,7 +1,11 @@
 """Settings: who wins, and how every mistake ends."""
 
 import ast
+import os
+import subprocess
+import sys
 from dataclasses import dataclass, fields
+from pathlib import Path
 
 import pytest
 
@@ -168,3 +172,17 @@ def test_writable_makes_the_folder_and_keeps_the_file(tmp_path):
     for wrong, why in ((path / "x.json", "exists|directory"), (tmp_path, "directory")):
         with pytest.raises(ValueError, match=f"cannot write {wrong}: .*({why})"):
             config.writable(wrong)
+
+
+@pytest.mark.parametrize("script", ["lif.py"])
+def test_a_closed_pipe_ends_without_a_word(script):
+    read, write = os.pipe()
+    os.close(read)
+    done = subprocess.run(
+        [sys.executable, script],
+        cwd=Path(config.__file__).parent,
+        stdout=write,
+        stderr=subprocess.PIPE,
+    )
+    os.close(write)
+    assert (done.returncode, done.stderr) == (141, b"")

@@ -415,9 +415,22 @@ def test_auto_on_gpu(fresh):
     assert chosen(torch.zeros(1, 256, 256)) == "torch"
     noted = r"lif: triton; lif: torch \(cuda\), as a head of 256 neurons.*"
     assert re.fullmatch(noted, kernels.backends())
+    assert chosen(surrogate="mine") == "torch"
+    reason = "the surrogate 'mine' has no kernel: take backend='torch'"
+    assert kernels.backends().endswith(f"; lif: torch (cuda), as {reason}")
+    assert all(chosen(surrogate=name) == "triton" for name in SURROGATES)
     assert chosen(backend="torch") == "torch" and kernels.backends().endswith("; lif: torch (cuda)")
     fresh.setattr(kernels, "HAS_TRITON", False)
     assert chosen() == "torch" and "Triton is not installed" in kernels.backends()
+
+
+@needs_triton
+def test_a_surrogate_without_a_kernel(fresh):
+    fresh.setitem(SURROGATES, "mine", SURROGATES["atan"])
+    spikes, *_ = kernels.lif(*small(), surrogate="mine")  # on a CPU it needs none
+    assert torch.equal(spikes, lif_torch(*small(), surrogate="atan")[0])
+    with pytest.raises(ValueError, match="'mine' has no kernel"):
+        kernels.lif(*(x.to(DEVICE) for x in small()), surrogate="mine", backend="triton")
 
 
 def test_import_without_triton():

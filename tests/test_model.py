@@ -11,9 +11,9 @@ import torch.nn.functional as F
 from conftest import check_state, leaves
 
 import config
-from lif import Report, Synapse
-from model import ModelConfig, Population, SpikingLM, pick, rotate, spike_encode
-from train import TrainConfig
+from lif import Linear, Report, Synapse
+from model import BLOCKS, ModelConfig, Population, SpikingLM, lif, pick, rotate, spike_encode
+from train import Run, TrainConfig, make_optimizers, train_step
 
 CONFIGS = sorted(p.name for p in Path(__file__).parent.parent.glob("configs/*.py"))
 ONE_PER_BLOCK = ["sam_6m.py", "spikewhale_6m.py", "neuronspark_6m.py", "snn_6m.py", "gpt_6m.py"]
@@ -631,3 +631,39 @@ def test_dropout_is_of_training_only_and_keeps_the_mean(name):
     kept = part != 0
     assert kept.float().mean().item() == pytest.approx(0.75, abs=0.03)
     torch.testing.assert_close(part[kept], whole[kept] / 0.75)
+
+
+class Plain(torch.nn.Module):
+    """A block that has all that the README asks for, and nothing else."""
+
+    def __init__(self, config, index):
+        super().__init__()
+        self.w = Linear(config.n_hidden, config.n_hidden)
+
+    def forward(self, x, state, report):
+        return x + torch.tanh(self.w(x, report)), state
+
+
+class Firing(Plain):
+    def forward(self, x, state, report):
+        one = torch.ones(x.shape[-1])
+        spikes, _, state = lif(self.w(x, report), 0.5 * one, 0.1 * one, state=state)
+        report.fired(spikes)
+        return x + spikes, state
+
+
+@pytest.mark.parametrize("more", [{}, {"head": "spikes", "n_embd": 16}, {"checkpointing": True}])
+@pytest.mark.parametrize("block", [Plain, Firing])
+def test_a_new_block_needs_an_entry_and_nothing_else(block, more, monkeypatch):
+    monkeypatch.setitem(BLOCKS, "mine", block)
+    settings = dict(block="mine", vocab_size=20, n_embd=8, n_hidden=16, n_layer=2, device="cpu")
+    c = TrainConfig(**settings | {"dtype": "float32", "threads": 1} | more)
+    run, model = Run(c), SpikingLM(c)
+    optimizers = make_optimizers(c, model, run.device)
+    for group in optimizers[0].param_groups:
+        group["lr"] = 0.01
+    x = torch.arange(8).expand(2, 8)
+    nats = [train_step(model, model, optimizers, x, x + 1, c, run) for _ in range(9)]
+    assert nats[-1][0] < nats[0][0] - 0.1 and nats[0][2].shape == model.rate.shape
+    model.observe(nats[-1][0], nats[-1][2])
+    assert len(list(islice(model.generate(x[:1]), 3))) == 3
