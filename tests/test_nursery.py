@@ -94,9 +94,11 @@ STORY = (
         (" until bedtime.", " until", 0, 1),  # cut off
         ("bees. ", "bees. The end. ", 0, 0),  # so far it is kept, but then Anna is new
         ("said Anna. They", "said Anna. Well, they", 0, 1),
+        ("They played tag", "Then the cat played", 0, 0),  # so is the cat
         ("he sat", "she sat", 0, 0),  # Tom has become somebody else
         ("Tom took", "Anna took", 0, 0),  # known, but not the one
         ("Tom took", "Tim took", 0, 1),  # no name
+        ("She was new", "Her was new", 0, 1),  # nor is that "he"
         ("a busy fox", "a busy owl", 0, 0),  # as the first one
         ("Long ago, there lived", "Tom", 0, 0),  # never began
         (STORY, "", 0, 0),
