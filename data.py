@@ -209,7 +209,8 @@ def list_files(root: Path, own=(), log=print) -> dict[str, Path]:
         name = path.relative_to(root).as_posix() if path != root else path.name
         is_hidden = re.search(r"(^|/)(\.|__MACOSX/)", name) and path != root
         is_cache = path.name == "meta.json" and path.with_name("heldout.bin").exists()
-        if is_hidden or is_cache or any(f in path.parents for f in own) or not path.is_file():
+        is_log = path.name == "log.jsonl" and any(path.parent.glob("*.pt"))  # of some run
+        if is_hidden or is_cache or is_log or any(f in path.parents for f in own) or not path.is_file():
             continue
         if name.lower().removesuffix(".gz").endswith(TEXT + RECORDS):
             files[name] = path

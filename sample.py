@@ -204,11 +204,9 @@ def evaluate(c):
     writes documents of its own, and the nursery judges them."""
     name, checkpoint = open_checkpoint(c)
     if c.eval == "nursery":  # the text that is held out in training
-        seed = checkpoint["config"].get("seed")
-        documents, entropy = nursery.nursery(data.NURSERY_BYTES[1], f"held-out {seed}")
+        documents, entropy = nursery.nursery(data.NURSERY_BYTES[1], "held-out 0")
     else:
-        files = data.list_files(Path(c.eval))
-        documents, entropy = [text for file in files for text in data.read_file(file, note)], None
+        documents, entropy = data.read_documents(c.eval, note), None
     speaker = Speaker.of(name, checkpoint, c)
     ids, end = [], speaker.tokenizer.end
     for text_ids in speaker.tokenizer.encode_batch(documents):

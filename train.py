@@ -46,7 +46,7 @@ from checkpoint import (
     whole_file,
 )  # fmt: skip
 from model import ModelConfig, SpikingLM, Synapse, find_device
-from nursery import judge, told_by
+from nursery import VERDICT, judge, told_by
 from tokenizer import DataError, tokenizer_from_state
 from traits import IGNORED
 
@@ -353,8 +353,9 @@ def train_step(model, raw, optimizers, x, y, c, run):
 
 def evaluate(raw, corpus, phase, length, c, run):
     """What the log says of the model: the phase's validation loss, and the held-out score."""
-    tokens, heldout = corpus.valid[phase][:8193], corpus.heldout[: c.eval_tokens + 1]
-    counted = corpus.answers["valid"][:8193] if c.answers_only else None
+    n = min(8192, c.eval_tokens) + 1
+    tokens, heldout = corpus.valid[phase][:n], corpus.heldout[: c.eval_tokens + 1]
+    counted = corpus.answers["valid"][:n] if c.answers_only else None
     raw.eval()
     with run.autocast:
         valid = raw.score(tokens, length, counted)
@@ -549,12 +550,17 @@ def open_curriculum(corpus, c, run):
     return [(phase, length) for phase, length in wanted if phase in enough]
 
 
+def had_its_share(position, c):
+    """Whether a phase, not the last one, has taken its share of the steps."""
+    is_last = position.phase + 1 == len(position.curriculum)
+    return position.phase_step >= c.phase_share * c.max_steps and not is_last
+
+
 def advance(position, valid, c, run):
     """Go on to the next phase if this one, by its valid losses, has converged or had its share."""
     position.history.append(valid)
     is_converged = converged(position.history, c)
-    is_late = position.phase_step >= c.phase_share * c.max_steps
-    if (is_converged or is_late) and position.phase + 1 < len(position.curriculum):
+    if (is_converged or had_its_share(position, c)) and position.phase + 1 < len(position.curriculum):
         why = "converged" if is_converged else "its share of the steps is over"
         old, new = (position.curriculum[position.phase + i][0] for i in (0, 1))
         run.say(f"        {old} -> {new}: {why}")
@@ -706,11 +712,8 @@ def finish(corpus, raw, position, record, c, run, out):
         + f", {position.step} steps, {position.tokens:,} tokens, {position.minutes:.1f} minutes"
     )
     if corpus.name == "nursery":
-        exam = record["exam"] = judge(told_by(raw, corpus.tokenizer))
-        run.say(
-            f"of {exam['documents']} documents that it wrote the grammar derives "
-            f"{exam['derivable']}; {exam['consistent']} keep every name and thing they began with"
-        )
+        record["exam"] = judge(told_by(raw, corpus.tokenizer, seed=c.seed))
+        run.say(VERDICT.format(**record["exam"]))
     run.say(f'next: {speak} --prompt="Once upon a time"\n      {speak} --chat')
     if c.result:
         record["data"] = {"name": corpus.name, "sha256": corpus.sha256}
@@ -748,7 +751,7 @@ def train(c, run):
         step, (phase, length) = position.step, position.curriculum[position.phase]
         position.minutes = (time.time() - start) / 60
         stopped = run.any_stopping()
-        is_due = step % c.eval_interval == 0 or step == c.max_steps
+        is_due = step % c.eval_interval == 0 or step == c.max_steps or had_its_share(position, c)
         if stream and (is_due or stopped):
             position.stream = run.of_all(stream.position)
         if is_due and step != position.evaluated and not stopped:
