@@ -11,6 +11,7 @@
     python bench.py ablate configs/spikewhale_6m.py --dataset=my.txt   what each ingredient is worth
     python bench.py recall                        a name, hundreds of tokens later: who was it?
     python bench.py resume                        training killed at random moments and resumed
+    python bench.py report                        writes RESULTS.md and assets/ from results/
 
 All contestants of a comparison run in one process, taking turns round by round, so that a slow
 moment of the machine hits all of them; the tables show medians and their ratio to ours. Peers that
@@ -52,6 +53,7 @@ from checkpoint import build, load_checkpoint
 from kernels import lif
 from lif import lif_torch
 from model import SpikingLM
+from report import write as write_report
 from tokenizer import DataError
 from train import Run, TrainConfig, environment, make_optimizers, train_step, write_result
 
@@ -1069,7 +1071,7 @@ def resume(c, run):
 
 COMMANDS = {"scan": scan, "train": train, "generate": generate, "frames": frames}
 COMMANDS |= {"params": params, "ablate": ablate, "tokens": tokens, "cell": cell, "resume": resume}
-COMMANDS |= {"recall": recall}
+COMMANDS |= {"recall": recall, "report": write_report}
 PRESET = {"recall": RECALL}  # settings that a command begins with; what is given is stronger
 
 
@@ -1080,6 +1082,10 @@ def main(argv):
         if not argv or argv[0] not in COMMANDS:
             names = "|".join(COMMANDS)
             raise ValueError(f"write python bench.py {names} [CONFIG.py] [--key=value ...]")
+        if argv[0] == "report":  # measures nothing
+            if argv[1:]:
+                raise ValueError(f"report has no settings: leave out {argv[1]}")
+            return write_report()
         c = config.load(BenchConfig, [*PRESET.get(argv[0], ()), *argv[1:]])
         files, _ = config.split(BenchConfig, argv[1:])
         if argv[0] in PRESET and files:

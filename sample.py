@@ -24,7 +24,6 @@ import config
 import data
 import kernels
 import nursery
-from cell_bridge import DRAWS, PROGRAMS
 from checkpoint import build, load_checkpoint
 from model import find_device
 from tokenizer import DataError, tokenizer_from_state
@@ -232,39 +231,15 @@ def evaluate(c):
 
 
 def picture(c):
-    """Draw every neuron of every layer as a dot: its colour is the gene program that it follows
-    most, its area the norm of the recurrent weights that it sends out."""
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        config.stop("--picture needs matplotlib: pip install matplotlib")
+    """Draw the neurons into a file, with matplotlib."""
+    from report import neurons  # needed here only
+
     name, checkpoint = open_checkpoint(c)
     note(name)
-    blocks = build(checkpoint).blocks
-    if not all(getattr(block, "modulation", None) for block in blocks):
-        config.stop(f"the neurons of {name} have no gene programs: train with block='whale'")
-    figure = Figure(figsize=(5 * len(blocks), 5.6), layout="constrained")
-    for i, (block, axes) in enumerate(
-        zip(blocks, figure.subplots(1, len(blocks), squeeze=False)[0])
-    ):
-        P = block.modulation.P
-        program = P.view(len(P), DRAWS, len(PROGRAMS)).mean(1).argmax(1)  # (N,)
-        order = program.argsort(stable=True)
-        weight = block.w_rec.detach().norm(dim=1) if block.w_rec is not None else torch.ones(len(P))
-        n = torch.arange(len(P))  # a sunflower: seed n at sqrt(n), one golden angle further
-        x, y = n.sqrt() * torch.cos(2.39996 * n), n.sqrt() * torch.sin(2.39996 * n)
-        area = 3e4 / len(P) * (weight / weight.max()).square()[order]
-        for k, name in enumerate(PROGRAMS):
-            own = program[order] == k
-            label = f"{name.replace('_', ' ')} ({int(own.sum())})"
-            axes.scatter(x[own], y[own], area[own], f"C{k}", label=label, linewidths=0)
-        axes.set(title=f"layer {i + 1}: {len(P)} neurons", aspect="equal")
-        axes.axis("off")
-        axes.legend(
-            loc="upper center", bbox_to_anchor=(0.5, 0), ncols=2, fontsize=8, markerscale=0.8
-        )
-    figure.savefig(c.picture, dpi=120, bbox_inches="tight")
-    print(f"wrote {c.picture}")
+    try:
+        neurons(c.picture, name, checkpoint)
+    except ImportError:
+        config.stop("--picture needs matplotlib: pip install matplotlib")
 
 
 def main(argv):
