@@ -181,6 +181,7 @@ def test_a_closed_pipe_ends_without_a_word(script):
     done = subprocess.run(
         [sys.executable, script],
         cwd=Path(config.__file__).parent,
+        env={**os.environ, "PYTHONUNBUFFERED": ""},  # so that the last flush is what fails
         stdout=write,
         stderr=subprocess.PIPE,
     )

@@ -667,4 +667,6 @@ def test_a_new_block_needs_an_entry_and_nothing_else(block, more, monkeypatch):
     nats = [train_step(model, model, optimizers, x, x + 1, c, run) for _ in range(9)]
     assert nats[-1][0] < nats[0][0] - 0.1 and nats[0][2].shape == model.rate.shape
     model.observe(nats[-1][0], nats[-1][2])
+    if model.head is not None:
+        assert model.work([torch.ones(16)]) == 1  # the head's synapses are all that are counted
     assert len(list(islice(model.generate(x[:1]), 3))) == 3
