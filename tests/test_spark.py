@@ -419,7 +419,7 @@ def test_structured_start():
 @pytest.mark.parametrize("name", ["neuronspark_6m.py", "spikewhale_6m.py", "sam_6m.py"])
 def test_checkpointing_is_bit_identical_and_counts_once(name):
     c = config.load(TrainConfig, [f"configs/{name}"])
-    c = replace(c, vocab_size=30, n_embd=16, n_hidden=16, n_layer=2, d_ff=24)
+    c = replace(c, vocab_size=30, n_embd=16, n_hidden=16, n_layer=2, d_ff=24, moe=2, moe_width=8)
     tokens, runs = torch.randint(30, (2, 6)), []
     for checkpointing in (False, True):
         torch.manual_seed(0)

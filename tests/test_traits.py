@@ -349,7 +349,7 @@ def phases_after(trait, x):
 def test_kuramoto_couples_all_pairs_and_falls_into_step_with_k():
     trait, data, rhythm = build("kuramoto")[0], stream(63), []
     for trait.steps in (0, 1, 3):
-        for K in (0.0, 0.5, 1.0, 1.5, 9.0):
+        for K in (0.0, 0.5, 1.0, 1.5, 9.0, -1.5, -9.0):
             trait.K.fill_(K)
             _, _, report = run([trait], data)
             rhythm.append(report.log["kuramoto_r"].item())
@@ -358,10 +358,10 @@ def test_kuramoto_couples_all_pairs_and_falls_into_step_with_k():
                 r = torch.polar(torch.ones_like(phase), phase).mean(-1).abs().mean().item()
                 assert rhythm[-1] == pytest.approx(r, abs=1e-5)
     assert all(0 <= r <= 1 for r in rhythm)
-    assert len(set(rhythm[:5])) == 1 and rhythm[0] < 0.4  # spread over the circle
-    for r in (rhythm[5:10], rhythm[10:]):
-        assert r[0] < r[1] < r[2] < r[3] == r[4]  # and |K| is at most 1.5
-    assert rhythm[13] > 0.8
+    assert len(set(rhythm[:7])) == 1 and rhythm[0] < 0.4  # spread over the circle
+    for r in (rhythm[7:14], rhythm[14:]):
+        assert r[0] < r[1] < r[2] < r[3] == r[4] and r[5] == r[6] < r[0]  # |K| is at most 1.5
+    assert rhythm[17] > 0.8
 
 
 # ---- MoE -----------------------------------------------------------------------------------------
@@ -538,6 +538,15 @@ def test_jepa_compares_with_the_next_position_and_stops_the_gradient_there():
     assert log["jepa_std"] == 0
     with pytest.raises(ValueError, match="2 tokens"):
         jepa.loss(h[:, :1], log)
+
+
+def test_jepa_predicts_by_its_equation():
+    torch.manual_seed(0)
+    jepa, h = JEPA(D), 3 * torch.randn(2, 9, D)
+    jepa.gate.data.fill_(2.0)
+    pred = h + 2 * jepa.predict(F.rms_norm(h, (D,)))
+    cos = F.cosine_similarity(pred[:, :-1], h[:, 1:], dim=-1)
+    torch.testing.assert_close(jepa.loss(h, {}), 0.1 * (1 - cos).mean())
 
 
 def test_jepa_learns_what_comes_next():
