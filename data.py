@@ -500,7 +500,7 @@ def _sha256_of(files: dict[str, Path]) -> str:
 # The same documents at five grains. A piece keeps the blank before it, as in the running text,
 # so that a word is made of the same tokens in every phase.
 
-PHASE_TOKENS = 4_000_000  # at most, of words, phrases, sentences: more would cost minutes
+PHASE_TOKENS = 1_000_000  # at most, of words, phrases, sentences: more would cost minutes
 
 
 def words(text: str) -> list[str]:

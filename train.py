@@ -87,7 +87,7 @@ class TrainConfig(ModelConfig):
     # evaluation and output
     eval_interval: int = 50  # steps between evaluations
     eval_length: int = 256  # tokens of a held-out row; a row starts from silence
-    eval_tokens: int = 65536  # held-out tokens scored at most, always the same ones
+    eval_tokens: int = 65536  # held-out tokens scored at most, always the same ones; last: more
     sample_tokens: int = 150  # longest sample printed at an evaluation; 0 prints none
     out_dir: str = "out/run"  # checkpoints and log; with a config file, by default out/<its name>
     cell: str = ""  # file of cell_bridge.py that sets block whale's neurons; empty: synthetic
@@ -351,10 +351,17 @@ def train_step(model, raw, optimizers, x, y, c, run):
     return run.mean(nats_mean).item(), norm.item(), run.mean(rates)
 
 
-def evaluate(raw, corpus, phase, length, c, run):
-    """What the log says of the model: the phase's validation loss, and the held-out score."""
+FINAL_TOKENS = 65536
+
+
+def evaluate(raw, corpus, phase, length, c, run, is_last=False):
+    """What the log says of the model: the phase's validation loss, and the held-out score.
+
+    The last evaluation of a run scores FINAL_TOKENS of the held-out text, or all of it.
+    """
     n = min(8192, c.eval_tokens) + 1
-    tokens, heldout = corpus.valid[phase][:n], corpus.heldout[: c.eval_tokens + 1]
+    most = max(c.eval_tokens, FINAL_TOKENS) if is_last else c.eval_tokens
+    tokens, heldout = corpus.valid[phase][:n], corpus.heldout[: most + 1]
     counted = corpus.answers["valid"][:n] if c.answers_only else None
     raw.eval()
     with run.autocast:
@@ -560,7 +567,8 @@ def advance(position, valid, c, run):
     """Go on to the next phase if this one, by its valid losses, has converged or had its share."""
     position.history.append(valid)
     is_converged = converged(position.history, c)
-    if (is_converged or had_its_share(position, c)) and position.phase + 1 < len(position.curriculum):
+    has_next = position.phase + 1 < len(position.curriculum)
+    if (is_converged or had_its_share(position, c)) and has_next:
         why = "converged" if is_converged else "its share of the steps is over"
         old, new = (position.curriculum[position.phase + i][0] for i in (0, 1))
         run.say(f"        {old} -> {new}: {why}")
@@ -759,7 +767,7 @@ def train(c, run):
             line = {"step": step, "phase": phase, "tokens": position.tokens}
             line["tokens_per_s"] = tokens / max(1e-9, time.time() - mark)
             line["train"] = sum(losses) / len(losses) if losses else None
-            line |= evaluate(raw, corpus, phase, length, c, run)
+            line |= evaluate(raw, corpus, phase, length, c, run, step == c.max_steps)
             check_finite("held-out loss", line["heldout"], position, corpus, out)
             line["minutes"] = position.minutes
             show(line, sample(raw, corpus.tokenizer, c, run) if run.main else [], c, run)

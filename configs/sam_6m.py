@@ -15,17 +15,17 @@ diversity = 0.4
 rate_target = 0.1
 rate_weight = 10.0
 
-# optimiser: a step of 16 sequences of 64 tokens, or as many tokens in another shape
-lr = 3e-3
+# optimiser: a step of 8 sequences of 64 tokens, or as many tokens in another shape
+lr = 2e-3
 min_lr = 0.0
-tokens_per_step = 1024
-max_steps = 700
-warmup_steps = 35
+tokens_per_step = 512
+max_steps = 940
+warmup_steps = 60
 
-# curriculum: the first four phases end after 5% of the steps at the latest; the last one is half
-# conversations and half stories
+# curriculum: each of the first four phases ends after 2% of the steps at the latest; then a batch
+# is half conversations, half stories
 phases = "words:8 phrases:16 sentences:32 stories:64 conversations:64"
-phase_share = 0.05
+phase_share = 0.02
 rehearse = 0.5
-eval_interval = 35
+eval_interval = 94
 eval_tokens = 8192
