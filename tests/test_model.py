@@ -582,6 +582,9 @@ def test_score_counts_every_token_once():
     for key, weight in (("nats", (1, 1)), ("synops", mean), ("rate", mean)):
         total = weight[0] * np.array(both[key]) + weight[1] * np.array(tail[key])
         assert short[key] == pytest.approx(total, rel=1e-4)
+    with torch.no_grad():
+        rate = [rate.mean().item() for rate in model(torch.from_numpy(tokens[None, :10]))[2].rate]
+    assert model.score(tokens[:11], 10)["rate"] == pytest.approx(rate)
     assert short["macs"] == model(torch.zeros(1, 1, dtype=torch.long))[2].macs  # of any token
 
 
