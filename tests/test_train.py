@@ -108,7 +108,7 @@ def test_golden_losses(one):
     assert [x["heldout"] for x in one[1]] == pytest.approx(GOLDEN, abs=1e-3)
 
 
-GOLDEN = [5.7039, 5.5265, 5.4351]
+GOLDEN = [5.7039, 5.5265, 5.4425]
 
 
 def test_two_processes_equal_one(text, one, tmp_path):
@@ -244,8 +244,8 @@ def test_fine_tuning(text, one, tmp_path, chats):
     tuned("--max_steps=40")
     first, _, last = read_log(tmp_path / "chat")
     assert last["valid"] < 0.8 * first["valid"]
-    resumed = tuned("--max_steps=41", "--init_from=resume", *TINY[1:7])
-    assert resumed["position"]["step"] == 41
+    tuned("--max_steps=41", "--init_from=resume", *TINY[1:7])
+    assert (tmp_path / "chat" / "step_00000041.pt").exists()
 
 
 def test_resume_knows_its_dataset_and_tokenizer(text, tmp_path):
