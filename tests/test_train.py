@@ -607,7 +607,9 @@ def test_evaluation_is_exact():
     lines = [evaluate(raw, corpus, "stories", 8, c, Run(c)) for _ in range(2)]
     assert lines[0] == lines[1] and raw.training
     assert lines[0]["bpb"] == pytest.approx(lines[0]["heldout"] / math.log(2))  # 40 bytes
-    assert lines[0]["valid_bpb"] == pytest.approx(lines[0]["valid"] * 109 / 108 / math.log(2))
+    assert lines[0]["valid_bpb"] == pytest.approx(lines[0]["valid"] / math.log(2))
+    last = evaluate(raw, corpus, "stories", 8, c, Run(c), is_last=True)  # all 108 bytes and END
+    assert last["bpb"] == pytest.approx(last["heldout"] * 109 / 108 / math.log(2))
     answers = np.zeros(len(tokens), np.uint8)
     answers[5:9] = 1
     corpus.answers = {"valid": answers}
