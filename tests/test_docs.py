@@ -36,11 +36,12 @@ MAY_IMPORT = {
     "sample": {"checkpoint", "config", "data", "kernels", "model", "nursery", "report"}
     | {"tokenizer"},
     # bench times the training step itself, so it takes it from train.py
-    "bench": {"cell_bridge", "checkpoint", "config", "data", "kernels", "lif", "model", "tokenizer", "train"}
-    | {"report"},
+    "bench": {"cell_bridge", "checkpoint", "config", "data", "kernels", "lif", "model", "report"}
+    | {"tokenizer", "train"},
 }
 PACKAGES = {"torch", "numpy", "tiktoken", "requests", "tqdm"}
-OPTIONAL = {"triton", "snntorch", "spikingjelly", "norse", "anndata", "h5py", "matplotlib", "PIL"}  # where used
+OPTIONAL = {"triton", "snntorch", "spikingjelly", "norse", "anndata", "h5py"}  # where used
+OPTIONAL |= {"matplotlib", "PIL"}
 
 
 def imports(path):
