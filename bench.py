@@ -668,7 +668,7 @@ def params(c, run):
 
 
 def plan(c, model, macs):
-    """What a step of train.py takes on each of so many GPUs, to be read before they are rented.
+    """What a step of train.py takes on each of N GPUs: a plan to read before renting them.
 
     Weights, gradients and optimiser states are float32. Activations are those that a forward pass
     of micro_tokens saves for backward, in bfloat16 where they enter matrices, counted on the meta
@@ -809,7 +809,7 @@ def parameters_of(settings):
 
 
 def narrowed(settings, most, name="n_hidden"):
-    """The settings with the largest width, in steps of 8, that has at most so many parameters."""
+    """The settings with the largest width, in steps of 8, within this number of parameters."""
     width = getattr(settings, name)
     widths = range(width % 8 or 8, width + 513, 8)
     fit = bisect.bisect(widths, most, key=lambda w: parameters_of(replace(settings, **{name: w})))
@@ -938,7 +938,7 @@ def teach(c, run):
 
 @torch.no_grad()
 def ask(model, distance, seed, run, rows=256):
-    """Tell a name, soon over, then another one, and ask after so many tokens of filler who it is.
+    """Tell a name, then another one, then filler of a given length, and ask for the last name.
 
     Returns how often the likeliest token is the second name, the nats that it costs, and the
     memory's share of the updates of the stream, in the last 32 rows.
@@ -978,14 +978,14 @@ def recall(c, run):
         for distance in ASKED:
             for what, value in ask(model, distance, settings.seed, run).items():
                 row.setdefault(what, {}).setdefault(str(distance), []).append(value)
-    print(f"\nnames recalled after so many tokens; by chance {100 / NAMES:.0f}%")
+    print(f"\nnames recalled, by tokens of filler; chance gives {100 / NAMES:.0f}%")
     print(f"{'':12s}" + "".join(f"{d:7d}" for d in ASKED) + "   memory's share   parameters")
     for name, row in rows.items():
         for what in ("accuracy", "nats", "share"):
             row[f"mean_{what}"] = {d: statistics.mean(x) for d, x in row[what].items()}
         print(f"{name:12s}" + "".join(f"{100 * x:6.0f}%" for x in row["mean_accuracy"].values()),
               f"{100 * row['mean_share'][str(ASKED[0])]:15.0f}%{row['parameters']:13d}")  # fmt: skip
-    what = "names recalled after so many tokens, by tiny models; a list has a value per seed"
+    what = "names recalled by tiny models, by tokens of filler; a list has a value per seed"
     return {"what": what, "chance": 1 / NAMES, "taught": TAUGHT, "variants": rows}
 
 
