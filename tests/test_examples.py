@@ -74,9 +74,9 @@ def test_make_it_yours_runs(tmp_path):
     for file, code in blocks:
         with (tmp_path / file).open("a") as f:
             f.write("\n\n" + code)
-    texts = [f"The cat number {i} sat on a mat and saw a bird." for i in range(300)]
-    (tmp_path / "my.txt").write_text("\n<|endoftext|>\n".join(texts))
-    chats = [json.dumps({"question": f"Who is number {i}?", "answer": texts[i]}) for i in range(300)]
+    said = [f"The cat number {i} sat on a mat and saw a bird." for i in range(300)]
+    (tmp_path / "my.txt").write_text("\n<|endoftext|>\n".join(said))
+    chats = [json.dumps({"question": "What did the cat do?", "answer": text}) for text in said]
     (tmp_path / "chats.jsonl").write_text("\n".join(chats))
     done = subprocess.run(
         [sys.executable, "-c", RUN, *commands], cwd=tmp_path, input="hello\n",
