@@ -21,7 +21,7 @@ from train import Run, TrainConfig, make_optimizers, train_step
 CONFIGS = sorted(p.name for p in Path(__file__).parent.parent.glob("configs/*.py"))
 ONE_PER_BLOCK = ["sam_6m.py", "spikewhale_6m.py", "neuronspark_6m.py", "snn_6m.py", "gpt_6m.py"]
 SMALL = dict(vocab_size=50, n_embd=16, n_layer=2, n_head=2, d_ff=24, n_state=2, k_max=3, noise=0)
-SMALL["window"] = 8
+SMALL |= dict(window=8, moe_width=8)
 
 
 def shrunk(name, **more):
@@ -66,7 +66,7 @@ def test_every_config_is_split_causal_and_learns(name):
 
 
 NOT_THE_DEFAULT = dict(embed_gain=2.0, slope=0.8, reset_grad=False, clamp=2.0, theta=0.9)
-NOT_THE_DEFAULT |= dict(mtp=2, moe=4, moe_width=8, memory=12)
+NOT_THE_DEFAULT |= dict(mtp=2, moe=4, memory=12)
 GOLDEN = {
     "sam_v1_char.py": [3.89285, 1.18348, 3.87233, 1.09598, 3.84891, 1.92358],
     "sam_v2.py": [3.9181, 1.18471, 3.89893, 1.15238, 3.88188, 1.13286],
@@ -219,19 +219,10 @@ def test_synops_of_the_model_are_counted_from_real_spikes():
 
 # ---- traits: any with any block ------------------------------------------------------------------
 
-TRAITS = {
-    "engram": {"engram": 61},
-    "hrm": {"hrm": 2},
-    "spike_attn": {"spike_attn": 2},
-    "progsem": {"progsem": 18},
-    "kuramoto": {"kuramoto": 8},
-    "moe": {"moe": 4, "moe_width": 8},
-    "memory": {"memory": 12},
-    "mtp": {"mtp": 2},
-    "jepa": {"jepa": True},
-}
-TRAITS["all"] = {key: value for switches in TRAITS.values() for key, value in switches.items()}
-OFF = {key: type(value)(0) for key, value in TRAITS["all"].items() if key != "moe_width"}
+SWITCHES = dict(engram=61, hrm=2, spike_attn=2, progsem=18, kuramoto=8, moe=4, memory=12, mtp=2)
+SWITCHES["jepa"] = True
+OFF = {key: type(value)(0) for key, value in SWITCHES.items()}
+TRAITS = {key: {key: value} for key, value in SWITCHES.items()} | {"all": SWITCHES}
 PAIRS = [(name, trait) for name in ("sam_6m.py", "gpt_6m.py") for trait in TRAITS]
 PAIRS += [(name, "all") for name in ONE_PER_BLOCK if (name, "all") not in PAIRS]
 
@@ -245,7 +236,7 @@ def test_a_trait_begins_as_almost_nothing_awake_and_keeps_its_state(name, trait)
     tokens = torch.randint(50, (3, 20))
     logits = backward(model.train(), tokens)
     torch.testing.assert_close(logits, plain(tokens)[0], rtol=0, atol=1e-3)
-    for own in [trait] if trait != "all" else set(TRAITS) - {"all"}:
+    for own in TRAITS[trait]:
         grads = [p.grad for key, p in model.named_parameters() if own in key.split(".")]
         assert any(g is not None and g.abs().sum() > 0 for g in grads), own
     with torch.no_grad():  # awake: what starts at zero would hide its mistakes
@@ -279,11 +270,11 @@ def test_snn_sends_at_most_one_spike_per_population_at_its_learned_level():
 def test_twin_of_snn_is_the_same_block_with_floats():
     sizes = dict(n_embd=16, n_hidden=16, head="spikes")
     spiking, twin = (model_of(shrunk("snn_6m.py", spikes=on, **sizes)) for on in (True, False))
-    sizes = [
+    of_spiking, of_twin = (
         {k: p.numel() for k, p in m.named_parameters() if "levels" not in k}
         for m in (spiking, twin)
-    ]
-    assert sizes[0] == sizes[1]
+    )
+    assert of_spiking == of_twin
     check_model(twin)
     _, _, report = twin(torch.randint(50, (1, 5)))
     assert report.rate == report.synops == [] and report.macs > 0
@@ -315,9 +306,8 @@ def test_halved_synapses_say_nearly_the_same(head):
 
 def test_without_modulation_all_neurons_are_alike():
     for block in model_of(shrunk("spikewhale_6m.py", modulation="none")).blocks:
-        assert (
-            block.modulation is None and len(block.theta.unique()) == len(block.beta.unique()) == 1
-        )
+        assert block.modulation is None
+        assert len(block.theta.unique()) == len(block.beta.unique()) == 1
     for block in model_of(shrunk("spikewhale_6m.py")).blocks:
         assert all(len(x.unique()) > 10 for x in block.modulation())
 
@@ -478,7 +468,7 @@ def test_penalty_pulls_the_rate_down():
     c = shrunk("sam_6m.py", rate_target=0.1, rate_weight=100.0)
     model = model_of(c).train()
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
-    tokens, rates = torch.randint(50, (4, 20)), []
+    tokens, rates = torch.randint(50, (8, 20)), []
     for _ in range(60):
         logits, _, report = model(tokens)
         _, others = model.loss(logits, tokens, report)
