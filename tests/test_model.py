@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import check_state, leaves
+from conftest import check_model, leaves
 
 import config
 from lif import Linear, Report, Synapse
@@ -21,13 +21,15 @@ from train import Run, TrainConfig, make_optimizers, train_step
 CONFIGS = sorted(p.name for p in Path(__file__).parent.parent.glob("configs/*.py"))
 ONE_PER_BLOCK = ["sam_6m.py", "spikewhale_6m.py", "neuronspark_6m.py", "snn_6m.py", "gpt_6m.py"]
 SMALL = dict(vocab_size=50, n_embd=16, n_layer=2, n_head=2, d_ff=24, n_state=2, k_max=3, noise=0)
+SMALL |= dict(window=8, moe_width=8)
 
 
 def shrunk(name, **more):
     c = config.load(TrainConfig, [f"configs/{name}"])
-    width = 32 if c.n_hidden > c.n_embd else 16
-    small = SMALL | {"attention": min(c.attention, 2), "attention_every": min(c.attention_every, 2)}
-    return replace(c, **small | {"n_hidden": width, "window": 8} | more)
+    most = {"attention": 2, "attention_every": 2, "engram": 61, "n_hidden": 16}
+    most["n_hidden"] *= 1 + (c.n_hidden > c.n_embd)
+    small = SMALL | {key: min(getattr(c, key), value) for key, value in most.items()}
+    return replace(c, **small | more)
 
 
 def model_of(c):
@@ -35,35 +37,36 @@ def model_of(c):
     return SpikingLM(c).eval()
 
 
+def backward(model, tokens):
+    """A step of training up to the gradients, on tokens that predict themselves."""
+    logits, _, report = model(tokens)
+    nats, others = model.loss(logits, tokens, report)
+    (nats + sum(others.values())).backward()
+    return logits
+
+
 @pytest.fixture(autouse=True)
 def in_the_repository(monkeypatch):
     monkeypatch.chdir(Path(__file__).parent.parent)
 
 
-@torch.no_grad()
-def whole_is_split(model):
-    tokens = torch.randint(50, (3, 30))
-    for rate in model(tokens)[2].rate:
-        assert 0.01 < rate.mean() < 0.99
-    check_state(lambda at, state: model(tokens[:, at], state)[:2], 30)
-
-
-def check_causal(model):
-    inputs = []
-    model.embedding.register_forward_hook(lambda m, i, out: inputs.append(out) or out.retain_grad())
-    logits, _, _ = model(torch.randint(50, (2, 9)))
-    logits[:, 4].square().sum().backward()
-    grad = inputs[0].grad.abs().sum((0, 2))  # (T,)
-    assert (grad[:5] > 0).all() and (grad[5:] == 0).all()
-
-
 @pytest.mark.parametrize("name", CONFIGS)
-def test_whole_equals_split_equals_token_by_token(name):
-    whole_is_split(model_of(shrunk(name)))
+def test_every_config_is_split_causal_and_learns(name):
+    model = model_of(shrunk(name))
+    check_model(model)
+    model.train().zero_grad()
+    tokens = torch.randint(50, (4, 12))
+    for _ in range(2):  # the first step wakes what stands behind a matrix of zeros
+        backward(model, tokens)
+        with torch.no_grad():
+            for p in model.parameters():
+                p -= 1e-3 * p.grad
+    for key, p in model.named_parameters():
+        assert p.grad is not None and p.grad.abs().sum() > 0, key
 
 
 NOT_THE_DEFAULT = dict(embed_gain=2.0, slope=0.8, reset_grad=False, clamp=2.0, theta=0.9)
-NOT_THE_DEFAULT |= dict(mtp=2, moe=4, moe_width=8, memory=12)
+NOT_THE_DEFAULT |= dict(mtp=2, moe=4, memory=12)
 GOLDEN = {
     "sam_v1_char.py": [3.89285, 1.18348, 3.87233, 1.09598, 3.84891, 1.92358],
     "sam_v2.py": [3.9181, 1.18471, 3.89893, 1.15238, 3.88188, 1.13286],
@@ -78,7 +81,9 @@ GOLDEN = {
 @pytest.mark.parametrize("name", GOLDEN)
 def test_golden_losses(name):
     """These change only if the numbers that a model computes change: then say why, and renew."""
-    model = model_of(shrunk(name, **NOT_THE_DEFAULT)).double().train()  # no spike is a toss-up
+    tables = {"engram": 8192} if "whale" in name else {}
+    model = model_of(shrunk(name, **NOT_THE_DEFAULT | tables))
+    model.double().train()  # in double precision no spike is a toss-up
     tokens, losses = torch.randint(50, (4, 13)), []
     for _ in range(3):
         logits, _, report = model(tokens[:, :-1])
@@ -101,7 +106,7 @@ def of_attention(model, T):
 @pytest.mark.parametrize("spikes", [True, False])
 def test_snn_with_attention_keeps_its_word(spikes):
     model = model_of(shrunk("snn_6m.py", attention=2, spikes=spikes))
-    whole_is_split(model)  # 30 tokens, a window of 8
+    check_model(model)
     with torch.no_grad():
         _, state, report = model(torch.randint(50, (1, 40)))
     half = model.config.n_hidden // 2
@@ -110,54 +115,37 @@ def test_snn_with_attention_keeps_its_word(spikes):
         blocks = sum(p.numel() for b in model.blocks for n, p in b.named_parameters() if "w_" in n)
         ends = model.embedding.weight.numel()
         assert sum(report.synapses) == blocks and report.macs == ends + of_attention(model, 40)
-    check_causal(model)
+
+
+@torch.no_grad()
+def reached(model, at, T):
+    """By how much the logits of T tokens change with the token `at`: (T,)."""
+    tokens = torch.arange(T).view(1, T)
+    other = tokens.masked_fill(tokens == at, 49)
+    return (model(tokens)[0] - model(other)[0]).abs().amax(-1)[0]
 
 
 def test_attention_of_snn_finds_what_a_window_hides():
     near = model_of(shrunk("snn_6m.py", attention=2, n_layer=1, beta_low=0.01, beta_high=0.011))
-    tokens = torch.randint(50, (1, 9))
-    other = tokens.clone()
-    other[0, 1] = (tokens[0, 1] + 1) % 50
-    with torch.no_grad():
-        change = (near(tokens)[0] - near(other)[0]).abs().amax(-1)[0]
-    assert change[8] > 1e-3  # seven tokens on: in a window of 8, and far beyond the leaks
+    assert reached(near, 1, 9)[8] > 1e-3  # in a window of 8, and far beyond the leaks
     near.blocks[0].config = replace(near.config, window=7)
-    with torch.no_grad():
-        change = (near(tokens)[0] - near(other)[0]).abs().amax(-1)[0]
-    assert change[7] > 1e-3 > 1e-6 > change[8]
+    change = reached(near, 1, 9)
+    assert change[7] > 1e-3 and change[8] < 1e-6
 
 
 def test_attention_stands_in_every_so_manyth_block():
     model = model_of(shrunk("snn_6m.py", attention=1, attention_every=2, n_layer=5))
     assert [hasattr(block, "w_qk") for block in model.blocks] == [False, True, False, True, False]
     assert len(model.sites) == 5 * 2 + 2
-    whole_is_split(model)
-
-
-@pytest.mark.parametrize("name", CONFIGS)
-def test_causal_by_gradient(name):
-    check_causal(model_of(shrunk(name)))
-
-
-@pytest.mark.parametrize("name", CONFIGS)
-def test_every_parameter_learns(name):
-    model = model_of(shrunk(name)).train()
-    tokens = torch.randint(50, (4, 12))
-    for _ in range(2):  # the first step wakes what stands behind a matrix of zeros
-        logits, _, report = model(tokens)
-        nats, others = model.loss(logits, tokens, report)
-        (nats + sum(others.values())).backward()
-        with torch.no_grad():
-            for p in model.parameters():
-                p -= 1e-3 * p.grad
-    for key, p in model.named_parameters():
-        assert p.grad is not None and p.grad.abs().sum() > 0, key
+    check_model(model)
 
 
 @pytest.mark.parametrize(
     "name, millions, tolerance",
     [("sam_6m.py", 6.04, 0.01), ("gpt_6m.py", 6.04, 0.01), ("sam_v1_char.py", 1, 0.2)]
-    + [("sam_v2.py", 3, 0.1), ("sam_v3.py", 6, 0.05), ("snn_6m.py", 6.12, 0.01)],
+    + [("sam_v2.py", 3, 0.1), ("sam_v3.py", 6, 0.05), ("snn_6m.py", 6.12, 0.01)]
+    + [("spikewhale_216m.py", 216.1, 0.001), ("neuronspark_0p9b.py", 874.1, 0.001)]
+    + [("snn_1b.py", 1069.7, 0.001)],
 )
 def test_parameters(name, millions, tolerance):
     with torch.device("meta"):
@@ -166,28 +154,22 @@ def test_parameters(name, millions, tolerance):
     assert count == pytest.approx(millions * 1e6, rel=tolerance)
 
 
+@torch.no_grad()
 def test_gpt_attends_to_its_window_and_no_further():
     model = model_of(shrunk("gpt_6m.py", n_layer=1, window=4))
-    tokens = torch.randint(50, (1, 12))
-    other = tokens.clone()
-    other[0, 5] = (tokens[0, 5] + 1) % 50
-    with torch.no_grad():
-        differs = (model(tokens)[0] - model(other)[0]).abs().amax(-1)[0] > 1e-6
-    assert differs.tolist() == [5 <= t <= 8 for t in range(12)]
-    with torch.no_grad():  # and counts what it attends to
-        _, state, first = model(tokens[:, :1])
-        macs = []
-        for t in range(1, 6):
-            _, state, report = model(tokens[:, t : t + 1], state)
-            macs.append(report.macs - first.macs)
-    assert macs == [pairs * 2 * 16 for pairs in (1, 2, 3, 3, 3)]
+    assert (reached(model, 5, 12) > 1e-6).tolist() == [5 <= t <= 8 for t in range(12)]
+    state, macs = None, []  # and counts what it attends to
+    for t in range(6):
+        _, state, report = model(torch.tensor([[t]]), state)
+        macs.append(report.macs - macs[0] if macs else report.macs)
+    assert macs[1:] == [pairs * 2 * 16 for pairs in (1, 2, 3, 3, 3)]
 
 
 @pytest.mark.parametrize("name", ["sam_6m.py", "snn_6m.py", "gpt_6m.py"])
 def test_generation_keeps_its_state_small_and_equals_the_forward(name):
     model = model_of(shrunk(name))
     prompt = torch.randint(50, (1, 5))
-    stream = list(islice(model.generate(prompt, temperature=0), 40))
+    stream = list(islice(model.generate(prompt, temperature=0), 25))
     tokens = torch.cat([prompt] + [token for token, _ in stream], 1)
     with torch.no_grad():
         logits, _, _ = model(tokens)
@@ -196,12 +178,12 @@ def test_generation_keeps_its_state_small_and_equals_the_forward(name):
     def size(state):
         return sum(x.numel() for x in leaves(state))
 
-    assert size(stream[20][1]) == size(stream[39][1])
+    assert size(stream[12][1]) == size(stream[24][1])
     if name == "gpt_6m.py":
-        assert stream[39][1][0][0].shape[2] == model.config.window - 1
+        assert stream[24][1][0][0].shape[2] == model.config.window - 1
     # the yielded state has seen all but the yielded token: going on from it changes nothing
     token, state = stream[9]
-    again = [t.item() for t, _ in islice(model.generate(token, state, temperature=0), 30)]
+    again = [t.item() for t, _ in islice(model.generate(token, state, temperature=0), 15)]
     assert again == [t.item() for t, _ in stream[10:]]
 
 
@@ -223,12 +205,12 @@ def test_synapse_counts_what_its_spikes_trigger():
     torch.testing.assert_close(y[0, 1], synapse.weight[3] + synapse.bias)  # a row per presynaptic
 
 
+@torch.no_grad()
 def test_synops_of_the_model_are_counted_from_real_spikes():
     model = model_of(shrunk("sam_6m.py"))
     tokens = torch.randint(50, (2, 20))
-    with torch.no_grad():
-        _, _, report = model(tokens)
-        encoded = (model.embedding(tokens) > 0).float().sum(-1).mean() * 32
+    _, _, report = model(tokens)
+    encoded = (model.embedding(tokens) > 0).float().sum(-1).mean() * 32
     expected = [encoded] + [rate.sum() * 32 for rate in report.rate]
     torch.testing.assert_close(torch.stack(report.synops), torch.stack(expected))
     assert report.synapses == [16 * 32] + [32 * 32] * 2
@@ -237,62 +219,45 @@ def test_synops_of_the_model_are_counted_from_real_spikes():
 
 # ---- traits: any with any block ------------------------------------------------------------------
 
-TRAITS = {
-    "engram": {"engram": 61},
-    "hrm": {"hrm": 2},
-    "spike_attn": {"spike_attn": 2},
-    "progsem": {"progsem": 18},
-    "kuramoto": {"kuramoto": 8},
-    "moe": {"moe": 4, "moe_width": 8},
-    "memory": {"memory": 12},
-    "mtp": {"mtp": 2},
-    "jepa": {"jepa": True},
-}
-TRAITS["all"] = {key: value for switches in TRAITS.values() for key, value in switches.items()}
-OFF = {key: type(value)(0) for key, value in TRAITS["all"].items() if key != "moe_width"}
-PAIRS = [(config, trait) for config in ONE_PER_BLOCK for trait in TRAITS]
+SWITCHES = dict(engram=61, hrm=2, spike_attn=2, progsem=18, kuramoto=8, moe=4, memory=12, mtp=2)
+SWITCHES["jepa"] = True
+OFF = {key: type(value)(0) for key, value in SWITCHES.items()}
+TRAITS = {key: {key: value} for key, value in SWITCHES.items()} | {"all": SWITCHES}
+PAIRS = [(name, trait) for name in ("sam_6m.py", "gpt_6m.py") for trait in TRAITS]
+PAIRS += [(name, "all") for name in ONE_PER_BLOCK if (name, "all") not in PAIRS]
 
 
 @pytest.mark.parametrize("name, trait", PAIRS)
-def test_a_trait_begins_as_almost_nothing_and_awake(name, trait):
+def test_a_trait_begins_as_almost_nothing_awake_and_keeps_its_state(name, trait):
     plain = model_of(shrunk(name, **OFF))
-    model = model_of(shrunk(name, **OFF | TRAITS[trait])).train()
+    model = model_of(shrunk(name, **OFF | TRAITS[trait]))
     missing = model.load_state_dict(plain.state_dict(), strict=False).missing_keys
     assert missing  # the trait's own
     tokens = torch.randint(50, (3, 20))
-    logits, _, report = model(tokens)
+    logits = backward(model.train(), tokens)
     torch.testing.assert_close(logits, plain(tokens)[0], rtol=0, atol=1e-3)
-    nats, others = model.loss(logits, tokens, report)
-    (nats + sum(others.values())).backward()
-    for own in [trait] if trait != "all" else set(TRAITS) - {"all"}:
+    for own in TRAITS[trait]:
         grads = [p.grad for key, p in model.named_parameters() if own in key.split(".")]
         assert any(g is not None and g.abs().sum() > 0 for g in grads), own
-
-
-@pytest.mark.parametrize("name, trait", PAIRS)
-def test_a_trait_is_causal_and_keeps_its_state(name, trait):
-    model = model_of(shrunk(name, **OFF | TRAITS[trait]))
     with torch.no_grad():  # awake: what starts at zero would hide its mistakes
         for key, p in model.named_parameters():
             if trait in key or trait == "all":
                 p += 0.1 * torch.randn_like(p)
-    whole_is_split(model)
-    check_causal(model)
+    check_model(model.eval())
 
 
+@torch.no_grad()
 def test_snn_sends_at_most_one_spike_per_population_at_its_learned_level():
     model = model_of(shrunk("snn_6m.py"))
-    with torch.no_grad():
-        for name, p in model.named_parameters():
-            if "levels" in name:
-                p += torch.randn_like(p)
+    for name, p in model.named_parameters():
+        if "levels" in name:
+            p += torch.randn_like(p)
     sent = []
     for block in model.blocks:
         ways = [(block.a, block.w_qk), (block.o, block.w_o)]
         for source, w in ways + [(block.a, block.w_in), (block.h, block.w_out)]:
             w.register_forward_pre_hook(lambda m, i, source=source: sent.append((source, m, i[0])))
-    with torch.no_grad():
-        _, _, report = model(torch.randint(50, (4, 30)))
+    _, _, report = model(torch.randint(50, (4, 30)))
     assert len(sent) == len(report.synops) == 4 * len(model.blocks)
     for (source, w, q), synops, synapses in zip(sent, report.synops, report.synapses):
         levels = source.levels.view(-1, 1, 1, q.shape[-1])  # (neurons of a population, 1, 1, N)
@@ -305,13 +270,12 @@ def test_snn_sends_at_most_one_spike_per_population_at_its_learned_level():
 def test_twin_of_snn_is_the_same_block_with_floats():
     sizes = dict(n_embd=16, n_hidden=16, head="spikes")
     spiking, twin = (model_of(shrunk("snn_6m.py", spikes=on, **sizes)) for on in (True, False))
-    sizes = [
+    of_spiking, of_twin = (
         {k: p.numel() for k, p in m.named_parameters() if "levels" not in k}
         for m in (spiking, twin)
-    ]
-    assert sizes[0] == sizes[1]
-    whole_is_split(twin)
-    check_causal(twin)
+    )
+    assert of_spiking == of_twin
+    check_model(twin)
     _, _, report = twin(torch.randint(50, (1, 5)))
     assert report.rate == report.synops == [] and report.macs > 0
     with torch.no_grad():  # and its populations send what the spikes stand for: v, or relu(v)
@@ -323,13 +287,13 @@ def test_twin_of_snn_is_the_same_block_with_floats():
 
 
 @pytest.mark.parametrize("head", ["float", "spikes"])
+@torch.no_grad()
 def test_halved_synapses_say_nearly_the_same(head):
     model = model_of(shrunk("snn_6m.py", head=head, n_embd=16, n_hidden=16))
     tokens = torch.randint(50, (1, 20))
-    with torch.no_grad():
-        whole = model(tokens)[0]
-        model.halve_synapses()
-        halved = model(tokens)[0]
+    whole = model(tokens)[0]
+    model.halve_synapses()
+    halved = model(tokens)[0]
     assert model.blocks[0].w_in.weight.dtype == torch.bfloat16 and halved.dtype == torch.float32
     first = (halved - whole)[:, 0].abs()  # later a flipped spike may tell them apart
     assert 0 < first.max() < 0.05 * whole.std()
@@ -342,9 +306,8 @@ def test_halved_synapses_say_nearly_the_same(head):
 
 def test_without_modulation_all_neurons_are_alike():
     for block in model_of(shrunk("spikewhale_6m.py", modulation="none")).blocks:
-        assert (
-            block.modulation is None and len(block.theta.unique()) == len(block.beta.unique()) == 1
-        )
+        assert block.modulation is None
+        assert len(block.theta.unique()) == len(block.beta.unique()) == 1
     for block in model_of(shrunk("spikewhale_6m.py")).blocks:
         assert all(len(x.unique()) > 10 for x in block.modulation())
 
@@ -352,8 +315,7 @@ def test_without_modulation_all_neurons_are_alike():
 def test_the_strengths_learn_and_travel_in_the_checkpoint():
     model = model_of(shrunk("spikewhale_6m.py"))
     tokens = torch.randint(50, (4, 20))
-    logits, _, report = model(tokens)
-    model.loss(logits, tokens, report)[0].backward()
+    backward(model, tokens)
     for block in model.blocks:
         for strength in (block.modulation.g_theta, block.modulation.g_beta, block.modulation.g_in):
             assert strength.grad.abs().sum() > 0
@@ -381,16 +343,15 @@ def test_shuffling_keeps_each_program_and_moves_it():
         torch.testing.assert_close(P[:n].sort(0).values, other[:n].sort(0).values)
 
 
+@torch.no_grad()
 def test_shares_of_the_updates():
     model = model_of(shrunk("gpt_6m.py", memory=8))
-    with torch.no_grad():
-        model.parts["memory"].read.weight.normal_()
-        for part in model.blocks:
-            part.out.weight.zero_(), part.down.weight.zero_()
-        _, _, report = model(torch.randint(50, (2, 200)))
+    model.parts["memory"].read.weight.normal_()
+    for part in model.blocks:
+        part.out.weight.zero_(), part.down.weight.zero_()
+    _, _, report = model(torch.randint(50, (2, 200)))
     assert report.log["share memory"] == 1 and report.log["share block1"] == 0
-    with torch.no_grad():
-        _, _, report = model_of(shrunk("sam_6m.py", memory=8))(torch.randint(50, (2, 20)))
+    _, _, report = model_of(shrunk("sam_6m.py", memory=8))(torch.randint(50, (2, 20)))
     shares = [value for name, value in report.log.items() if name.startswith("share")]
     assert len(shares) == 3 and sum(shares) == pytest.approx(1, abs=1e-6)
 
@@ -400,6 +361,7 @@ def test_shares_of_the_updates():
 
 @pytest.mark.parametrize("dtype, near", [(torch.float32, 1e-6), (torch.bfloat16, 2e-2)])
 @pytest.mark.parametrize("fired", [0, 1, 37, 80, 150, 199])
+@torch.no_grad()
 def test_events_equal_the_dense_product(dtype, near, fired):
     torch.manual_seed(fired)
     synapse, s = Synapse(200, 31).to(dtype), torch.zeros(1, 1, 200)
@@ -407,8 +369,7 @@ def test_events_equal_the_dense_product(dtype, near, fired):
     report, reports = Report(), Report()
     threads = torch.get_num_threads()
     torch.set_num_threads(2)  # two bags of rows, where there are enough
-    with torch.no_grad():
-        events, dense = synapse(s, report), synapse(s.expand(2, 1, 200), reports)[:1]
+    events, dense = synapse(s, report), synapse(s.expand(2, 1, 200), reports)[:1]
     torch.set_num_threads(threads)
     torch.testing.assert_close(events, dense, rtol=near, atol=near)
     assert report.synops[0] == pytest.approx(fired * 31) == reports.synops[0]
@@ -451,8 +412,7 @@ def test_a_spiking_head_is_fed_by_spikes_and_tied():
     again = SpikingLM(model.config)
     again.load_state_dict(model.state_dict())
     assert torch.equal(again(tokens)[0], logits) and again.embedding.weight.t().is_contiguous()
-    whole_is_split(model)
-    check_causal(model)
+    check_model(model)
 
 
 # ---- environment, diversity, homeostasis ---------------------------------------------------------
@@ -468,36 +428,34 @@ def test_stress_follows_the_loss_and_is_saved():
     assert model.state_dict()["stress"].item() == model.stress.item()
 
 
+@torch.no_grad()
 def test_stress_scales_the_gain_by_each_neurons_temper():
     model = model_of(shrunk("sam_6m.py", diversity=0.5, n_hidden=512))
     temper = model.blocks[0].temper
     assert temper.mean().item() == pytest.approx(1, abs=0.1) and temper.std() > 0.3
     tokens = torch.randint(50, (2, 20))
-    with torch.no_grad():
-        before = model(tokens)[0]
-        model.stress.fill_(0.0)
-        assert not torch.equal(model(tokens)[0], before)
-        model.stress.fill_(1.0)
-        assert torch.equal(model(tokens)[0], before)
-        model.blocks[0].temper.fill_(1.0)
-        assert not torch.equal(model(tokens)[0], before)
+    before = model(tokens)[0]
+    model.stress.fill_(0.0)
+    assert not torch.equal(model(tokens)[0], before)
+    model.stress.fill_(1.0)
+    assert torch.equal(model(tokens)[0], before)
+    model.blocks[0].temper.fill_(1.0)
+    assert not torch.equal(model(tokens)[0], before)
     flat = model_of(shrunk("sam_6m.py", stress_gain=0.0))
-    with torch.no_grad():
-        before = flat(tokens)[0]
-        flat.stress.fill_(0.0)
-        assert torch.equal(flat(tokens)[0], before)
+    before = flat(tokens)[0]
+    flat.stress.fill_(0.0)
+    assert torch.equal(flat(tokens)[0], before)
 
 
+@torch.no_grad()
 def test_homeostasis_moves_thresholds_towards_the_target_rate():
-    c = shrunk("sam_v3.py", homeostasis=0.1, theta=0.3, n_layer=1)
+    c = shrunk("sam_v3.py", homeostasis=0.3, theta=0.3, n_layer=1)
     model = model_of(c)
-    tokens = torch.randint(50, (8, 40))
-    off = []
-    with torch.no_grad():
-        for _ in range(300):
-            _, _, report = model(tokens)
-            off.append((report.rate[0] - c.rate_target).abs().mean().item())
-            model.observe(1.0, torch.cat(report.rate))
+    tokens, off = torch.randint(50, (8, 40)), []
+    for _ in range(60):
+        _, _, report = model(tokens)
+        off.append((report.rate[0] - c.rate_target).abs().mean().item())
+        model.observe(1.0, torch.cat(report.rate))
     assert off[0] > 0.15 and off[-1] < 0.5 * off[0]
     theta = model.blocks[0].theta
     assert theta.std() > 0 and theta.min() > 0.029 and theta.max() < 3.1
@@ -563,16 +521,16 @@ def test_a_budget_is_of_all_synaptic_operations(more):
         replace(shrunk("sam_6m.py"), rate_penalty="work")
 
 
+@torch.no_grad()
 def test_score_counts_every_token_once():
     model = model_of(shrunk("sam_6m.py"))
     tokens = torch.randint(50, (71,)).numpy()
     score = model.score(tokens, 10)
-    with torch.no_grad():  # rows of 10 from silence
-        nats = 0
-        for i in range(0, 70, 10):
-            logits, _, _ = model(torch.from_numpy(tokens[None, i : i + 10]))
-            at = torch.from_numpy(tokens[i + 1 : i + 11])
-            nats += F.cross_entropy(logits[0], at, reduction="sum").item()
+    nats = 0
+    for i in range(0, 70, 10):  # rows of 10 from silence
+        logits, _, _ = model(torch.from_numpy(tokens[None, i : i + 10]))
+        at = torch.from_numpy(tokens[i + 1 : i + 11])
+        nats += F.cross_entropy(logits[0], at, reduction="sum").item()
     assert score["tokens"] == 70 and score["nats"] == pytest.approx(nats, rel=1e-5)
     # the last row may be shorter; what is not there counts nowhere
     short, both = model.score(tokens[:66], 10), model.score(tokens[:61], 10)
@@ -582,8 +540,7 @@ def test_score_counts_every_token_once():
     for key, weight in (("nats", (1, 1)), ("synops", mean), ("rate", mean)):
         total = weight[0] * np.array(both[key]) + weight[1] * np.array(tail[key])
         assert short[key] == pytest.approx(total, rel=1e-4)
-    with torch.no_grad():
-        rate = [rate.mean().item() for rate in model(torch.from_numpy(tokens[None, :10]))[2].rate]
+    rate = [rate.mean().item() for rate in model(torch.from_numpy(tokens[None, :10]))[2].rate]
     assert model.score(tokens[:11], 10)["rate"] == pytest.approx(rate)
     assert short["macs"] == model(torch.zeros(1, 1, dtype=torch.long))[2].macs  # of any token
 
@@ -597,10 +554,8 @@ def test_pick():
     def drawn(**how):
         g = torch.Generator().manual_seed(0)
         how = dict(temperature=1.0, top_k=0, top_p=1.0, generator=g) | how
-        counts = torch.zeros(4)
-        for _ in range(2000):
-            counts[pick(logits, **how).item()] += 1
-        return (counts / 2000).tolist()
+        tokens = pick(logits.expand(2000, 4), **how)
+        return (tokens.flatten().bincount(minlength=4) / 2000).tolist()
 
     assert drawn() == pytest.approx([0.5, 0.3, 0.15, 0.05], abs=0.04)
     assert drawn(temperature=0.0) == drawn(temperature=1e-9) == [1, 0, 0, 0]
@@ -629,7 +584,6 @@ def test_recurrent_synapses_are_multiplied_in_the_dtype_of_autocast():
 @pytest.mark.parametrize(
     "settings, said",
     [
-        ({"block": "lstm"}, "block must be one of"),
         ({"block": "snn", "homeostasis": 0.1}, "thresholds of block=sam"),
         ({"beta_low": 0.0}, "0 < beta_low"),
         ({"beta_high": 1.0}, "beta_high < 1"),

@@ -1,12 +1,13 @@
 """The traits: the identity at the start, yet awake; causal; whole = token by token; and what each
-is for. `woken` moves the factor that starts at 0, so that nothing here is compared with nothing."""
+is for. `woken` moves the factor that starts at 0, so that nothing here is compared with nothing.
+All of them together, and with each block: test_model.py."""
 
 import math
 
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import check_state
+from conftest import check_state, leaves
 
 from lif import Report
 from traits import HRM, JEPA, MTP, Engram, Kuramoto, Memory, MoE, ProgSem, SpikeAttn, primes_from
@@ -22,12 +23,12 @@ TRAITS = {
     "moe": lambda: MoE(D, experts=4, width=8, top=2, neurons=NEURONS[-1]),
     "memory": lambda: Memory(D, neurons=32),
 }
-EACH = list(TRAITS) + ["all"]
 
 
 def build(name):
+    """A list of one trait, as it starts."""
     torch.manual_seed(0)
-    return torch.nn.ModuleList(make() for key, make in TRAITS.items() if name in (key, "all"))
+    return torch.nn.ModuleList([TRAITS[name]()])
 
 
 def woken(traits):
@@ -63,93 +64,6 @@ def piece(data, at):
 
 # ---- what holds for each -------------------------------------------------------------------------
 
-
-@pytest.mark.parametrize("T", [1, 7, 63])
-@pytest.mark.parametrize("name", EACH)
-def test_identity_at_the_start_and_awake(name, T):
-    traits, data = build(name), stream(T)
-    x, _, report = run(traits, data)
-    assert (x - data[0]).abs().max() < 1e-3
-    assert report.rate == []  # which belongs to the layers of the blocks
-    if T == 63:  # slow neurons take a while to fire
-        (x * torch.randn(x.shape)).sum().backward()
-        for trait in traits:
-            assert any(p.grad is not None and p.grad.norm() > 1e-3 for p in trait.parameters())
-
-
-@pytest.mark.parametrize("name", EACH)
-def test_every_parameter_learns_once_woken(name):
-    traits = woken(build(name))
-    x, _, report = run(traits, stream(63, B=4))
-    (x.square().sum() + sum(report.losses.values())).backward()
-    for key, p in traits.named_parameters():
-        assert p.grad is not None and p.grad.abs().sum() > 0, key
-
-
-@pytest.mark.parametrize("T", [1, 7, 63])
-@pytest.mark.parametrize("name", EACH)
-@torch.no_grad()
-def test_whole_equals_split_equals_token_by_token(name, T):
-    traits, data = woken(build(name)), stream(T)
-    if T == 63:
-        assert (run(traits, data)[0] - data[0]).abs().mean() > 0.02  # awake, or this says nothing
-    check_state(lambda at, state: run(traits, piece(data, at), state)[:2], T)
-
-
-@pytest.mark.parametrize("name", EACH)
-def test_causal_by_gradient_and_sequences_apart(name):
-    traits, (x, tokens, spikes, membranes) = woken(build(name)), stream(12)
-    inputs = [y.requires_grad_() for y in (x, spikes, *membranes)]
-    y, _, _ = run(traits, (x, tokens, spikes, membranes))
-    grads = torch.autograd.grad(y[0, 6].square().sum(), inputs, allow_unused=True)
-    for grad in filter(lambda grad: grad is not None, grads):
-        assert (grad[0, 7:] == 0).all() and (grad[1] == 0).all()
-    assert (grads[0][0, 6] != 0).any()
-    if name in ("attention", "memory", "all"):
-        assert (grads[0][0, :6].abs().sum(-1) > 0).all()
-    other = tokens.clone()
-    other[0, 7:] += 1
-    again, _, _ = run(traits, (x, other, spikes, membranes))
-    assert torch.equal(again[0, :7], y[0, :7]) and torch.equal(again[1], y[1])
-
-
-@pytest.mark.parametrize("name", EACH)
-@torch.no_grad()
-def test_state_is_of_one_size_and_training_leaves_no_trace(name):
-    traits = woken(build(name))
-    before = {key: value.clone() for key, value in traits.state_dict().items()}
-    _, short, _ = run(traits, stream(3))
-    _, long, _ = run(traits, stream(63))
-    for a, b in zip(short, long):
-        assert [y.shape for y in a] == [y.shape for y in b]
-    for key, value in traits.state_dict().items():
-        assert torch.equal(value, before[key])
-
-
-@pytest.mark.parametrize("name", EACH)
-def test_bfloat16_autocast_and_meta(name):
-    x, tokens, spikes, membranes = stream(9)
-    half = (x.bfloat16(), tokens, spikes.bfloat16(), membranes)
-    traits = woken(build(name))
-    exact, _, _ = run(traits, (x, tokens, spikes, membranes))
-    with torch.autocast("cpu", torch.bfloat16):
-        y, _, report = run(traits, (x, tokens, spikes, membranes))
-        (y.square().sum() + sum(report.losses.values())).backward()
-    assert (y - exact).abs().mean() < 0.1 * (exact - x).abs().mean() + 1e-3
-    traits.bfloat16()
-    y, state, _ = run(traits, half)
-    y, _, _ = run(traits, half, state)
-    assert y.dtype == torch.bfloat16
-    with torch.device("meta"):
-        assert all(p.is_meta for p in build(name).state_dict().values())
-
-
-@pytest.mark.parametrize("name", EACH)
-def test_the_seed_decides_all(name):
-    a, b = build(name).state_dict(), build(name).state_dict()
-    assert all(torch.equal(a[key], b[key]) for key in a)
-
-
 # multiplications per token of the float-fed matrices, by hand
 MACS = {
     "engram": 32 * D + 32 * 32 + 32 * D,
@@ -164,14 +78,81 @@ MACS = {
 
 
 @pytest.mark.parametrize("name", TRAITS)
-def test_work_is_counted(name):
-    _, _, report = run(build(name), stream(63))
-    assert report.macs == MACS[name]
+def test_identity_at_the_start_awake_and_counted(name):
+    traits = build(name)
+    for T in (1, 7, 63):
+        data = stream(T)
+        x, _, report = run(traits, data)
+        assert (x - data[0]).abs().max() < 1e-3
+        assert report.rate == []  # which belongs to the layers of the blocks
+        assert report.macs == MACS[name]
     if name == "memory":
         assert report.synapses == [32 * D]
         assert report.synops[0].item() == pytest.approx(32 * D * report.log["memory_rate"].item())
     else:
         assert report.synapses == []
+    (x * torch.randn(x.shape)).sum().backward()  # of 63: slow neurons take a while to fire
+    assert any(p.grad is not None and p.grad.norm() > 1e-3 for p in traits.parameters())
+
+
+@pytest.mark.parametrize("name", TRAITS)
+def test_every_parameter_learns_once_woken(name):
+    traits = woken(build(name))
+    x, _, report = run(traits, stream(63, B=4))
+    (x.square().sum() + sum(report.losses.values())).backward()
+    for key, p in traits.named_parameters():
+        assert p.grad is not None and p.grad.abs().sum() > 0, key
+
+
+@pytest.mark.parametrize("name", TRAITS)
+@torch.no_grad()
+def test_whole_equals_split_equals_token_by_token(name):
+    traits, data = woken(build(name)), stream(63)
+    before = {key: value.clone() for key, value in traits.state_dict().items()}
+    x, long, _ = run(traits, data)
+    assert (x - data[0]).abs().mean() > 0.02  # awake, or this says nothing
+    check_state(lambda at, state: run(traits, piece(data, at), state)[:2], 63)
+    _, short, _ = run(traits, stream(3))  # the state is of one size
+    assert [y.shape for y in leaves(short)] == [y.shape for y in leaves(long)]
+    for key, value in traits.state_dict().items():  # and the module keeps nothing
+        assert torch.equal(value, before[key])
+
+
+@pytest.mark.parametrize("name", TRAITS)
+def test_causal_by_gradient_and_sequences_apart(name):
+    traits, (x, tokens, spikes, membranes) = woken(build(name)), stream(12)
+    inputs = [y.requires_grad_() for y in (x, spikes, *membranes)]
+    y, _, _ = run(traits, (x, tokens, spikes, membranes))
+    grads = torch.autograd.grad(y[0, 6].square().sum(), inputs, allow_unused=True)
+    for grad in filter(lambda grad: grad is not None, grads):
+        assert (grad[0, 7:] == 0).all() and (grad[1] == 0).all()
+    assert (grads[0][0, 6] != 0).any()
+    if name in ("attention", "memory"):
+        assert (grads[0][0, :6].abs().sum(-1) > 0).all()
+    other = tokens.clone()
+    other[0, 7:] += 1
+    again, _, _ = run(traits, (x, other, spikes, membranes))
+    assert torch.equal(again[0, :7], y[0, :7]) and torch.equal(again[1], y[1])
+
+
+@pytest.mark.parametrize("name", TRAITS)
+def test_bfloat16_autocast_meta_and_seed(name):
+    x, tokens, spikes, membranes = stream(9)
+    half = (x.bfloat16(), tokens, spikes.bfloat16(), membranes)
+    traits, twin = woken(build(name)), woken(build(name))  # the seed decides all
+    for a, b in zip(traits.state_dict().values(), twin.state_dict().values(), strict=True):
+        assert torch.equal(a, b)
+    exact, _, _ = run(traits, (x, tokens, spikes, membranes))
+    with torch.autocast("cpu", torch.bfloat16):
+        y, _, report = run(traits, (x, tokens, spikes, membranes))
+        (y.square().sum() + sum(report.losses.values())).backward()
+    assert (y - exact).abs().mean() < 0.1 * (exact - x).abs().mean() + 1e-3
+    traits.bfloat16()
+    y, state, _ = run(traits, half)
+    y, _, _ = run(traits, half, state)
+    assert y.dtype == torch.bfloat16
+    with torch.device("meta"):
+        assert all(p.is_meta for p in build(name).state_dict().values())
 
 
 @pytest.mark.parametrize("trait", [SpikeAttn, MoE, Memory])
