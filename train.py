@@ -46,7 +46,7 @@ from checkpoint import (
     whole_file,
 )  # fmt: skip
 from model import ModelConfig, SpikingLM, Synapse, find_device
-from nursery import VERDICT, judge, told_by
+from sources import VERDICT, judge, told_by
 from tokenizer import DataError, tokenizer_from_state
 from traits import IGNORED
 
@@ -403,7 +403,7 @@ def open_stream(corpus, position, c, run):
     if len(places) != run.world:
         raise ValueError(f"the checkpoint is of {len(places)} processes: resume with as many")
     seat = run.rank, run.world, places[run.rank]
-    return data.Stream(corpus.mixture, corpus.tokenizer, c.seed, *seat)
+    return data.Stream(corpus.mixture, corpus.tokenizer, data.fetch_documents, c.seed, *seat)
 
 
 def next_batch(corpus, stream, position, c, run):
