@@ -82,9 +82,9 @@ def _epoch(seed: int, epoch: int, n_windows: int, slack: int):
 class Feed:
     """The batches of one process: windows of the stored text, or a stream that is fetched.
 
-    curriculum: [(phase, length)]. rehearse: the share of rows that are of the phase before.
-    answers_only: what Sam does not say is IGNORED. position: the `position` of each process, as a
-    checkpoint keeps them.
+    curriculum: [(phase, length)]. rehearse: the share of rows that repeat the phase before.
+    answers_only: every target but Sam's answers is IGNORED. position: a list of the `position` of
+    each process, as a checkpoint keeps it.
     """
 
     def __init__(
@@ -95,14 +95,9 @@ class Feed:
         self.rehearse, self.answers_only = rehearse, answers_only
         self.seed, self.rank, self.world, self.stream = seed, rank, world, None
         if corpus.mixture:
-            places = position or [None] * world
-            if len(places) != world:
-                raise DataError(
-                    f"the checkpoint is of {len(places)} processes: resume with as many"
-                )
-            self.stream = Stream(
-                corpus.mixture, corpus.tokenizer, fetch_documents, seed, rank, world, places[rank]
-            )
+            mine = position and position[rank % len(position)]  # a Stream refuses a wrong one
+            run = seed, rank, world, mine
+            self.stream = Stream(corpus.mixture, corpus.tokenizer, fetch_documents, *run)
 
     @property
     def position(self):
@@ -148,15 +143,10 @@ def list_files(root: Path, own=(), log=print) -> dict[str, Path]:
     for path in sorted(root.rglob("*")) if root.is_dir() else [root]:
         name = path.relative_to(root).as_posix() if path != root else path.name
         is_hidden = re.search(r"(^|/)(\.|__MACOSX/)", name) and path != root
-        is_cache = path.name == "meta.json" and path.with_name("heldout.bin").exists()
-        is_log = path.name == "log.jsonl" and any(path.parent.glob("*.pt"))  # of some run
-        if (
-            is_hidden
-            or is_cache
-            or is_log
-            or any(f in path.parents for f in own)
-            or not path.is_file()
-        ):
+        is_own = any(folder in path.parents for folder in own)
+        is_own |= path.name == "meta.json" and path.with_name("heldout.bin").exists()  # a cache's
+        is_own |= path.name == "log.jsonl" and any(path.parent.glob("*.pt"))  # a run's
+        if is_hidden or is_own or not path.is_file():
             continue
         if name.lower().removesuffix(".gz").endswith(TEXT + RECORDS):
             files[name] = path
@@ -278,8 +268,10 @@ def read_records(text: str) -> tuple[list[str], str]:
         whole = json.loads(text)
     except (ValueError, RecursionError):
         return documents_of(text.split("\n"), "line")
-    is_list = isinstance(whole, list) and not all(map(_is_message, whole))
-    return documents_of(whole if is_list else [whole])
+    is_chat = isinstance(whole, list) and all(
+        isinstance(record, dict) and record.keys() & {"role", "from"} for record in whole
+    )
+    return documents_of(whole if isinstance(whole, list) and not is_chat else [whole])
 
 
 def documents_of(records, unit="record") -> tuple[list[str], str]:
@@ -339,10 +331,6 @@ def _document(record) -> str:
     return "\n".join(who + text for who, text in talk)
 
 
-def _is_message(record) -> bool:
-    return isinstance(record, dict) and bool(record.keys() & {"role", "from"})
-
-
 def _turn(message: dict) -> tuple[str, str]:
     """(who, text) of a message; nobody says those of the system and of tools."""
     role = str(message.get("role", message.get("from")))
@@ -381,21 +369,6 @@ def held_out_files(names) -> list[str]:
         known = [word in HELD_OUT for word in map(str.lower, words) if word in (*HELD_OUT, "train")]
         held += [name] * (known[-1:] == [True])
     return held if len(held) < len(names) else []
-
-
-def read_source(files: dict[str, Path], log=print) -> tuple[list[str], list[str]]:
-    """(train, held-out) documents. Files called valid or the like are held out; of stories or
-    conversations that these lack, a part is."""
-    named = held_out_files(files)
-    train, held = [], []
-    for name, documents in read_files(files, log).items():
-        (held if name in named else train).extend(documents)
-    for talk in (False, True):
-        if talk not in map(is_talk, held):
-            others = [document for document in train if is_talk(document) != talk]
-            rest, out = hold_out([document for document in train if is_talk(document) == talk])
-            train, held = others + rest, held + out
-    return train, held
 
 
 def hold_out(documents: list[str], share=0.02, most=1_000_000) -> tuple[list[str], list[str]]:
@@ -496,12 +469,25 @@ DATASETS = {"nursery": nursery_source, "real_sam": real_sam_source}
 
 
 def files_source(root: Path, own, log):
-    """The files with text at `root`, a file or a folder; `own` folders are left out."""
+    """The files with text at `root`, a file or a folder; `own` folders are left out. Files called
+    valid or the like are held out, and a part of the stories or conversations that they lack."""
     files = list_files(root, own, log)
-    if held := held_out_files(files):
-        log(f"held out, by name: {', '.join(held[:5])}{' ...' * (len(held) > 5)}")
+    if named := held_out_files(files):
+        log(f"held out, by name: {', '.join(named[:5])}{' ...' * (len(named) > 5)}")
+
+    def read():
+        train, held = [], []
+        for name, documents in read_files(files, log).items():
+            (held if name in named else train).extend(documents)
+        for talk in (False, True):
+            if talk not in map(is_talk, held):
+                others = [document for document in train if is_talk(document) != talk]
+                rest, out = hold_out([document for document in train if is_talk(document) == talk])
+                train, held = others + rest, held + out
+        return train, held, {}
+
     try:
-        return sha256_of(files), lambda: (*read_source(files, log), {})
+        return sha256_of(files), read
     except OSError as error:
         raise DataError(f"cannot read {error.filename} ({error.strerror}): check it") from None
 
@@ -575,15 +561,13 @@ class Data:
 
 
 def prepare(dataset, tokenizer, vocab_size, data_dir, seed=0, log=print, ignore=()) -> Data:
-    """The corpus `dataset`: 'nursery', 'real_sam', 'auto', a path or 'stream:' and a mixture (see
-    parse_mixture), of which only a sample and the held-out documents are fetched and kept; from
-    the cache if it can.
+    """The corpus `dataset`, from the cache if it is there: a name in DATASETS, auto (real_sam if
+    there is a network, else nursery), a path, or stream:MIXTURE, of which only a sample and the
+    held-out documents are kept.
 
-    tokenizer: 'byte', 'char', 'bpe' or 'lengthmax' (of vocab_size), 'gpt2'; or the Tokenizer of a
-    checkpoint.
-    data_dir: where downloads and caches are kept. seed: of the nursery and of the order of
-    pieces. log: takes lines for people. ignore: folders in which
-    no text is looked for; data_dir is one. Raises DataError.
+    tokenizer: a name in TOKENIZERS, to be trained with vocab_size, or a checkpoint's Tokenizer.
+    data_dir: the folder of downloads and caches. seed: of the nursery and of the order of pieces.
+    log: prints a line. ignore: folders in which no text is looked for; data_dir is one of them.
     """
     data_dir = Path(os.path.expanduser(data_dir))
     dataset, name, checksum, read = find_source(str(dataset), data_dir, seed, log, ignore)
@@ -604,9 +588,9 @@ def prepare(dataset, tokenizer, vocab_size, data_dir, seed=0, log=print, ignore=
             building = Path(temporary) / "new"
             building.mkdir()
             train, held, facts = read()
-            known_texts = set(held)
-            train = [document for document in train if document not in known_texts]
-            if not held or not train:
+            held_texts = set(held)
+            train = [document for document in train if document not in held_texts]
+            if not train or not held:
                 raise DataError(f"{name}: too little to learn some and hold out some: add text")
             meta = {"name": name, "key": key, "sha256": checksum} | facts
             _build(building, meta, train, held, tokenizer, vocab_size, seed)
@@ -697,16 +681,15 @@ def _load(folder: Path, key: str, dataset: str) -> Data:
                 raise ValueError(f"{name}.bin has token ids outside the vocabulary")
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise DataError(f"the cache {folder.name} is damaged ({error})") from None
-    train, valid = (
-        {phase: streams[name] for phase in PHASES if (name := f"{split}_{phase}") in streams}
-        for split in ("train", "valid")
-    )
-    splits = [split for split in ("train", "valid") if f"{split}_answers" in streams]
+
+    def by_phase(split):
+        return {p: streams[f"{split}_{p}"] for p in PHASES if f"{split}_{p}" in streams}
+
+    answers = {name.split("_")[0]: streams[name] for name in streams if name.endswith("_answers")}
     return Data(
-        meta["name"], meta["sha256"], tokenizer, train, valid, streams["heldout"],
-        meta["heldout_bytes"], meta.get("entropy_bits"),
-        [Source(*source) for source in meta.get("mixture", ())],
-        {split: streams[f"{split}_answers"] for split in splits}, dataset,
+        meta["name"], meta["sha256"], tokenizer, by_phase("train"), by_phase("valid"),
+        streams["heldout"], meta["heldout_bytes"], meta.get("entropy_bits"),
+        [Source(*source) for source in meta.get("mixture", ())], answers, dataset,
     )  # fmt: skip
 
 
@@ -717,9 +700,9 @@ def _publish(building: Path, folder: Path, key: str, dataset: str) -> Data:
     try:
         return _load(folder, key, dataset)
     except DataError:
-        with suppress(OSError):  # out of the way; goes with the temporary folder
-            os.rename(folder, building.with_name("damaged"))
-            os.rename(building, folder)
+        for old, new in ((folder, building.with_name("damaged")), (building, folder)):
+            with suppress(OSError):  # "damaged" goes with the temporary folder
+                os.rename(old, new)
         return _load(folder, key, dataset)
 
 

@@ -761,7 +761,8 @@ def test_held_out_files_are_known_by_name(name, held, tmp_path):
 def test_not_all_files_are_held_out(tmp_path):
     for name in ("test1.txt", "test2.txt"):
         write(tmp_path / name, data.END_TEXT.join(f"{name}{i}" for i in range(30)))
-    train, held = data.read_source(data.list_files(tmp_path))
+    made = data.prepare(tmp_path, "byte", 0, tmp_path / "cache")
+    train, held = (texts_of(z, made.tokenizer) for z in (made.train["stories"], made.heldout))
     assert len(train) == 59 and len(held) == 1
     assert data.held_out_files(["valid.txt"]) == []
 
@@ -1166,8 +1167,10 @@ def test_a_feed_streams_and_knows_where_it_is(rows_server, tmp_path, monkeypatch
         for r, feed in enumerate(feeds):
             again = data.Feed(corpus, curriculum, 64, rank=r, world=world, position=after)
             assert torch.equal(again.next(1, 9)[0], feed.next(1, 1)[0])
-    with pytest.raises(DataError, match="of 2 processes: resume with as many"):
+    with pytest.raises(DataError, match="number of processes: resume with the same"):
         data.Feed(corpus, curriculum, 64, position=after)
+    with pytest.raises(DataError, match="number of processes: resume with the same"):
+        data.Feed(corpus, curriculum, 64, rank=1, world=2, position=after[:1])
 
 
 def test_turn():

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from data import END_TEXT
 from sources import nursery
 from tokenizer import (
-    BPE, BYTES, CHUNK, LONGEST, PATTERN, TOKENIZERS, Bytes, Chars, DataError, LengthMax, Tokenizer,
+    BPE, BYTES, CHUNK, LONGEST, PATTERN, TOKENIZERS, Bytes, DataError, LengthMax, Tokenizer,
     _merge, _parts, _runs, tokenizer, tokenizer_from_state, train_tokenizer,
 )  # fmt: skip
 
