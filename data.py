@@ -1,9 +1,9 @@
-"""Text in, windows of tokens out: batches, files, records, the phases of the curriculum, the cache.
+"""Text in, windows of tokens out: batches, files, the phases of the curriculum, the cache.
 
     source -> documents -> train | held-out -> pieces -> streams  END piece END piece END ...
 
 `batch` is what every training step asks for; what follows makes the streams that it reads from.
-A document is a string: one that begins with "You: " is a conversation, any other a story.
+What a document is, and where documents come from beside files, stands in sources.py.
 """
 
 import codecs
@@ -19,7 +19,7 @@ import shlex
 import tempfile
 import zlib
 from contextlib import suppress
-from dataclasses import astuple, dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -28,13 +28,12 @@ from tqdm import tqdm
 
 import config
 from sources import (
-    END_TEXT, GRAMMAR, REAL_SAM, STREAM, Source, Stream, fetch_page, nursery, online,
-    parse_mixture, real_sam, sha256_of,
+    END_TEXT, GRAMMAR, REAL_SAM, SAM, STREAM, YOU, Source, Stream, nursery, online, parse_mixture,
+    read_records, real_sam, sample_mixture, sha256_of,
 )  # fmt: skip
 from tokenizer import Bytes, DataError, Tokenizer, sha256, tokenizer_from_state, train_tokenizer
 
 PHASES = ("words", "phrases", "sentences", "stories", "conversations")  # the curriculum
-YOU, SAM = "You: ", "Sam: "  # a conversation is lines of these
 IGNORED = -100  # a target that does not count, as PyTorch's cross_entropy has it
 
 
@@ -96,8 +95,7 @@ class Feed:
         self.seed, self.rank, self.world, self.stream = seed, rank, world, None
         if corpus.mixture:
             mine = position and position[rank % len(position)]  # a Stream refuses a wrong one
-            run = seed, rank, world, mine
-            self.stream = Stream(corpus.mixture, corpus.tokenizer, fetch_documents, *run)
+            self.stream = Stream(corpus.mixture, corpus.tokenizer, seed, rank, world, mine)
 
     @property
     def position(self):
@@ -251,111 +249,6 @@ def read_text(text: str) -> list[str]:
     return [document for part in parts if (document := part.strip())]
 
 
-# ---- Records ---------------------------------------------------------------------------------
-
-CHAT = ("messages", "conversations", "conversation")  # keys of records, the first one counts
-QUESTION = ("instruction", "prompt", "question", "query", "user")
-ANSWER = ("output", "response", "completion", "answer", "assistant")
-ROLES = dict.fromkeys(("user", "human", "prompter"), YOU)
-ROLES |= dict.fromkeys(("assistant", "gpt", "chatgpt", "bot", "model", "ai"), SAM)
-ROLES |= dict.fromkeys(("system", "developer", "tool", "function", "function_call",
-                        "tool_call", "tool_response", "observation", "ipython"), "")  # fmt: skip
-
-
-def read_records(text: str) -> tuple[list[str], str]:
-    """(documents of JSON lines, or of one JSON list or object; what was refused and why)."""
-    try:
-        whole = json.loads(text)
-    except (ValueError, RecursionError):
-        return documents_of(text.split("\n"), "line")
-    is_chat = isinstance(whole, list) and all(
-        isinstance(record, dict) and record.keys() & {"role", "from"} for record in whole
-    )
-    return documents_of(whole if isinstance(whole, list) and not is_chat else [whole])
-
-
-def documents_of(records, unit="record") -> tuple[list[str], str]:
-    """(documents of the records, what was refused and why). Lines are JSON, or blank."""
-    documents, refused = [], []
-    for number, record in enumerate(records, 1):
-        try:
-            if unit == "line" and not record.strip():
-                continue
-            document = _document(json.loads(record) if unit == "line" else record)
-            document = document.encode(errors="replace").decode()  # JSON may halve emoji
-            documents.append(re.sub(r"\r\n?", "\n", document).strip())
-        except (AttributeError, KeyError, TypeError, ValueError, RecursionError) as error:
-            known = str(error) if isinstance(error, ValueError) else "unknown structure"
-            refused.append(f"{unit} {number}: {getattr(error, 'msg', known)}")
-    n = len(refused) + len(documents)
-    note = refused and f"skipped {len(refused)} malformed of {n} records; the first, {refused[0]}"
-    return [document for document in documents if document], note or ""
-
-
-def _document(record) -> str:
-    """A record as a document. An error says why it is none."""
-    record = {"messages": record} if isinstance(record, list) else record
-    if not isinstance(record, dict):
-        raise ValueError(f"{json.dumps(record)[:30]} is no object")
-    chat, question, answer = (
-        next((key for key in keys if key in record), None) for keys in (CHAT, QUESTION, ANSWER)
-    )
-    if chat:
-        turns = map(_turn, record[chat])
-    elif isinstance(message := record.get("prompt"), dict):  # a tree
-        turns = []
-        while message:
-            turns.append((SAM if len(turns) % 2 else YOU, message["text"]))
-            message = min(message.get("replies") or [None], key=_rank)
-    elif question and answer and isinstance(record[question], list):
-        turns = map(_turn, record[question] + record[answer])
-    elif question and answer:
-        context = record.get("input") or record.get("context")
-        turns = [(YOU, f"{_said(record[question])}\n{_said(context)}")]
-        turns.append((SAM, _said(record[answer])))
-    elif "text" in record:
-        return _said(record["text"])
-    else:
-        raise ValueError(f"no known keys, only {json.dumps([*record])[1:60]}")
-    talk = []
-    for who, text in turns:
-        text = re.sub(rf"\n({YOU[:-1]}|{SAM[:-1]})", r"\n \1", text.strip())  # it is no turn
-        if not text or not (talk or who == YOU):  # Sam does not begin
-            continue
-        if talk and talk[-1][0] == who:
-            talk[-1][1] += "\n" + text
-        else:
-            talk.append([who, text])
-    if len(talk) < 2:
-        raise ValueError("no user's turn with an answer")
-    return "\n".join(who + text for who, text in talk)
-
-
-def _turn(message: dict) -> tuple[str, str]:
-    """(who, text) of a message; nobody says those of the system and of tools."""
-    role = str(message.get("role", message.get("from")))
-    if role.lower() not in ROLES:
-        raise ValueError(f"unknown role {json.dumps(role)[:30]}")
-    who = ROLES[role.lower()]
-    return who, _said(message.get("content", message.get("value"))) if who else ""
-
-
-def _said(content) -> str:
-    """The text of a string, of null, or of a list of parts, of which some are no text."""
-    if isinstance(content, list):
-        parts = [part if isinstance(part, dict) else {"text": part} for part in content]
-        parts = [p.get("text") for p in parts if str(p.get("type", "text")).endswith("text")]
-        return "\n".join(map(_said, parts))
-    if not isinstance(content, str | None):
-        raise ValueError(f"{json.dumps(content)[:30]} is no text")
-    return content or ""
-
-
-def _rank(reply: dict | None) -> float:
-    """People liked rank 0 best; a reply that nobody ranked comes last."""
-    return math.inf if not reply or reply.get("rank") is None else reply["rank"]
-
-
 def is_talk(document: str) -> bool:
     return document.startswith(YOU)
 
@@ -450,7 +343,6 @@ def cut(documents: list[str], phase: str, tokenizer: Tokenizer, seed=0) -> list[
 # A source is (checksum, read): read() -> train, held-out documents, further fields of Data.
 
 NURSERY_BYTES = (5_600_000, 200_000)  # for training, held out
-HELD_BYTES, SAMPLE_BYTES = 1_000_000, 4_000_000  # characters taken of a whole mixture, at least
 
 
 def nursery_source(data_dir: Path, seed: int, log):
@@ -490,31 +382,6 @@ def files_source(root: Path, own, log):
         return sha256_of(files), read
     except OSError as error:
         raise DataError(f"cannot read {error.filename} ({error.strerror}): check it") from None
-
-
-def fetch_documents(name: str, page: int, **options) -> list[str]:
-    """The documents of a page of a streamed source."""
-    return documents_of(fetch_page(name, page, **options)[0])[0]
-
-
-def sample_mixture(mixture: list[Source]):
-    """Of a mixture, a sample to learn from and the held-out documents; the sources' pages."""
-    train, held, sources = [], [], []
-    for source in mixture:
-        source, read = replace(source, pages=fetch_page(source.name, 0)[1]), 0
-        for documents, least in ((held, HELD_BYTES), (train, SAMPLE_BYTES)):
-            size = 0
-            while size < least * source.weight:
-                if read + 1 >= source.pages:  # the last page is for training
-                    raise DataError(f"{source.name} is too small to stream: download it")
-                if not (found := fetch_documents(source.name, source.page(read))):
-                    raise DataError(f"{source.name} has no text that is known: use another source")
-                documents += found
-                read, size = read + 1, size + sum(map(len, found))
-            if documents is held:
-                source = replace(source, held=read)
-        sources.append(astuple(source))
-    return train, held, {"mixture": sources}
 
 
 def find_source(dataset: str, data_dir: Path, seed: int, log, ignore):

@@ -1,11 +1,13 @@
-"""Where documents come from: the nursery (a built-in corpus), downloads, streamed data sets.
+"""Where documents come from: the nursery (a built-in corpus), records, downloads, streams.
 
-A document is a string. data.py makes training data of them.
+A document is a string: one that begins with "You: " is a conversation, any other a story. data.py
+reads files and makes training data of documents.
 """
 
 import functools
 import hashlib
 import itertools
+import json
 import math
 import os
 import queue
@@ -24,6 +26,9 @@ import torch
 from tqdm import tqdm
 
 from tokenizer import DataError
+
+END_TEXT = "<|endoftext|>"  # separates the documents of a .txt file; never encoded as text
+YOU, SAM = "You: ", "Sam: "  # a conversation is lines of these
 
 # ---- The nursery -----------------------------------------------------------------------------
 # Stories and conversations whose true entropy is known. A grammar, nursery.txt, tells the texts;
@@ -252,6 +257,111 @@ def told_by(model, tokenizer, n=100, seed=1337) -> list[str]:
     return [tokenizer.decode(row).strip() for row in rows]
 
 
+# ---- Records ---------------------------------------------------------------------------------
+
+CHAT = ("messages", "conversations", "conversation")  # keys of records, the first one counts
+QUESTION = ("instruction", "prompt", "question", "query", "user")
+ANSWER = ("output", "response", "completion", "answer", "assistant")
+ROLES = dict.fromkeys(("user", "human", "prompter"), YOU)
+ROLES |= dict.fromkeys(("assistant", "gpt", "chatgpt", "bot", "model", "ai"), SAM)
+ROLES |= dict.fromkeys(("system", "developer", "tool", "function", "function_call",
+                        "tool_call", "tool_response", "observation", "ipython"), "")  # fmt: skip
+
+
+def read_records(text: str) -> tuple[list[str], str]:
+    """(documents of JSON lines, or of one JSON list or object; what was refused and why)."""
+    try:
+        whole = json.loads(text)
+    except (ValueError, RecursionError):
+        return documents_of(text.split("\n"), "line")
+    is_chat = isinstance(whole, list) and all(
+        isinstance(record, dict) and record.keys() & {"role", "from"} for record in whole
+    )
+    return documents_of(whole if isinstance(whole, list) and not is_chat else [whole])
+
+
+def documents_of(records, unit="record") -> tuple[list[str], str]:
+    """(documents of the records, what was refused and why). Lines are JSON, or blank."""
+    documents, refused = [], []
+    for number, record in enumerate(records, 1):
+        try:
+            if unit == "line" and not record.strip():
+                continue
+            document = _document(json.loads(record) if unit == "line" else record)
+            document = document.encode(errors="replace").decode()  # JSON may halve emoji
+            documents.append(re.sub(r"\r\n?", "\n", document).strip())
+        except (AttributeError, KeyError, TypeError, ValueError, RecursionError) as error:
+            known = str(error) if isinstance(error, ValueError) else "unknown structure"
+            refused.append(f"{unit} {number}: {getattr(error, 'msg', known)}")
+    n = len(refused) + len(documents)
+    note = refused and f"skipped {len(refused)} malformed of {n} records; the first, {refused[0]}"
+    return [document for document in documents if document], note or ""
+
+
+def _document(record) -> str:
+    """A record as a document. An error says why it is none."""
+    record = {"messages": record} if isinstance(record, list) else record
+    if not isinstance(record, dict):
+        raise ValueError(f"{json.dumps(record)[:30]} is no object")
+    chat, question, answer = (
+        next((key for key in keys if key in record), None) for keys in (CHAT, QUESTION, ANSWER)
+    )
+    if chat:
+        turns = map(_turn, record[chat])
+    elif isinstance(message := record.get("prompt"), dict):  # a tree
+        turns = []
+        while message:
+            turns.append((SAM if len(turns) % 2 else YOU, message["text"]))
+            message = min(message.get("replies") or [None], key=_rank)
+    elif question and answer and isinstance(record[question], list):
+        turns = map(_turn, record[question] + record[answer])
+    elif question and answer:
+        context = record.get("input") or record.get("context")
+        turns = [(YOU, f"{_said(record[question])}\n{_said(context)}")]
+        turns.append((SAM, _said(record[answer])))
+    elif "text" in record:
+        return _said(record["text"])
+    else:
+        raise ValueError(f"no known keys, only {json.dumps([*record])[1:60]}")
+    talk = []
+    for who, text in turns:
+        text = re.sub(rf"\n({YOU[:-1]}|{SAM[:-1]})", r"\n \1", text.strip())  # it is no turn
+        if not text or not (talk or who == YOU):  # Sam does not begin
+            continue
+        if talk and talk[-1][0] == who:
+            talk[-1][1] += "\n" + text
+        else:
+            talk.append([who, text])
+    if len(talk) < 2:
+        raise ValueError("no user's turn with an answer")
+    return "\n".join(who + text for who, text in talk)
+
+
+def _turn(message: dict) -> tuple[str, str]:
+    """(who, text) of a message; nobody says those of the system and of tools."""
+    role = str(message.get("role", message.get("from")))
+    if role.lower() not in ROLES:
+        raise ValueError(f"unknown role {json.dumps(role)[:30]}")
+    who = ROLES[role.lower()]
+    return who, _said(message.get("content", message.get("value"))) if who else ""
+
+
+def _said(content) -> str:
+    """The text of a string, of null, or of a list of parts, of which some are no text."""
+    if isinstance(content, list):
+        parts = [part if isinstance(part, dict) else {"text": part} for part in content]
+        parts = [p.get("text") for p in parts if str(p.get("type", "text")).endswith("text")]
+        return "\n".join(map(_said, parts))
+    if not isinstance(content, str | None):
+        raise ValueError(f"{json.dumps(content)[:30]} is no text")
+    return content or ""
+
+
+def _rank(reply: dict | None) -> float:
+    """People liked rank 0 best; a reply that nobody ranked comes last."""
+    return math.inf if not reply or reply.get("rank") is None else reply["rank"]
+
+
 # ---- Downloads -------------------------------------------------------------------------------
 
 BASES = {  # servers
@@ -269,7 +379,6 @@ REAL_SAM = {  # file: (address, how many of its first bytes)
     "dolly.jsonl": (DOLLY, None),
     "oasst.jsonl.gz": (OPEN_ASSISTANT, None),
 }
-END_TEXT = "<|endoftext|>"  # separates the documents of a .txt file; never encoded as text
 
 
 def real_sam(folder: Path) -> Path:
@@ -402,6 +511,7 @@ def _check_status(answer, url, good=(200,)) -> None:
 STREAM = "stream:"
 PAGE = 100  # rows: the most that the server gives at once
 AHEAD = 2  # pages fetched in advance of each source
+HELD_BYTES, SAMPLE_BYTES = 1_000_000, 4_000_000  # characters of the whole mixture, at least
 
 
 @dataclass(frozen=True)
@@ -436,7 +546,7 @@ def parse_mixture(text: str) -> list[Source]:
 
 
 def fetch_page(name: str, page: int, attempts=12, timeout=30.0, pause=1.0):
-    """(records of a page, pages of the source). Waits and asks again as `download` does."""
+    """(documents of a page, pages of the source). Waits and asks again as `download` does."""
     owner, dataset, config, split = name.split("/")
     query = {"dataset": f"{owner}/{dataset}", "config": config, "split": split}
     query |= {"offset": page * PAGE, "length": PAGE}
@@ -447,11 +557,32 @@ def fetch_page(name: str, page: int, attempts=12, timeout=30.0, pause=1.0):
         try:
             content = answer.json()
             records = [row["row"] for row in content["rows"]]
-            return records, math.ceil(content["num_rows_total"] / PAGE)
+            pages = math.ceil(content["num_rows_total"] / PAGE)
         except (KeyError, TypeError, ValueError):
             raise OSError("damaged answer") from None
+        return documents_of(records)[0], pages
 
     return retry(attempt, f"rows of {name}", attempts, pause)
+
+
+def sample_mixture(mixture: list[Source]):
+    """Of a mixture, a sample to learn from and the held-out documents; the sources' pages."""
+    train, held, sources = [], [], []
+    for source in mixture:
+        source, read = replace(source, pages=fetch_page(source.name, 0)[1]), 0
+        for documents, least in ((held, HELD_BYTES), (train, SAMPLE_BYTES)):
+            size = 0
+            while size < least * source.weight:
+                if read + 1 >= source.pages:  # the last page is for training
+                    raise DataError(f"{source.name} is too small to stream: download it")
+                if not (found := fetch_page(source.name, source.page(read))[0]):
+                    raise DataError(f"{source.name} has no text that is known: use another source")
+                documents += found
+                read, size = read + 1, size + sum(map(len, found))
+            if documents is held:
+                source = replace(source, held=read)
+        sources.append(astuple(source))
+    return train, held, {"mixture": sources}
 
 
 class Stream:
@@ -460,11 +591,10 @@ class Stream:
     The next document is of the source that is furthest behind its share of the tokens, so its
     choice needs no chance; `seed` chooses where in its order a source begins. Rank r of w reads
     pages r, r + w, ... of that order. `position` is all that a checkpoint needs: from it a new
-    Stream goes on with the batches that this one would give. fetch(name of a source, page) gives
-    the documents of a page. Raises DataError.
+    Stream goes on with the batches that this one would give. Raises DataError.
     """
 
-    def __init__(self, mixture, tokenizer, fetch, seed=0, rank=0, world=1, position=None):
+    def __init__(self, mixture, tokenizer, seed, rank=0, world=1, position=None, fetch=fetch_page):
         self.mixture, self.tokenizer, self.fetch = mixture, tokenizer, fetch
         self.seed, self.rank, self.world = seed, rank, world
         self.run = [[list(astuple(source)) for source in mixture], seed, rank, world]
@@ -518,7 +648,7 @@ class Stream:
         first = random.Random(f"{source.name} {self.seed}").randrange(source.pages)
         for i in itertools.count(first + number * self.world + self.rank, self.world):
             page = source.page(source.held + i % (source.pages - source.held))
-            yield self.tokenizer.encode_batch(self.fetch(source.name, page))
+            yield self.tokenizer.encode_batch(self.fetch(source.name, page)[0])
 
 
 def in_advance(items, n: int):

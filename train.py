@@ -403,7 +403,7 @@ def open_stream(corpus, position, c, run):
     if len(places) != run.world:
         raise ValueError(f"the checkpoint is of {len(places)} processes: resume with as many")
     seat = run.rank, run.world, places[run.rank]
-    return data.Stream(corpus.mixture, corpus.tokenizer, data.fetch_documents, c.seed, *seat)
+    return data.Stream(corpus.mixture, corpus.tokenizer, c.seed, *seat)
 
 
 def next_batch(corpus, stream, position, c, run):

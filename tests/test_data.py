@@ -294,8 +294,8 @@ class RowHandler(Handler):
 @pytest.fixture
 def small_pages(monkeypatch):
     monkeypatch.setattr(sources, "PAGE", 5)
-    monkeypatch.setattr(data, "HELD_BYTES", 1_500)
-    monkeypatch.setattr(data, "SAMPLE_BYTES", 6_000)
+    monkeypatch.setattr(sources, "HELD_BYTES", 1_500)
+    monkeypatch.setattr(sources, "SAMPLE_BYTES", 6_000)
 
 
 @pytest.fixture
@@ -313,9 +313,8 @@ def known_pages(text=MIXTURE):
 
 def open_stream(rank=0, world=1, position=None, mixture=None, seed=1, **options):
     options = {"timeout": 0.3, "pause": 0.001, **options}
-    fetch = partial(data.fetch_documents, **options)
-    run = seed, rank, world, position
-    return sources.Stream(mixture or known_pages(), Bytes(), fetch, *run)
+    fetch = partial(sources.fetch_page, **options)
+    return sources.Stream(mixture or known_pages(), Bytes(), seed, rank, world, position, fetch)
 
 
 def test_mixture_grammar():
@@ -402,8 +401,8 @@ def test_a_position_knows_its_run(rows_server):
 
 def test_pages_are_fetched_ahead():
     asked = []
-    fetch = lambda name, page: asked.append(page) or [f"{name} {page}"] * 5  # noqa: E731
-    stream = sources.Stream(known_pages("a/prose/default"), Bytes(), fetch)
+    fetch = lambda name, page: (asked.append(page) or ["A text."] * 5, 19)  # noqa: E731
+    stream = sources.Stream(known_pages("a/prose/default"), Bytes(), 0, fetch=fetch)
     until = time.monotonic() + 5
     while len(asked) < 1 + sources.AHEAD and time.monotonic() < until:
         time.sleep(0.01)
@@ -443,10 +442,10 @@ def test_prepare_a_stream(rows_server, tmp_path, monkeypatch):
         f"{name} {i}" for name, page in pages for i in range(page * 5, page * 5 + 5)
         if i < ROWS[name]}  # fmt: skip
     assert not held & sample and all(source.held > 0 for source in prepared.mixture)
-    stream = sources.Stream(prepared.mixture, prepared.tokenizer, data.fetch_documents)
+    stream = sources.Stream(prepared.mixture, prepared.tokenizer, 0)
     ids = stream.batch(10, 300)[0].flatten().tolist()
     assert not held & set(prepared.tokenizer.decode(ids).split("a/"))
-    monkeypatch.setattr(data, "fetch_page", None)  # would raise: now it comes from the cache
+    monkeypatch.setattr(sources, "fetch_page", None)  # would raise: now it comes from the cache
     again = data.prepare(f"stream:{MIXTURE}", "lengthmax", 300, tmp_path)
     assert again.mixture == prepared.mixture
 
@@ -465,14 +464,14 @@ def test_copies_of_held_out_documents_leave_the_sample(rows_server, tmp_path, mo
 
 def test_the_last_page_is_left_for_training(rows_server, monkeypatch):
     (source,) = known_pages("a/math/four/train")
-    pages = [data.fetch_documents(source.name, source.page(i)) for i in range(source.pages)]
-    monkeypatch.setattr(data, "HELD_BYTES", 1)
-    monkeypatch.setattr(data, "SAMPLE_BYTES", sum(map(len, sum(pages[1:-1], []))))
-    train, held, _ = data.sample_mixture([source])
+    pages = [sources.fetch_page(source.name, source.page(i))[0] for i in range(source.pages)]
+    monkeypatch.setattr(sources, "HELD_BYTES", 1)
+    monkeypatch.setattr(sources, "SAMPLE_BYTES", sum(map(len, sum(pages[1:-1], []))))
+    train, held, _ = sources.sample_mixture([source])
     assert held == pages[0] and train == sum(pages[1:-1], [])
-    monkeypatch.setattr(data, "SAMPLE_BYTES", data.SAMPLE_BYTES + 1)
+    monkeypatch.setattr(sources, "SAMPLE_BYTES", sources.SAMPLE_BYTES + 1)
     with pytest.raises(DataError, match="too small to stream"):
-        data.sample_mixture([source])
+        sources.sample_mixture([source])
 
 
 def test_streams_that_cannot_be(rows_server, tmp_path, monkeypatch):
@@ -481,7 +480,7 @@ def test_streams_that_cannot_be(rows_server, tmp_path, monkeypatch):
         data.prepare(f"stream:{MIXTURE}", "byte", 0, tmp_path)
     assert re.match("no network to stream.*--dataset=PATH", str(caught.value))
     assert "\n" not in str(caught.value)
-    monkeypatch.setattr(data, "HELD_BYTES", 1_000_000)
+    monkeypatch.setattr(sources, "HELD_BYTES", 1_000_000)
     with pytest.raises(DataError, match="too small to stream"):
         data.prepare(f"stream:{MIXTURE}", "byte", 0, tmp_path)
     monkeypatch.setitem(globals(), "row", lambda name, i: None)  # no row has a text
@@ -1192,8 +1191,8 @@ def test_main(capsys, monkeypatch):
 
 
 def test_training_goes_on_in_a_stream_where_it_stopped(rows_server, tmp_path, monkeypatch):
-    monkeypatch.setattr(data, "HELD_BYTES", 2_000)
-    monkeypatch.setattr(data, "SAMPLE_BYTES", 8_000)
+    monkeypatch.setattr(sources, "HELD_BYTES", 2_000)
+    monkeypatch.setattr(sources, "SAMPLE_BYTES", 8_000)
     common = ["configs/sam_6m.py", f"--dataset=stream:{MIXTURE}", f"--data_dir={tmp_path}/data"]
     common += "--tokenizer=byte --vocab_size=300 --n_embd=16 --n_hidden=32 --n_layer=1".split()
     common += "--tokens_per_step=128 --phases=stories:32 --eval_interval=2 --eval_tokens=64".split()
