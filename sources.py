@@ -31,11 +31,10 @@ END_TEXT = "<|endoftext|>"  # separates the documents of a .txt file; never enco
 YOU, SAM = "You: ", "Sam: "  # a conversation is lines of these
 
 # ---- The nursery -----------------------------------------------------------------------------
-# Stories and conversations whose true entropy is known. A grammar, nursery.txt, tells the texts;
-# its head explains its notation. "a" becomes "an" and sentences get their capitals here. Two
-# derivations never give the same text (a test parses texts back), so the probability of a text is
-# that of the choices made. `tell` writes a text, `follow` parses one, and `judge` counts what a
-# model got right.
+# Stories and conversations whose true entropy is known. The grammar nursery.txt generates them; its
+# head explains the notation. The code turns "a" into "an" and writes the capitals. Two derivations
+# never give the same text (a test parses texts back), so the probability of a text is that of the
+# choices made. `tell` writes a text, `follow` parses one, `judge` counts what a model got right.
 
 GRAMMAR = Path(__file__).with_name("nursery.txt")
 FORMS = {"": 0, "he": 1, "him": 2, "his": 3, "ed": 1, "s": 1, "at": 1, "is": 1}
@@ -244,15 +243,12 @@ def told_by(model, tokenizer, n=100, seed=1337) -> list[str]:
     model.eval()
     stream = model.generate(start, None, 0.7, 0, 0.95, generator, tokenizer.vocab_size)
     rows, going = [[] for _ in range(n)], range(n)
-    for tokens, _ in stream:
+    while going:
+        tokens, _ = next(stream)
         for i in going:
             rows[i].append(tokens[i].item())
-        going = [
-            i for i in going
-            if rows[i][-1] != tokenizer.end and len(tokenizer.decode_bytes(rows[i])) <= LONGEST
-        ]  # fmt: skip
-        if not going:
-            break
+        unfinished = [i for i in going if rows[i][-1] != tokenizer.end]
+        going = [i for i in unfinished if len(tokenizer.decode_bytes(rows[i])) <= LONGEST]
     model.train(training)
     return [tokenizer.decode(row).strip() for row in rows]
 

@@ -37,39 +37,12 @@ def tokenizer(kind):
     return register
 
 
-def find(kind: str) -> type:
-    """The class of this kind."""
-    if kind not in TOKENIZERS:
-        raise DataError(f"unknown tokenizer {kind!r}: use {', '.join(TOKENIZERS)}")
-    return TOKENIZERS[kind]
-
-
-def train_tokenizer(kind: str, texts, vocab_size: int) -> "Tokenizer":
-    """A tokenizer for `texts`. vocab_size is for bpe and lengthmax, which stay below it on little
-    text."""
-    return find(kind).train(texts, vocab_size)
-
-
-def tokenizer_from_state(state: str) -> "Tokenizer":
-    """The tokenizer whose `state()` this is. DataError when it is damaged."""
-    try:
-        fields = json.loads(state)
-        return find(fields["kind"]).restore(fields["vocab"])
-    except DataError:  # an unknown kind, or gpt2 without a network
-        raise
-    except (AttributeError, KeyError, TypeError, ValueError):
-        raise DataError("damaged tokenizer state: use another checkpoint or cache") from None
-
-
 class Tokenizer:
-    """Text <-> token ids. Token i stands for the bytes `pieces[i]`.
+    """Token i stands for the bytes `pieces[i]`: 256 single bytes, then `vocab`, what was learnt.
 
-    vocab: what was learnt from text; here byte strings of two bytes or more, which are the tokens
-    after the 256 bytes. `end` is the id of the end token, the last one: no text gives it, and
-    vocab_size counts it. A subclass defines `encode` or `encode_batch`.
+    `end` is the id of the end token, the last one: no text gives it, and vocab_size counts it.
+    A subclass defines `encode` or `encode_batch`; `kind` is its name in TOKENIZERS.
     """
-
-    kind: str
 
     def __init__(self, vocab=(), pieces=None):
         self.vocab = list(vocab)
@@ -81,12 +54,12 @@ class Tokenizer:
 
     @classmethod
     def train(cls, texts, vocab_size: int):
-        """One that suits `texts`."""
+        """A tokenizer for `texts`."""
         return cls()
 
     @classmethod
     def restore(cls, vocab: list[str]):
-        """One with the vocabulary that `state` wrote."""
+        """The tokenizer with the vocabulary that `state` wrote."""
         return cls([piece.encode("latin-1") for piece in vocab])
 
     def encode(self, text: str) -> list[int]:
@@ -118,29 +91,41 @@ class Tokenizer:
         return sha256(self.state())[:12]
 
 
+def train_tokenizer(kind: str, texts, vocab_size: int) -> Tokenizer:
+    """A tokenizer for `texts`. vocab_size is for bpe and lengthmax, which stay below it on little
+    text."""
+    if kind not in TOKENIZERS:
+        raise DataError(f"unknown tokenizer {kind!r}: use {', '.join(TOKENIZERS)}")
+    return TOKENIZERS[kind].train(texts, vocab_size)
+
+
+def tokenizer_from_state(state: str) -> Tokenizer:
+    """The tokenizer whose `state()` this is. DataError when it is damaged."""
+    try:
+        fields = json.loads(state)
+        return TOKENIZERS[fields["kind"]].restore(fields["vocab"])
+    except DataError:  # gpt2 without a network
+        raise
+    except (AttributeError, KeyError, TypeError, ValueError):
+        raise DataError("damaged tokenizer state: use another checkpoint or cache") from None
+
+
 def _whole(text: str) -> str:
     """`text` with its surrogate pairs joined and lone surrogates replaced, as tiktoken does it."""
     return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
-def _room(kind: str, vocab_size: int) -> int:
-    """How many tokens may be learnt."""
-    if vocab_size < 257:
-        raise DataError(
-            f"vocab_size {vocab_size} is too small: {kind} has 256 bytes and an end token"
-        )
-    return vocab_size - 257
-
-
 @tokenizer("byte")
 class Bytes(Tokenizer):
+    """The bytes of UTF-8, without merges."""
+
     def encode(self, text):
         return list(_whole(text).encode())
 
 
 @tokenizer("char")
 class Chars(Tokenizer):
-    """vocab: the characters of a text, which are its only tokens."""
+    """The characters of a text and nothing else: `vocab` is a list of them."""
 
     def __init__(self, vocab=()):
         vocab = list(vocab)
@@ -160,8 +145,8 @@ class Chars(Tokenizer):
             return [self._ids[ord(char)] for char in text]
         except KeyError as error:
             raise DataError(
-                f"character {chr(error.args[0])!r} is not in this char tokenizer's vocabulary: leave "
-                "it out, or train with tokenizer byte or bpe, which know every character"
+                f"character {chr(error.args[0])!r} is not in this char tokenizer's vocabulary: "
+                "leave it out, or train with tokenizer byte or bpe, which know every character"
             ) from None
 
 
@@ -173,9 +158,18 @@ PATTERN = r"[ ']?[^\W\d_]+| ?\d{1,3}| ?(?:[^\w\s]|_)+|\s+(?!\S)|\s"
 BPE_WORDS = 1_000_000  # bytes of different words that teach merges: the most frequent ones
 
 
+def _room(kind: str, vocab_size: int) -> int:
+    """How many tokens may be learnt."""
+    if vocab_size < 257:
+        raise DataError(
+            f"vocab_size {vocab_size} is too small: {kind} has 256 bytes and an end token"
+        )
+    return vocab_size - 257
+
+
 @tokenizer("bpe")
 class BPE(Tokenizer):
-    """vocab: in the order in which its tokens were merged."""
+    """`vocab` is in the order in which its tokens were merged."""
 
     def __init__(self, vocab=()):
         super().__init__(vocab)
