@@ -163,26 +163,23 @@ def list_files(root: Path, own=(), log=print) -> dict[str, Path]:
 
 def read_documents(path, log=print) -> list[str]:
     """All documents of a file or a folder."""
-    found = read_files(list_files(Path(os.path.expanduser(path)), log=log), log)
-    return [document for documents in found.values() for document in documents]
+    files = list_files(Path(os.path.expanduser(path)), log=log)
+    return [document for _, documents in read_files(files, log) for document in documents]
 
 
-def read_files(files: dict[str, Path], log=print) -> dict[str, list[str]]:
-    """The documents of each file. DataError when one is unreadable or has none, unless it is a
-    .json beside others: that may be metadata."""
-    found = {}
+def read_files(files: dict[str, Path], log=print):
+    """(name, documents) of each file. DataError when one is unreadable or has none, unless it is
+    a .json beside others: that may be metadata."""
     for name, path in files.items():
         documents, refused = read_file(path, name)
-        if documents:
-            found[name] = documents
-        elif len(files) == 1 or not name.lower().endswith(".json"):
+        if not documents and (len(files) == 1 or not name.lower().endswith(".json")):
             raise DataError(
                 f"{name} holds no text ({refused or 'it is empty'}): give words, or records with "
                 "the keys text, messages, conversations, or prompt and response"
             )
         if refused:
             log(f"{name}: {refused}")
-    return found
+        yield name, documents
 
 
 def read_file(path: Path, name: str) -> tuple[list[str], str]:
@@ -369,7 +366,7 @@ def files_source(root: Path, own, log):
 
     def read():
         train, held = [], []
-        for name, documents in read_files(files, log).items():
+        for name, documents in read_files(files, log):
             (held if name in named else train).extend(documents)
         for talk in (False, True):
             if talk not in map(is_talk, held):
