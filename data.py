@@ -48,10 +48,10 @@ def turn(text: str) -> str:
 def batch(tokens, step, batch_size, length, seed, rank=0, world=1):
     """(x, y) of training step `step`, int64 (batch_size // world, length); y is one token on.
 
-    Windows do not overlap and come without replacement; each epoch has an order and an offset of
-    its own. Nothing is remembered: a resumed run needs only its step, and rank r of w has rows
+    Windows do not overlap and are drawn without replacement; each epoch has its own order and
+    offset. There is no state: a resumed run needs only its step, and rank r of w gets rows
     r * B/w to (r + 1) * B/w of the same batch. A stream shorter than length + 1 is a DataError:
-    were it repeated, a window would show what it asks for.
+    if it were repeated, a window would contain its own targets.
     """
     if len(tokens) <= length:
         raise DataError(
@@ -210,8 +210,8 @@ def read_file(path: Path, name: str) -> tuple[list[str], str]:
 
 
 def _encoding(sample: bytes) -> str | None:
-    """What bytes that are not UTF-8 seem to be: UTF-8 with a few damaged ones, or an encoding by
-    which they are text of mostly ASCII characters."""
+    """The likely encoding of bytes that are not UTF-8: utf-8 if only a few of them are damaged,
+    else one that reads them as text of mostly ASCII characters."""
     text = sample.decode(errors="replace")
     if b"\0" not in sample and len(re.findall("[^\0-\x7f\ufffd]", text)) > text.count("\ufffd"):
         return "utf-8"
@@ -225,7 +225,7 @@ def _encoding(sample: bytes) -> str | None:
 
 def blocks(text: str, size: int):
     """Parts of `text` of `size` to 2 `size` characters. They end with a paragraph, else with a
-    line, a sentence, a word; those of a conversation, however long, before a turn of the user."""
+    line, a sentence or a word. A conversation is only cut before a turn of the user."""
     marks, reach = (r"\n\s*\n", r"\n", r"(?<=[.!?])\s|(?<=[。！？])", r"\s", ""), 2 * size
     if is_talk(text):
         marks, reach = (rf"\n(?={YOU})",), len(text)
@@ -251,8 +251,8 @@ def is_talk(document: str) -> bool:
 
 
 def held_out_files(names) -> list[str]:
-    """Those of the files that are called valid or the like, themselves or by their folder, in
-    whatever spelling; none if that would be all of them."""
+    """The files to hold out: those that are called valid or the like, or lie in a folder that is.
+    None if that would be all files."""
     held = []
     for name in names:
         words = re.findall(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+", name)
@@ -264,9 +264,9 @@ def held_out_files(names) -> list[str]:
 def hold_out(documents: list[str], share=0.02, most=1_000_000) -> tuple[list[str], list[str]]:
     """(the rest, what is held out): about 2% of the text, 1 MB at most, but one part at least.
 
-    A part is a document or, of a long one, a block; the rest of that one stays together. Hashes
-    decide, so that a part and its copies stay on one side, and do so whatever is added, unless
-    few are there: then those of the lowest hashes are taken until they are enough.
+    A part is a document, or a block of a long one, whose other blocks stay together. The hash of
+    a part decides: copies stay on one side, and added text moves nothing. Of few parts the hashes
+    may hold out far too much or too little: then the lowest hashes are taken until it is enough.
     """
     total = sum(map(len, documents))
     share = min(share, most / max(total, 1))
@@ -337,7 +337,8 @@ def cut(documents: list[str], phase: str, tokenizer: Tokenizer, seed=0) -> list[
 
 
 # ---- Data sets -------------------------------------------------------------------------------
-# A source is (checksum, read): read() -> train, held-out documents, further fields of Data.
+# An entry of DATASETS returns (checksum, read); read() returns the training documents, the held-out
+# documents and further fields of Data.
 
 NURSERY_BYTES = (5_600_000, 200_000)  # for training, held out
 

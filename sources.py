@@ -518,7 +518,7 @@ class Source:
     held: int = 0  # so many pages, the first in order, are held out
 
     def page(self, i: int) -> int:
-        """Page number i in the order of reading, which comes by each page once."""
+        """The i-th page to read; pages 0 to `pages` - 1 of this order are all pages, once each."""
         stride = int(self.pages * 0.618) or 1  # golden: any run of them is spread evenly
         while math.gcd(stride, self.pages) > 1:
             stride += 1
@@ -584,10 +584,10 @@ def sample_mixture(mixture: list[Source]):
 class Stream:
     """Batches without end from a mixture, tokenized and packed: END text END text ...
 
-    The next document is of the source that is furthest behind its share of the tokens, so its
-    choice needs no chance; `seed` chooses where in its order a source begins. Rank r of w reads
-    pages r, r + w, ... of that order. `position` is all that a checkpoint needs: from it a new
-    Stream goes on with the batches that this one would give. Raises DataError.
+    The next document comes from the source that is furthest behind its share of the tokens.
+    `seed` sets the page at which each source begins. Rank r of w reads pages r, r + w, ... from
+    there. `position` is all that a checkpoint needs: a new Stream made from it gives the batches
+    that this one would have given. Raises DataError.
     """
 
     def __init__(self, mixture, tokenizer, seed, rank=0, world=1, position=None, fetch=fetch_page):
@@ -648,9 +648,8 @@ class Stream:
 
 
 def in_advance(items, n: int):
-    """The same items; a thread gets up to n of them before they are asked for. What it raises is
-    raised here. It does not keep the program alive."""
-    ready = queue.Queue(n - 1)  # one more waits in the thread's hand
+    """Yield the items. A daemon thread computes up to n of them ahead; its error is raised here."""
+    ready = queue.Queue(n - 1)  # the thread holds one more, until there is room
 
     def run():
         try:

@@ -318,7 +318,7 @@ class LengthMax(Tokenizer):
     def train(cls, texts, vocab_size):
         """Each round encodes the text, adds the runs of 2 to 4 tokens that promise to save most,
         four times as many as there is room for, encodes again, and keeps the tokens that save
-        most where they are used. What a token saves: the tokens that would stand for it, but one.
+        most. A token that replaces k others saves k - 1 each time it is used.
         """
         n_tokens = _room(cls.kind, vocab_size)
         if vocab_size > 50_000:
