@@ -1,16 +1,14 @@
-"""Text in, windows of tokens out: sources, the phases of the curriculum, batches.
+"""Text in, windows of tokens out: batches, files, the phases of the curriculum, the cache.
 
     source -> documents -> train | held-out -> pieces -> streams  END piece END piece END ...
 
-Read from leaf to root: downloads, files, phases, streamed mixtures, the cache behind `prepare`, and
-`batch`, which every step calls. tokenizer.py and nursery.py stand beside this file.
-A document is a string: one that begins with "You: " is a conversation, any other a story.
+`batch` is what every training step asks for; what follows makes the streams that it reads from.
+What a document is, and where documents come from beside files, stands in sources.py.
 """
 
 import codecs
 import functools
 import gzip
-import hashlib
 import itertools
 import json
 import math
@@ -19,27 +17,24 @@ import random
 import re
 import shlex
 import tempfile
-import threading
-import time
 import zlib
-from concurrent.futures import Future
 from contextlib import suppress
-from dataclasses import astuple, dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import requests
 import torch
 from tqdm import tqdm
 
 import config
-from nursery import GRAMMAR, nursery
-from tokenizer import DataError, Tokenizer, sha256, tokenizer_from_state, train_tokenizer
+from sources import (
+    END_TEXT, GRAMMAR, REAL_SAM, SAM, STREAM, YOU, Source, Stream, nursery, online, parse_mixture,
+    read_records, real_sam, sample_mixture, sha256_of,
+)  # fmt: skip
+from tokenizer import Bytes, DataError, Tokenizer, sha256, tokenizer_from_state, train_tokenizer
 
-END_TEXT = "<|endoftext|>"  # separates the documents of a .txt file; never encoded as text
 PHASES = ("words", "phrases", "sentences", "stories", "conversations")  # the curriculum
-YOU, SAM = "You: ", "Sam: "  # a conversation is lines of these
-FORMAT = 3  # raise it when the same source would give other token files: old caches are left
+IGNORED = -100  # a target that does not count, as PyTorch's cross_entropy has it
 
 
 def turn(text: str) -> str:
@@ -47,148 +42,86 @@ def turn(text: str) -> str:
     return f"{YOU}{text}\n{SAM.rstrip()}"
 
 
-# ---- Downloads -------------------------------------------------------------------------------
-
-BASES = {  # servers
-    "hub": "https://huggingface.co/datasets",
-    "raw": "https://raw.githubusercontent.com",
-    "rows": "https://datasets-server.huggingface.co/rows",
-}
-TINY_STORIES = "{hub}/roneneldan/TinyStories/resolve/main/TinyStoriesV2-GPT4-"
-DOLLY = "{hub}/databricks/databricks-dolly-15k/resolve/main/databricks-dolly-15k.jsonl"
-OPEN_ASSISTANT = "{hub}/OpenAssistant/oasst1/resolve/main/2023-04-12_oasst_ready.trees.jsonl.gz"
-REAL_SAM = {  # file: (address, how many of its first bytes)
-    "train.txt": (TINY_STORIES + "train.txt", 200_000_000),
-    "valid.txt": (TINY_STORIES + "valid.txt", 1_000_000),
-    "alpaca.jsonl": ("{raw}/tatsu-lab/stanford_alpaca/main/alpaca_data.json", None),
-    "dolly.jsonl": (DOLLY, None),
-    "oasst.jsonl.gz": (OPEN_ASSISTANT, None),
-}
+# ---- Batches ---------------------------------------------------------------------------------
 
 
-def download(url, path, sha256=None, max_bytes=None, attempts=6, timeout=30.0, pause=1.0):
-    """Fetch `url` into the file `path`; on failure DataError, and nothing under that name.
+def batch(tokens, step, batch_size, length, seed, rank=0, world=1):
+    """(x, y) of training step `step`, int64 (batch_size // world, length); y is one token on.
 
-    Bytes gather in path.part, where a later call resumes. Size and checksum must be those that
-    the server declares (or `sha256`). max_bytes: take only the first bytes and cut them back to
-    the last END_TEXT. timeout: seconds without a byte. pause: seconds before the second attempt,
-    doubled from then on, unless the server says how long to wait (60 s at most).
+    Windows do not overlap and are drawn without replacement; each epoch has its own order and
+    offset. There is no state: a resumed run needs only its step, and rank r of w gets rows
+    r * B/w to (r + 1) * B/w of the same batch. A stream shorter than length + 1 is a DataError:
+    if it were repeated, a window would contain its own targets.
     """
-    part = Path(f"{path}.part")
-
-    def attempt():
-        part.parent.mkdir(parents=True, exist_ok=True)
-        _fetch(url, part, sha256, max_bytes, timeout)
-        os.replace(part, path)
-
-    retry(attempt, url, attempts, pause)
-
-
-def retry(attempt, url, attempts, pause):
-    """attempt(), again after each OSError, `attempts` times in all; then DataError."""
-    for number in range(attempts):
-        try:
-            return attempt()
-        except OSError as error:  # of the disk or, as requests' own errors are, of the network
-            known = not isinstance(error, requests.RequestException)  # those fill several lines
-            reason = str(error) if known else type(error).__name__
-            wait = getattr(error, "wait", pause * 2**number)
-        if number + 1 < attempts:
-            time.sleep(min(wait, 60.0))
-    raise DataError(f"cannot download {url} ({reason}): run again to resume, or use a local file")
+    if len(tokens) <= length:
+        raise DataError(
+            f"{len(tokens)} tokens are too few for windows of {length} + 1: "
+            "set a smaller length or add text"
+        )
+    if batch_size % world:
+        raise DataError(f"batch_size {batch_size} must be a multiple of the {world} processes")
+    n_windows = max(1, (len(tokens) - length) // length)  # one fewer than fit: the offset's room
+    slack = min(length, len(tokens) - n_windows * length)
+    first = step * batch_size + rank * (batch_size // world)
+    rows = []
+    for window in range(first, first + batch_size // world):
+        order, offset = _epoch(seed, window // n_windows, n_windows, slack)
+        start = offset + int(order[window % n_windows]) * length
+        rows.append(tokens[start : start + length + 1])
+    rows = torch.from_numpy(np.stack(rows).astype(np.int64))  # (B/w, length + 1)
+    return rows[:, :-1].contiguous(), rows[:, 1:].contiguous()
 
 
-def _fetch(url, part: Path, sha256, max_bytes, timeout) -> None:
-    """One attempt to complete `part`; OSError when another one may go better."""
-    have = part.stat().st_size if part.exists() else 0
-    headers = {"Accept-Encoding": "identity"}  # or sizes would be those of compressed bytes
-    if have or max_bytes:
-        headers["Range"] = f"bytes={have}-{max_bytes - 1 if max_bytes else ''}"
-    with requests.get(url, headers=headers, stream=True, timeout=timeout) as answer:
-        have, total = _check_answer(answer, url, part, have)
-        wanted = min(total or max_bytes, max_bytes) if max_bytes else total
-        with open(part, "ab" if have else "wb") as file:
-            bar = tqdm(total=wanted, initial=have, unit="B", unit_scale=True, desc=part.stem)
-            for chunk in answer.iter_content(1 << 16):
-                file.write(chunk)
-                bar.update(len(chunk))
-                if max_bytes and file.tell() >= max_bytes:  # a server without Range sends it all
-                    file.truncate(max_bytes)
-                    break
-            bar.close()
-            file.flush()
-            os.fsync(file.fileno())
-    size = part.stat().st_size
-    whole = total in (None, size)
-    declared = sha256 or _declared_sha256(answer)
-    if wanted and size < wanted:
-        raise OSError(f"received {size} of {wanted} bytes")
-    if (wanted and size > wanted) or (whole and declared not in (None, _sha256_of({"": part}))):
-        part.unlink()
-        raise OSError(f"the {size} bytes received are not those announced")
-    if max_bytes and not whole:
-        _cut_back(part)
+@functools.lru_cache(maxsize=8)  # a pure function, asked again at every step
+def _epoch(seed: int, epoch: int, n_windows: int, slack: int):
+    rng = np.random.default_rng((seed, epoch))
+    return rng.permutation(n_windows), int(rng.integers(slack))
 
 
-def _check_answer(answer, url, part: Path, have: int):
-    """(bytes of `part` to keep, bytes of the whole file or None) after a look at the headers."""
-    _check_status(answer, url, (200, 206, 416))
-    code, headers = answer.status_code, answer.headers
-    if code == 200:  # the whole file, even if a range was asked for
-        length = headers.get("Content-Length", "")
-        return 0, int(length) if length.isdigit() else None
-    span = re.fullmatch(r"bytes (\d+)-\d+/(\d+)", headers.get("Content-Range", ""))
-    if code == 206 and span and int(span[1]) == have:
-        return have, int(span[2])
-    part.unlink(missing_ok=True)  # it may be no beginning of this file: start again
-    raise OSError(f"no bytes from {have} on")
+class Feed:
+    """The batches of one process: windows of the stored text, or a stream that is fetched.
 
+    curriculum: [(phase, length)]. rehearse: the share of rows that repeat the phase before.
+    answers_only: every target but Sam's answers is IGNORED. position: a list of the `position` of
+    each process, as a checkpoint keeps it.
+    """
 
-def _check_status(answer, url, good=(200,)) -> None:
-    """OSError when asking again may help, with the seconds to wait if the server names them."""
-    code, wait = answer.status_code, answer.headers.get("Retry-After", "")
-    if code == 429 or code >= 500:
-        error = OSError(f"status {code}")
-        if wait.isdigit():
-            error.wait = float(wait)
-        raise error
-    if code not in good:
-        raise DataError(f"cannot download {url} (status {code}): check the address")
+    def __init__(
+        self, corpus, curriculum, tokens_per_step, rehearse=0.0, answers_only=False,
+        seed=0, rank=0, world=1, position=None,
+    ):  # fmt: skip
+        self.corpus, self.curriculum, self.tokens_per_step = corpus, curriculum, tokens_per_step
+        self.rehearse, self.answers_only = rehearse, answers_only
+        self.seed, self.rank, self.world, self.stream = seed, rank, world, None
+        if corpus.mixture:
+            mine = position and position[rank % len(position)]  # a Stream refuses a wrong one
+            self.stream = Stream(corpus.mixture, corpus.tokenizer, seed, rank, world, mine)
 
+    @property
+    def position(self):
+        """What a checkpoint keeps of this process; None unless it streams."""
+        return self.stream and self.stream.position
 
-def _declared_sha256(answer) -> str | None:
-    """Hugging Face names the sha256 of a large file in the answer that redirects to it."""
-    tags = [step.headers.get("X-Linked-ETag", "").strip('"') for step in (*answer.history, answer)]
-    return next((tag for tag in tags if re.fullmatch(r"[0-9a-f]{64}", tag)), None)
+    def next(self, phase: int, step: int):
+        """This process's (x, y) of step `step` of phase number `phase`, int64 (rows, length)."""
+        name, length = self.curriculum[phase]
+        rows = self.tokens_per_step // length // self.world * self.world
+        if self.stream and name not in CUTS:  # words, phrases, sentences come from its sample
+            return self.stream.batch(rows // self.world, length)
+        before = self.curriculum[phase - 1][0] if phase else name
+        old = int(rows * self.rehearse) // self.world * self.world if phase else 0
+        x, y = self._draw(name, step, rows - old, length, self.seed)
+        if old:
+            again = self._draw(before, step, old, length, self.seed + 1)
+            x, y = (torch.cat(both) for both in zip((x, y), again))
+        return x, y
 
-
-def _cut_back(part: Path) -> None:
-    """End a file of which only the beginning was taken after its last whole document."""
-    at = part.read_bytes().rfind(END_TEXT.encode())
-    if at > 0:
-        os.truncate(part, at)
-
-
-def real_sam(folder, bases=BASES, fetch=download) -> Path:
-    """The folder of TinyStories, Alpaca, Dolly and OpenAssistant; downloads what is missing."""
-    for name, (url, max_bytes) in REAL_SAM.items():
-        if not (path := Path(folder) / name).exists():
-            fetch(url.format(**bases), path, max_bytes=max_bytes)
-    return Path(folder)
-
-
-def online(bases=BASES, seconds=4.0) -> bool:
-    """Whether the server of the downloads answers within `seconds`."""
-    answers = []
-
-    def ask():
-        with suppress(requests.RequestException):
-            answers.append(requests.head(bases["hub"], timeout=seconds))
-
-    thread = threading.Thread(target=ask, daemon=True)  # for looking up a name has no timeout
-    thread.start()
-    thread.join(seconds)
-    return any(answer.ok for answer in answers)
+    def _draw(self, phase, step, rows, length, seed):
+        where = step, rows, length, seed, self.rank, self.world
+        x, y = batch(self.corpus.train[phase], *where)
+        if self.answers_only:
+            y = y.masked_fill(batch(self.corpus.answers["train"], *where)[1] == 0, IGNORED)
+        return x, y
 
 
 # ---- Files -----------------------------------------------------------------------------------
@@ -208,9 +141,10 @@ def list_files(root: Path, own=(), log=print) -> dict[str, Path]:
     for path in sorted(root.rglob("*")) if root.is_dir() else [root]:
         name = path.relative_to(root).as_posix() if path != root else path.name
         is_hidden = re.search(r"(^|/)(\.|__MACOSX/)", name) and path != root
-        is_cache = path.name == "meta.json" and path.with_name("heldout.bin").exists()
-        is_log = path.name == "log.jsonl" and any(path.parent.glob("*.pt"))  # of some run
-        if is_hidden or is_cache or is_log or any(f in path.parents for f in own) or not path.is_file():
+        is_own = any(folder in path.parents for folder in own)
+        is_own |= path.name == "meta.json" and path.with_name("heldout.bin").exists()  # a cache's
+        is_own |= path.name == "log.jsonl" and any(path.parent.glob("*.pt"))  # a run's
+        if is_hidden or is_own or not path.is_file():
             continue
         if name.lower().removesuffix(".gz").endswith(TEXT + RECORDS):
             files[name] = path
@@ -229,34 +163,30 @@ def list_files(root: Path, own=(), log=print) -> dict[str, Path]:
 
 def read_documents(path, log=print) -> list[str]:
     """All documents of a file or a folder."""
-    found = read_files(list_files(Path(os.path.expanduser(path)), log=log), log)
-    return [document for documents in found.values() for document in documents]
+    files = list_files(Path(os.path.expanduser(path)), log=log)
+    return [document for _, documents in read_files(files, log) for document in documents]
 
 
-def read_files(files: dict[str, Path], log=print) -> dict[str, list[str]]:
-    """The documents of each file. DataError when one is unreadable or has none, unless it is a
-    .json beside others: that may be metadata."""
-    found = {}
+def read_files(files: dict[str, Path], log=print):
+    """(name, documents) of each file. DataError when one is unreadable or has none, unless it is
+    a .json beside others: that may be metadata."""
     for name, path in files.items():
         documents, refused = read_file(path, name)
-        if documents:
-            found[name] = documents
-        elif len(files) == 1 or not name.lower().endswith(".json"):
+        if not documents and (len(files) == 1 or not name.lower().endswith(".json")):
             raise DataError(
                 f"{name} holds no text ({refused or 'it is empty'}): give words, or records with "
                 "the keys text, messages, conversations, or prompt and response"
             )
         if refused:
             log(f"{name}: {refused}")
-    return found
+        yield name, documents
 
 
 def read_file(path: Path, name: str) -> tuple[list[str], str]:
     """(documents of one file, what was refused of it). DataError when it is unreadable."""
     is_gz, start = name.lower().endswith(".gz"), 0
     try:
-        raw = path.read_bytes()
-        raw = gzip.decompress(raw) if is_gz else raw
+        raw = gzip.decompress(path.read_bytes()) if is_gz else path.read_bytes()
         has_mark = raw.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
         text = raw.decode("utf-16" if has_mark else "utf-8-sig")
     except UnicodeDecodeError as error:
@@ -280,8 +210,8 @@ def read_file(path: Path, name: str) -> tuple[list[str], str]:
 
 
 def _encoding(sample: bytes) -> str | None:
-    """What bytes that are not UTF-8 seem to be: UTF-8 with a few damaged ones, or an encoding by
-    which they are text of mostly ASCII characters."""
+    """The likely encoding of bytes that are not UTF-8: utf-8 if only a few of them are damaged,
+    else one that reads them as text of mostly ASCII characters."""
     text = sample.decode(errors="replace")
     if b"\0" not in sample and len(re.findall("[^\0-\x7f\ufffd]", text)) > text.count("\ufffd"):
         return "utf-8"
@@ -295,7 +225,7 @@ def _encoding(sample: bytes) -> str | None:
 
 def blocks(text: str, size: int):
     """Parts of `text` of `size` to 2 `size` characters. They end with a paragraph, else with a
-    line, a sentence, a word; those of a conversation, however long, before a turn of the user."""
+    line, a sentence or a word. A conversation is only cut before a turn of the user."""
     marks, reach = (r"\n\s*\n", r"\n", r"(?<=[.!?])\s|(?<=[。！？])", r"\s", ""), 2 * size
     if is_talk(text):
         marks, reach = (rf"\n(?={YOU})",), len(text)
@@ -316,113 +246,13 @@ def read_text(text: str) -> list[str]:
     return [document for part in parts if (document := part.strip())]
 
 
-def read_records(text: str) -> tuple[list[str], str]:
-    """(documents of JSON lines, or of one JSON list or object; what was refused and why)."""
-    try:
-        whole, unit = json.loads(text), "record"
-        records = whole if isinstance(whole, list) and not _is_chat(whole) else [whole]
-    except (ValueError, RecursionError):
-        records, unit = text.split("\n"), "line"
-    documents, refused = [], []
-    for number, record in enumerate(records, 1):
-        try:
-            if unit == "line" and not record.strip():
-                continue
-            document = _document(json.loads(record) if unit == "line" else record)
-            document = document.encode(errors="replace").decode()  # JSON may halve emoji
-            documents.append(re.sub(r"\r\n?", "\n", document).strip())
-        except (AttributeError, KeyError, TypeError, ValueError, RecursionError) as error:
-            known = str(error) if isinstance(error, ValueError) else "unknown structure"
-            refused.append(f"{unit} {number}: {getattr(error, 'msg', known)}")
-    n = len(refused) + len(documents)
-    note = refused and f"skipped {len(refused)} malformed of {n} records; the first, {refused[0]}"
-    return [document for document in documents if document], note or ""
-
-
-CHAT = ("messages", "conversations", "conversation")  # keys of records, the first one counts
-QUESTION = ("instruction", "prompt", "question", "query", "user")
-ANSWER = ("output", "response", "completion", "answer", "assistant")
-ROLES = dict.fromkeys(("user", "human", "prompter"), YOU)
-ROLES |= dict.fromkeys(("assistant", "gpt", "chatgpt", "bot", "model", "ai"), SAM)
-ROLES |= dict.fromkeys(("system", "developer", "tool", "function", "function_call",
-                        "tool_call", "tool_response", "observation", "ipython"), "")  # fmt: skip
-
-
-def _document(record) -> str:
-    """A record as a document. An error says why it is none."""
-    record = {"messages": record} if isinstance(record, list) else record
-    if not isinstance(record, dict):
-        raise ValueError(f"{json.dumps(record)[:30]} is no object")
-    chat, question, answer = (
-        next((key for key in keys if key in record), None) for keys in (CHAT, QUESTION, ANSWER)
-    )
-    if chat:
-        turns = map(_turn, record[chat])
-    elif isinstance(message := record.get("prompt"), dict):  # a tree
-        turns = []
-        while message:
-            turns.append((SAM if len(turns) % 2 else YOU, message["text"]))
-            message = min(message.get("replies") or [None], key=_rank)
-    elif question and answer and isinstance(record[question], list):
-        turns = map(_turn, record[question] + record[answer])
-    elif question and answer:
-        context = record.get("input") or record.get("context")
-        turns = [(YOU, f"{_said(record[question])}\n{_said(context)}")]
-        turns.append((SAM, _said(record[answer])))
-    elif "text" in record:
-        return _said(record["text"])
-    else:
-        raise ValueError(f"no known keys, only {json.dumps([*record])[1:60]}")
-    talk = []
-    for who, text in turns:
-        text = re.sub(rf"\n({YOU[:-1]}|{SAM[:-1]})", r"\n \1", text.strip())  # it is no turn
-        if not text or not (talk or who == YOU):  # Sam does not begin
-            continue
-        if talk and talk[-1][0] == who:
-            talk[-1][1] += "\n" + text
-        else:
-            talk.append([who, text])
-    if len(talk) < 2:
-        raise ValueError("no user's turn with an answer")
-    return "\n".join(who + text for who, text in talk)
-
-
-def _is_chat(records: list) -> bool:
-    return all(isinstance(r, dict) and r.keys() & {"role", "from"} for r in records)
-
-
-def _turn(message: dict) -> tuple[str, str]:
-    """(who, text) of a message; nobody says those of the system and of tools."""
-    role = str(message.get("role", message.get("from")))
-    if role.lower() not in ROLES:
-        raise ValueError(f"unknown role {json.dumps(role)[:30]}")
-    who = ROLES[role.lower()]
-    return who, _said(message.get("content", message.get("value"))) if who else ""
-
-
-def _said(content) -> str:
-    """The text of a string, of null, or of a list of parts, of which some are no text."""
-    if isinstance(content, list):
-        parts = [part if isinstance(part, dict) else {"text": part} for part in content]
-        parts = [p.get("text") for p in parts if str(p.get("type", "text")).endswith("text")]
-        return "\n".join(map(_said, parts))
-    if not isinstance(content, str | None):
-        raise ValueError(f"{json.dumps(content)[:30]} is no text")
-    return content or ""
-
-
-def _rank(reply: dict | None) -> float:
-    """People liked rank 0 best; a reply that nobody ranked comes last."""
-    return math.inf if not reply or reply.get("rank") is None else reply["rank"]
-
-
 def is_talk(document: str) -> bool:
     return document.startswith(YOU)
 
 
 def held_out_files(names) -> list[str]:
-    """Those of the files that are called valid or the like, themselves or by their folder, in
-    whatever spelling; none if that would be all of them."""
+    """The files to hold out: those that are called valid or the like, or lie in a folder that is.
+    None if that would be all files."""
     held = []
     for name in names:
         words = re.findall(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+", name)
@@ -431,30 +261,12 @@ def held_out_files(names) -> list[str]:
     return held if len(held) < len(names) else []
 
 
-def read_source(files: dict[str, Path], log=print) -> tuple[list[str], list[str]]:
-    """(train, held-out) documents. Files called valid or the like are held out; of stories or
-    conversations that these lack, a part is."""
-    named = held_out_files(files)
-    train, held = [], []
-    for name, documents in read_files(files, log).items():
-        (held if name in named else train).extend(documents)
-    for talk in (False, True):
-        if talk not in map(is_talk, held):
-            others = [document for document in train if is_talk(document) != talk]
-            rest, out = hold_out([document for document in train if is_talk(document) == talk])
-            train, held = others + rest, held + out
-    train = _without(train, held)
-    if not held or not train:
-        raise DataError(f"{min(files)}: too little to learn some and hold out some: add text")
-    return train, held
-
-
 def hold_out(documents: list[str], share=0.02, most=1_000_000) -> tuple[list[str], list[str]]:
     """(the rest, what is held out): about 2% of the text, 1 MB at most, but one part at least.
 
-    A part is a document or, of a long one, a block; the rest of that one stays together. Hashes
-    decide, so that a part and its copies stay on one side, and do so whatever is added, unless
-    few are there: then those of the lowest hashes are taken until they are enough.
+    A part is a document, or a block of a long one, whose other blocks stay together. The hash of
+    a part decides: copies stay on one side, and added text moves nothing. Of few parts the hashes
+    may hold out far too much or too little: then the lowest hashes are taken until it is enough.
     """
     total = sum(map(len, documents))
     share = min(share, most / max(total, 1))
@@ -478,22 +290,6 @@ def hold_out(documents: list[str], share=0.02, most=1_000_000) -> tuple[list[str
         for is_held, run in itertools.groupby(parts, lambda part: part.strip() in held):
             (out if is_held else rest).append("".join(run).strip())
     return [d for d in rest if d], list(dict.fromkeys(out))
-
-
-def _without(documents: list[str], others: list[str]) -> list[str]:
-    others = set(others)
-    return [document for document in documents if document not in others]
-
-
-def _sha256_of(files: dict[str, Path]) -> str:
-    """Checksum of the bytes; of several files also of their names, which decide on their use."""
-    digest = hashlib.sha256()
-    for name, path in files.items():
-        digest.update(name.encode() if len(files) > 1 else b"")
-        with open(path, "rb") as stream:
-            while block := stream.read(1 << 20):
-                digest.update(block)
-    return digest.hexdigest()
 
 
 # ---- Phases ----------------------------------------------------------------------------------
@@ -540,177 +336,76 @@ def cut(documents: list[str], phase: str, tokenizer: Tokenizer, seed=0) -> list[
     return pieces
 
 
-# ---- Streamed mixtures -----------------------------------------------------------------------
-# "stream:owner/name/config/split@weight,...": rows of public data sets, a page at a time, as the
-# Hugging Face dataset viewer gives them. The pages of a source are read in an order that strides
-# through all of it; the first ones are held out, the next ones teach the tokenizer.
+# ---- Data sets -------------------------------------------------------------------------------
+# An entry of DATASETS returns (checksum, read); read() returns the training documents, the held-out
+# documents and further fields of Data.
 
-STREAM = "stream:"
-PAGE = 100  # rows: the most that the server gives at once
-AHEAD = 2  # pages fetched in advance of each source
-HELD_BYTES, SAMPLE_BYTES = 1_000_000, 4_000_000  # characters of the whole mixture, at least
+NURSERY_BYTES = (5_600_000, 200_000)  # for training, held out
 
 
-@dataclass(frozen=True)
-class Source:
-    name: str  # owner/name/config/split
-    weight: float  # share of the tokens
-    pages: int = 0
-    held: int = 0  # so many pages, the first in order, are held out
+def nursery_source(data_dir: Path, seed: int, log):
+    def read():
+        held, bits = nursery(NURSERY_BYTES[1], f"held-out {seed}")
+        return nursery(NURSERY_BYTES[0], f"train {seed}")[0], held, {"entropy_bits": bits}
 
-    def page(self, i: int) -> int:
-        """Page number i in the order of reading, which comes by each page once."""
-        stride = int(self.pages * 0.618) or 1  # golden: any run of them is spread evenly
-        while math.gcd(stride, self.pages) > 1:
-            stride += 1
-        return i * stride % self.pages
+    return sha256(json.dumps([GRAMMAR.read_text(), NURSERY_BYTES, seed])), read
 
 
-def parse_mixture(text: str) -> list[Source]:
-    """The sources of owner/name/config[/split][@weight],...; weights are made to sum to 1."""
-    sources = []
-    for part in text.split(","):
-        found = re.fullmatch(r"([^/@\s]+(?:/[^/@\s]+){2,3})(?:@(\d*\.?\d+))?", part.strip())
-        if not found or not (weight := float(found[2] or 1)):
-            raise DataError(
-                f"cannot read {part!r} in the stream: write owner/name/config@weight, as in "
-                f"{STREAM}HuggingFaceFW/fineweb-edu/sample-10BT@0.75,owner/name/default/train@0.25"
-            )
-        name = found[1] if found[1].count("/") == 3 else f"{found[1]}/train"
-        sources.append(Source(name, weight))
-    total = sum(source.weight for source in sources)
-    return [replace(source, weight=source.weight / total) for source in sources]
+def real_sam_source(data_dir: Path, seed: int, log):
+    return files_source(real_sam(data_dir / "real_sam"), (), log)
 
 
-def fetch_page(name: str, page: int, bases=BASES, attempts=12, timeout=30.0, pause=1.0):
-    """(documents of a page, pages of the source). Waits and asks again as `download` does."""
-    owner, dataset, config, split = name.split("/")
-    query = {"dataset": f"{owner}/{dataset}", "config": config, "split": split}
-    query |= {"offset": page * PAGE, "length": PAGE}
-
-    def attempt():
-        answer = requests.get(bases["rows"], params=query, timeout=timeout)
-        _check_status(answer, f"rows of {name}")
-        try:
-            content = answer.json()
-            records = json.dumps([row["row"] for row in content["rows"]])
-            pages = math.ceil(content["num_rows_total"] / PAGE)
-        except (KeyError, TypeError, ValueError):
-            raise OSError("damaged answer") from None
-        return read_records(records)[0], pages
-
-    return retry(attempt, f"rows of {name}", attempts, pause)
+DATASETS = {"nursery": nursery_source, "real_sam": real_sam_source}
 
 
-def sample_mixture(mixture: list[Source], bases=BASES):
-    """(training sample, held-out documents, {"mixture": the sources with their pages})."""
-    train, held, sources = [], [], []
-    for source in mixture:
-        _, pages = fetch_page(source.name, 0, bases)
-        source, read = replace(source, pages=pages), 0
-        for documents, least in ((held, HELD_BYTES), (train, SAMPLE_BYTES)):
-            size = 0
-            while size < least * source.weight:
-                if read + 1 >= pages:  # the last page is for training
-                    raise DataError(f"{source.name} is too small to stream: download it")
-                found, _ = fetch_page(source.name, source.page(read), bases)
-                read, size = read + 1, size + sum(map(len, found))
-                if not found:
-                    raise DataError(f"{source.name} has no text that is known: use another source")
-                documents += found
-            if documents is held:
-                source = replace(source, held=read)
-        sources.append(astuple(source))
-    train = _without(train, held)
-    if not train:
-        raise DataError("what is left to learn of the stream is held out: use a larger source")
-    return train, held, {"mixture": sources}
+def files_source(root: Path, own, log):
+    """The files with text at `root`, a file or a folder; `own` folders are left out. Files called
+    valid or the like are held out, and a part of the stories or conversations that they lack."""
+    files = list_files(root, own, log)
+    if named := held_out_files(files):
+        log(f"held out, by name: {', '.join(named[:5])}{' ...' * (len(named) > 5)}")
+
+    def read():
+        train, held = [], []
+        for name, documents in read_files(files, log):
+            (held if name in named else train).extend(documents)
+        for talk in (False, True):
+            if talk not in map(is_talk, held):
+                others = [document for document in train if is_talk(document) != talk]
+                rest, out = hold_out([document for document in train if is_talk(document) == talk])
+                train, held = others + rest, held + out
+        return train, held, {}
+
+    try:
+        return sha256_of(files), read
+    except OSError as error:
+        raise DataError(f"cannot read {error.filename} ({error.strerror}): check it") from None
 
 
-class Stream:
-    """Batches without end from a mixture, tokenized and packed: END text END text ...
-
-    The next document is of the source that is furthest behind its share of the tokens, so its
-    choice needs no chance; `seed` chooses where in its order a source begins. Rank r of w reads
-    pages r, r + w, ... of that order. `position` is all that a checkpoint needs: from it a new
-    Stream goes on with the batches that this one would give. Raises DataError.
-    """
-
-    def __init__(self, mixture, tokenizer, seed, rank=0, world=1, position=None, fetch=fetch_page):
-        self.mixture, self.tokenizer, self.seed = mixture, tokenizer, seed
-        self.rank, self.world, self.fetch = rank, world, fetch
-        self.run = [list(map(astuple, mixture)), seed, rank, world]  # what a position belongs to
-        self.run = json.loads(json.dumps(self.run))  # as JSON gives it back
-        position = position or {"run": self.run, "read": [[0, 0, 0] for _ in mixture], "skip": 0}
-        if position["run"] != self.run:
-            raise DataError(
-                "the stream's position is of another mixture, seed or number of processes: "
-                "resume with the same ones"
-            )
-        self.read = [list(source) for source in position["read"]]  # [page, row, tokens] of each
-        self.ahead = [{} for _ in mixture]  # page -> Future of its documents' tokens
-        self.rest = self._draw()[position["skip"] :]  # what is not used yet of the last document
-
-    @property
-    def position(self) -> dict:
-        """Where the next batch begins, for JSON: before which document, and how far into it."""
-        return {"run": self.run, "read": self.before, "skip": self.drawn - len(self.rest)}
-
-    def batch(self, rows: int, length: int):
-        """(x, y) of this rank, int64 (rows, length); y is one token on."""
-        parts, size, wanted = [self.rest], len(self.rest), rows * length
-        while size <= wanted:  # one more than wanted: the last y
-            parts.append(self._draw())
-            size += len(parts[-1])
-        tokens = np.concatenate(parts)
-        self.rest = tokens[wanted:]  # within the document drawn last
-        tokens = torch.from_numpy(tokens[: wanted + 1])
-        return tokens[:-1].view(rows, length), tokens[1:].view(rows, length)
-
-    def _draw(self) -> np.ndarray:
-        """END and the next document."""
-        self.before = [list(source) for source in self.read]
-        shares = [read[2] / source.weight for read, source in zip(self.read, self.mixture)]
-        which = shares.index(min(shares))
-        read = self.read[which]
-        while read[1] >= len(documents := self._page(which, read[0])):
-            read[:2] = read[0] + 1, 0
-        tokens = np.array([self.tokenizer.end] + documents[read[1]], np.int64)
-        read[1:] = read[1] + 1, read[2] + len(tokens)
-        self.drawn = len(tokens)
-        return tokens
-
-    def _page(self, which: int, number: int) -> list[list[int]]:
-        """Tokens of the documents of a page; the pages after it are fetched meanwhile."""
-        futures = self.ahead[which]
-        for n in range(number, number + AHEAD + 1):
-            if n not in futures:
-                futures[n] = _in_thread(self._fetch, self.mixture[which], n)
-        futures.pop(number - 1, None)
-        return futures[number].result()
-
-    def _fetch(self, source: Source, number: int) -> list[list[int]]:
-        first = random.Random(f"{source.name} {self.seed}").randrange(source.pages)
-        i = first + number * self.world + self.rank
-        page = source.page(source.held + i % (source.pages - source.held))
-        return self.tokenizer.encode_batch(self.fetch(source.name, page)[0])
-
-
-def _in_thread(work, *arguments) -> Future:
-    """What work(*arguments) will give or raise. The thread does not keep the program alive."""
-    future = Future()
-
-    def run():
-        try:
-            future.set_result(work(*arguments))
-        except BaseException as error:
-            future.set_exception(error)
-
-    threading.Thread(target=run, daemon=True).start()
-    return future
+def find_source(dataset: str, data_dir: Path, seed: int, log, ignore):
+    """(dataset without auto, name, checksum, read)."""
+    if dataset.startswith(STREAM):
+        mixture = parse_mixture(dataset.removeprefix(STREAM))
+        if not online():
+            raise DataError("no network to stream from: connect, or use --dataset=PATH of a text")
+        name = "+".join(source.name.split("/")[1] for source in mixture)
+        return dataset, name, sha256(repr(mixture)), lambda: sample_mixture(mixture)
+    if dataset == "auto":
+        there = all((data_dir / "real_sam" / name).exists() for name in REAL_SAM)
+        dataset = "real_sam" if there or online() else "nursery"
+        if dataset == "nursery":
+            log("no network: training on the built-in corpus, the nursery")
+    if dataset in DATASETS:
+        return dataset, dataset, *DATASETS[dataset](data_dir, seed, log)
+    root = Path(os.path.abspath(os.path.expanduser(dataset)))
+    own = (*ignore, data_dir, data_dir / "real_sam")
+    return str(root), root.name, *files_source(root, own, log)
 
 
 # ---- Prepared data ---------------------------------------------------------------------------
+
+FORMAT = 3  # raise it when the same source would give other token files: old caches are left
+BPE_BYTES = 30_000_000  # of training text, at most, teach merges
 
 
 @dataclass(frozen=True)
@@ -730,25 +425,17 @@ class Data:
     dataset: str  # what `prepare` takes to find the same again: a word or an absolute path
 
 
-NURSERY_BYTES = (5_600_000, 200_000)  # for training, held out
-BPE_BYTES = 30_000_000  # of training text, at most, teach merges
+def prepare(dataset, tokenizer, vocab_size, data_dir, seed=0, log=print, ignore=()) -> Data:
+    """The corpus `dataset`, from the cache if it is there: a name in DATASETS, auto (real_sam if
+    there is a network, else nursery), a path, or stream:MIXTURE, of which only a sample and the
+    held-out documents are kept.
 
-
-def prepare(
-    dataset, tokenizer, vocab_size, data_dir, seed=0, log=print, bases=BASES, ignore=()
-) -> Data:
-    """The corpus `dataset`: 'nursery', 'real_sam', 'auto', a path or 'stream:' and a mixture (see
-    parse_mixture), of which only a sample and the held-out documents are fetched and kept; from
-    the cache if it can.
-
-    tokenizer: 'byte', 'char', 'bpe' or 'lengthmax' (of vocab_size), 'gpt2'; or the Tokenizer of a
-    checkpoint.
-    data_dir: where downloads and caches are kept. seed: of the nursery and of the order of
-    pieces. log: takes lines for people. bases: servers of the downloads. ignore: folders in which
-    no text is looked for; data_dir is one. Raises DataError.
+    tokenizer: a name in TOKENIZERS, to be trained with vocab_size, or a checkpoint's Tokenizer.
+    data_dir: the folder of downloads and caches. seed: of the nursery and of the order of pieces.
+    log: prints a line. ignore: folders in which no text is looked for; data_dir is one of them.
     """
     data_dir = Path(os.path.expanduser(data_dir))
-    dataset, name, checksum, read = find_source(str(dataset), data_dir, seed, log, bases, ignore)
+    dataset, name, checksum, read = find_source(str(dataset), data_dir, seed, log, ignore)
     known = None if isinstance(tokenizer, str) else tokenizer.hash
     for recipe in [tokenizer] if known is None else [tokenizer.kind, known]:
         key = sha256(repr((checksum, recipe, vocab_size, seed, FORMAT)))[:12]
@@ -766,50 +453,15 @@ def prepare(
             building = Path(temporary) / "new"
             building.mkdir()
             train, held, facts = read()
+            held_texts = set(held)
+            train = [document for document in train if document not in held_texts]
+            if not train or not held:
+                raise DataError(f"{name}: too little to learn some and hold out some: add text")
             meta = {"name": name, "key": key, "sha256": checksum} | facts
             _build(building, meta, train, held, tokenizer, vocab_size, seed)
             return _publish(building, folder, key, dataset)
     except OSError as error:
         raise DataError(f"cannot write to {data_dir} ({error}): free or choose a disk") from None
-
-
-def find_source(dataset: str, data_dir: Path, seed: int, log, bases, ignore):
-    """(dataset without auto, name, checksum, read); read() -> train, held-out documents, facts of
-    Data."""
-    if dataset.startswith(STREAM):
-        mixture = parse_mixture(dataset.removeprefix(STREAM))
-        if not online(bases):
-            raise DataError("no network to stream from: connect, or use --dataset=PATH of a text")
-        name = "+".join(source.name.split("/")[1] for source in mixture)
-        read = functools.partial(sample_mixture, mixture, bases)
-        return dataset, name, sha256(repr(mixture)), read
-    folder = data_dir / "real_sam"
-    if dataset == "auto":
-        there = all((folder / name).exists() for name in REAL_SAM)
-        dataset = "real_sam" if there or online(bases) else "nursery"
-        if dataset == "nursery":
-            log("no network: training on the built-in corpus, the nursery")
-    if dataset == "nursery":
-        recipe = json.dumps([GRAMMAR.read_text(), NURSERY_BYTES, seed])
-        return dataset, dataset, sha256(recipe), functools.partial(_grow, seed)
-    if dataset == "real_sam":
-        root = real_sam(folder, bases)
-    else:
-        root = Path(dataset := os.path.abspath(os.path.expanduser(dataset)))
-    files = list_files(root, (*ignore, data_dir, folder), log)
-    if held := held_out_files(files):
-        log(f"held out, by name: {', '.join(held[:5])}{' ...' * (len(held) > 5)}")
-    try:
-        return dataset, root.name, _sha256_of(files), lambda: (*read_source(files, log), {})
-    except OSError as error:
-        raise DataError(f"cannot read {error.filename} ({error.strerror}): check it") from None
-
-
-def _grow(seed: int) -> tuple[list[str], list[str], dict]:
-    """The nursery. Held-out documents have a seed of their own and leave the training ones."""
-    held, bits = nursery(NURSERY_BYTES[1], f"held-out {seed}")
-    train = _without(nursery(NURSERY_BYTES[0], f"train {seed}")[0], held)
-    return train, held, {"entropy_bits": bits}
 
 
 def _build(folder: Path, meta: dict, train, held, tokenizer, vocab_size: int, seed: int) -> None:
@@ -894,74 +546,37 @@ def _load(folder: Path, key: str, dataset: str) -> Data:
                 raise ValueError(f"{name}.bin has token ids outside the vocabulary")
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise DataError(f"the cache {folder.name} is damaged ({error})") from None
-    train, valid = (
-        {phase: streams[name] for phase in PHASES if (name := f"{split}_{phase}") in streams}
-        for split in ("train", "valid")
-    )
-    splits = [split for split in ("train", "valid") if f"{split}_answers" in streams]
+
+    def by_phase(split):
+        return {p: streams[f"{split}_{p}"] for p in PHASES if f"{split}_{p}" in streams}
+
+    answers = {name.split("_")[0]: streams[name] for name in streams if name.endswith("_answers")}
     return Data(
-        meta["name"], meta["sha256"], tokenizer, train, valid, streams["heldout"],
-        meta["heldout_bytes"], meta.get("entropy_bits"),
-        [Source(*source) for source in meta.get("mixture", ())],
-        {split: streams[f"{split}_answers"] for split in splits}, dataset,
+        meta["name"], meta["sha256"], tokenizer, by_phase("train"), by_phase("valid"),
+        streams["heldout"], meta["heldout_bytes"], meta.get("entropy_bits"),
+        [Source(*source) for source in meta.get("mixture", ())], answers, dataset,
     )  # fmt: skip
 
 
 def _publish(building: Path, folder: Path, key: str, dataset: str) -> Data:
     """Rename the finished folder into place, unless another process was first with a good one."""
-    for attempt in range(3):
-        with suppress(OSError):  # raised when `folder` exists
-            os.rename(building, folder)
-        try:
-            return _load(folder, key, dataset)
-        except DataError:
-            with suppress(OSError):  # out of the way; goes with the temporary folder
-                os.rename(folder, building.with_name(f"damaged{attempt}"))
-    raise OSError(f"{folder.name} could not be renamed into place")
-
-
-# ---- Batches ---------------------------------------------------------------------------------
-
-
-def batch(tokens, step, batch_size, length, seed, rank=0, world=1):
-    """(x, y) of training step `step`, int64 (batch_size // world, length); y is one token on.
-
-    Windows do not overlap and come without replacement; each epoch has an order and an offset of
-    its own. Nothing is remembered: a resumed run needs only its step, and rank r of w has rows
-    r * B/w to (r + 1) * B/w of the same batch. A stream shorter than length + 1 is a DataError:
-    were it repeated, a window would show what it asks for.
-    """
-    if len(tokens) <= length:
-        raise DataError(
-            f"{len(tokens)} tokens are too few for windows of {length} + 1: "
-            "set a smaller length or add text"
-        )
-    if batch_size % world:
-        raise DataError(f"batch_size {batch_size} must be a multiple of the {world} processes")
-    n_windows = max(1, (len(tokens) - length) // length)  # one fewer than fit: the offset's room
-    slack = min(length, len(tokens) - n_windows * length)
-    first = step * batch_size + rank * (batch_size // world)
-    rows = []
-    for window in range(first, first + batch_size // world):
-        order, offset = _epoch(seed, window // n_windows, n_windows, slack)
-        start = offset + int(order[window % n_windows]) * length
-        rows.append(tokens[start : start + length + 1])
-    rows = torch.from_numpy(np.stack(rows).astype(np.int64))  # (B/w, length + 1)
-    return rows[:, :-1].contiguous(), rows[:, 1:].contiguous()
-
-
-@functools.lru_cache(maxsize=8)  # a pure function, asked again at every step
-def _epoch(seed: int, epoch: int, n_windows: int, slack: int):
-    rng = np.random.default_rng((seed, epoch))
-    return rng.permutation(n_windows), int(rng.integers(slack))
+    with suppress(OSError):  # raised when `folder` exists
+        os.rename(building, folder)
+    try:
+        return _load(folder, key, dataset)
+    except DataError:
+        for old, new in ((folder, building.with_name("damaged")), (building, folder)):
+            with suppress(OSError):  # "damaged" goes with the temporary folder
+                os.rename(old, new)
+        return _load(folder, key, dataset)
 
 
 def main():
     """Show a piece of each phase of the nursery, and its entropy."""
-    with config.one_line(DataError):
+    with config.one_line():
         documents, bits = nursery(NURSERY_BYTES[1], "sample")
         for phase in PHASES:
-            print(f"{phase}: {cut(documents, phase, Tokenizer('byte'))[0].strip()}\n")
+            print(f"{phase}: {cut(documents, phase, Bytes())[0].strip()}\n")
         size = sum(len(document.encode()) for document in documents)
         print(f"entropy: {bits / size:.4f} bits per byte of {len(documents)} documents")
 

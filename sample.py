@@ -23,7 +23,7 @@ import torch
 import config
 import data
 import kernels
-import nursery
+import sources
 from checkpoint import build, load_checkpoint
 from model import find_device
 from tokenizer import DataError, tokenizer_from_state
@@ -166,7 +166,7 @@ def chat(c):
     speaker, between = Speaker.of(name, checkpoint, c), ""
     note("Say something and press Enter; Ctrl-D ends.")
     if is_of_nursery(checkpoint):
-        note("For example:" + "".join(f"\n  {example}" for example in nursery.EXAMPLES))
+        note("For example:" + "".join(f"\n  {example}" for example in sources.EXAMPLES))
     for line in typed(c.prompt):
         try:
             line.encode()
@@ -203,7 +203,7 @@ def evaluate(c):
     writes documents of its own, and the nursery judges them."""
     name, checkpoint = open_checkpoint(c)
     if c.eval == "nursery":  # the text that is held out in training
-        documents, entropy = nursery.nursery(data.NURSERY_BYTES[1], "held-out 0")
+        documents, entropy = sources.nursery(data.NURSERY_BYTES[1], "held-out 0")
     else:
         documents, entropy = data.read_documents(c.eval, note), None
     speaker = Speaker.of(name, checkpoint, c)
@@ -226,8 +226,8 @@ def evaluate(c):
     print(f"float-fed       {score['macs']} multiplications per token")
     if c.eval == "nursery" or is_of_nursery(checkpoint):
         note("writing 100 documents for the nursery to judge")
-        told = nursery.told_by(speaker.model, speaker.tokenizer, seed=c.seed)
-        print(nursery.VERDICT.format(**nursery.judge(told)))
+        told = sources.told_by(speaker.model, speaker.tokenizer, seed=c.seed)
+        print(sources.VERDICT.format(**sources.judge(told)))
 
 
 def picture(c):

@@ -1,7 +1,7 @@
 """Text <-> token ids: bytes, characters, byte-pair encoding, length-max, GPT-2's vocabulary.
 
-Byte-pair encodings are run by tiktoken and trained here; `train_tokenizer` makes each of them from
-text, `tokenizer_from_state` from a checkpoint.
+`train_tokenizer` makes a tokenizer from text, `tokenizer_from_state` from a checkpoint.
+A new one is a subclass of Tokenizer, registered as `--tokenizer=name` by `@tokenizer("name")`.
 """
 
 import hashlib
@@ -15,7 +15,7 @@ import numpy as np
 import tiktoken
 
 
-class DataError(Exception):
+class DataError(ValueError):
     """Bad input. The message is one line: what is wrong and how to fix it."""
 
 
@@ -23,84 +23,59 @@ def sha256(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-# 'byte', 'bpe' and 'gpt2' are byte-pair encodings run by tiktoken ('byte' is one without merges).
-# The end token is the last id; no text can produce it.
-
-# Merges stay inside: a word with the space or apostrophe before it, up to three digits, a run of
-# signs, a run of blanks (but its last goes to the next word). Python and tiktoken both read this.
-PATTERN = r"[ ']?[^\W\d_]+| ?\d{1,3}| ?(?:[^\w\s]|_)+|\s+(?!\S)|\s"
-BPE_WORDS = 1_000_000  # bytes of different words that teach merges: the most frequent ones
 BYTES = [bytes([value]) for value in range(256)]
+TOKENIZERS = {}  # kind -> class
 
-# Tokens of 'lengthmax' may span words: they stay inside a line and, for speed, inside a part of
-# it of 250 characters at most that ends before a blank where there is one.
-CHUNK = r"[^\n]{1,250}(?!\S)|[^\n]{1,250}|\n{1,250}"
-LONGEST = 24  # bytes of a token
-LENGTHMAX_BYTES = 5_000_000  # of chunks, evenly taken from the text, teach tokens: more add nothing
-LENGTHMAX_ROUNDS = 16
+
+def tokenizer(kind):
+    """Register a class as `--tokenizer=kind`."""
+
+    def register(cls):
+        TOKENIZERS[kind], cls.kind = cls, kind
+        return cls
+
+    return register
 
 
 class Tokenizer:
-    """Text <-> token ids. kind: 'byte', 'char', 'bpe', 'lengthmax' or 'gpt2'.
+    """Token i stands for the bytes `pieces[i]`: 256 single bytes, then `vocab`, what was learnt.
 
-    vocab: byte strings of two bytes or more ('bpe': in rank order; 'lengthmax'), characters
-    ('char'), else nothing.
-    `end` is the id of the end token; vocab_size counts it.
+    `end` is the id of the end token, the last one: no text gives it, and vocab_size counts it.
+    A subclass defines `encode` or `encode_batch`; `kind` is its name in TOKENIZERS.
     """
 
-    def __init__(self, kind: str, vocab=()):
-        self.kind, self.vocab = kind, list(vocab)
-        if kind == "char":
-            self._ids = {char: i for i, char in enumerate(self.vocab)}
-            self.end = len(self.vocab)
-        elif kind == "gpt2":
-            self._bpe = _gpt2()
-            self.end = self._bpe.eot_token
-        elif kind == "lengthmax":
-            self._trie = Trie(BYTES + self.vocab)
-            self.end = 256 + len(self.vocab)
-        elif kind in ("byte", "bpe"):
-            ranks = {piece: rank for rank, piece in enumerate(BYTES + self.vocab)}
-            self._bpe = tiktoken.Encoding(
-                kind, pat_str=PATTERN, mergeable_ranks=ranks, special_tokens={}
-            )
-            self.end = len(ranks)
-        else:
-            raise DataError(f"unknown tokenizer {kind!r}: use byte, char, bpe, lengthmax or gpt2")
+    def __init__(self, vocab=(), pieces=None):
+        self.vocab = list(vocab)
+        self.pieces = BYTES + self.vocab if pieces is None else pieces
+        self.end = len(self.pieces)
         self.vocab_size = self.end + 1
+        if len(set(self.pieces)) < self.end:
+            raise ValueError("two tokens of the vocabulary are the same")
+
+    @classmethod
+    def train(cls, texts, vocab_size: int):
+        """A tokenizer for `texts`."""
+        return cls()
+
+    @classmethod
+    def restore(cls, vocab: list[str]):
+        """The tokenizer with the vocabulary that `state` wrote."""
+        return cls([piece.encode("latin-1") for piece in vocab])
 
     def encode(self, text: str) -> list[int]:
         """Ids of `text`, never `end`: a string that looks special is plain text."""
-        if self.kind == "lengthmax":
-            return self.encode_batch([text])[0]
-        if self.kind != "char":
-            return self._bpe.encode_ordinary(text)
-        try:
-            return [self._ids[char] for char in text]
-        except KeyError as error:
-            raise DataError(
-                f"character {error.args[0]!r} is not in this char tokenizer's vocabulary: leave "
-                "it out, or train with tokenizer byte or bpe, which know every character"
-            ) from None
+        return self.encode_batch([text])[0]
 
     def encode_batch(self, texts: list[str]) -> list[list[int]]:
-        """`encode` of each text: long ones on all cores, to short ones threads are a cost."""
-        if self.kind == "lengthmax":
-            return self._trie.encode(list(map(_whole, texts)))
-        if self.kind == "char" or sum(map(len, texts)) < 500 * len(texts):
-            return [self.encode(text) for text in texts]
-        return self._bpe.encode_ordinary_batch(texts, num_threads=os.cpu_count() or 1)
+        """`encode` of each text."""
+        return [self.encode(text) for text in texts]
 
     def decode_bytes(self, ids) -> bytes:
         """UTF-8 bytes of the ids; `end` adds none. One token may hold a part of a character."""
         ids = [int(i) for i in ids if i != self.end]
         if not all(0 <= i < self.end for i in ids):
             raise DataError(f"token ids go from 0 to {self.end}: use the tokenizer they came from")
-        if self.kind == "char":
-            return "".join(self.vocab[i] for i in ids).encode()
-        if self.kind == "lengthmax":
-            return b"".join(self._trie.pieces[i] for i in ids)
-        return self._bpe.decode_bytes(ids)
+        return b"".join(self.pieces[i] for i in ids)
 
     def decode(self, ids) -> str:
         """Text of the ids; bytes that are not UTF-8 become the replacement character."""
@@ -116,55 +91,128 @@ class Tokenizer:
         return sha256(self.state())[:12]
 
 
-def _whole(text: str) -> str:
-    """`text` with its surrogate pairs joined and lone surrogates replaced, as tiktoken does it."""
-    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
-
-
-def _gpt2() -> tiktoken.Encoding:
-    try:
-        return tiktoken.get_encoding("gpt2")
-    except Exception as error:  # whatever tiktoken's downloader lets through
-        raise DataError(
-            f"cannot load the gpt2 vocabulary ({type(error).__name__}): connect to the network, "
-            "set TIKTOKEN_CACHE_DIR to a folder that holds it, or use tokenizer bpe"
-        ) from None
+def train_tokenizer(kind: str, texts, vocab_size: int) -> Tokenizer:
+    """A tokenizer for `texts`. vocab_size is for bpe and lengthmax, which stay below it on little
+    text."""
+    if kind not in TOKENIZERS:
+        raise DataError(f"unknown tokenizer {kind!r}: use {', '.join(TOKENIZERS)}")
+    return TOKENIZERS[kind].train(texts, vocab_size)
 
 
 def tokenizer_from_state(state: str) -> Tokenizer:
     """The tokenizer whose `state()` this is. DataError when it is damaged."""
     try:
         fields = json.loads(state)
-        kind, vocab = fields["kind"], fields["vocab"]
-        if kind in ("bpe", "lengthmax"):
-            vocab = [piece.encode("latin-1") for piece in vocab]
-        if len(set(vocab)) < len(vocab) or any((len(p) == 1) != (kind == "char") for p in vocab):
-            raise ValueError
-        return Tokenizer(kind, vocab)
+        return TOKENIZERS[fields["kind"]].restore(fields["vocab"])
+    except DataError:  # gpt2 without a network
+        raise
     except (AttributeError, KeyError, TypeError, ValueError):
         raise DataError("damaged tokenizer state: use another checkpoint or cache") from None
 
 
-def train_tokenizer(kind: str, texts, vocab_size: int) -> Tokenizer:
-    """A tokenizer for `texts`. vocab_size is for 'bpe' and 'lengthmax', which stay below it on
-    little text."""
-    if kind == "char":
-        return Tokenizer(kind, sorted(set().union(*texts)))
-    texts = map(_whole, texts)
-    if kind not in ("bpe", "lengthmax"):
-        return Tokenizer(kind)
+def _whole(text: str) -> str:
+    """`text` with its surrogate pairs joined and lone surrogates replaced, as tiktoken does it."""
+    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+
+
+@tokenizer("byte")
+class Bytes(Tokenizer):
+    """The bytes of UTF-8, without merges."""
+
+    def encode(self, text):
+        return list(_whole(text).encode())
+
+
+@tokenizer("char")
+class Chars(Tokenizer):
+    """The characters of a text and nothing else: `vocab` is a list of them."""
+
+    def __init__(self, vocab=()):
+        vocab = list(vocab)
+        super().__init__(vocab, [char.encode(errors="surrogatepass") for char in vocab])
+        self._ids = {ord(char): i for i, char in enumerate(vocab)}
+
+    @classmethod
+    def train(cls, texts, vocab_size):
+        return cls(sorted(set().union(*texts)))
+
+    @classmethod
+    def restore(cls, vocab):
+        return cls(vocab)
+
+    def encode(self, text):
+        try:
+            return [self._ids[ord(char)] for char in text]
+        except KeyError as error:
+            raise DataError(
+                f"character {chr(error.args[0])!r} is not in this char tokenizer's vocabulary: "
+                "leave it out, or train with tokenizer byte or bpe, which know every character"
+            ) from None
+
+
+# ---- Byte-pair encoding, run by tiktoken -----------------------------------------------------
+
+# Merges stay inside: a word with the space or apostrophe before it, up to three digits, a run of
+# signs, a run of blanks (but its last goes to the next word). Python and tiktoken both read this.
+PATTERN = r"[ ']?[^\W\d_]+| ?\d{1,3}| ?(?:[^\w\s]|_)+|\s+(?!\S)|\s"
+BPE_WORDS = 1_000_000  # bytes of different words that teach merges: the most frequent ones
+
+
+def _room(kind: str, vocab_size: int) -> int:
+    """How many tokens may be learnt."""
     if vocab_size < 257:
         raise DataError(
             f"vocab_size {vocab_size} is too small: {kind} has 256 bytes and an end token"
         )
-    if kind == "lengthmax":
-        if vocab_size > 50_000:
-            raise DataError(f"vocab_size {vocab_size} is too large: lengthmax goes up to 50000")
-        return Tokenizer(kind, _learn_long_tokens(texts, vocab_size - 257))
-    counts = Counter()
-    for text in texts:
-        counts.update(re.findall(PATTERN, text))
-    return Tokenizer(kind, _learn_merges(counts, vocab_size - 257))
+    return vocab_size - 257
+
+
+@tokenizer("bpe")
+class BPE(Tokenizer):
+    """`vocab` is in the order in which its tokens were merged."""
+
+    def __init__(self, vocab=()):
+        super().__init__(vocab)
+        ranks = {piece: rank for rank, piece in enumerate(self.pieces)}
+        self._bpe = tiktoken.Encoding(
+            "bpe", pat_str=PATTERN, mergeable_ranks=ranks, special_tokens={}
+        )
+
+    @classmethod
+    def train(cls, texts, vocab_size):
+        room, counts = _room(cls.kind, vocab_size), Counter()
+        for text in texts:
+            counts.update(re.findall(PATTERN, _whole(text)))
+        return cls(_learn_merges(counts, room))
+
+    def encode(self, text):
+        return self._bpe.encode_ordinary(text)
+
+    def encode_batch(self, texts):
+        """Long texts on all cores: threads cost short ones more than they save."""
+        if sum(map(len, texts)) < 500 * len(texts):
+            return super().encode_batch(texts)
+        return self._bpe.encode_ordinary_batch(texts, num_threads=os.cpu_count() or 1)
+
+
+@tokenizer("gpt2")
+class GPT2(BPE):
+    """The tokens of GPT-2, which tiktoken downloads."""
+
+    def __init__(self, vocab=()):
+        try:
+            self._bpe = tiktoken.get_encoding("gpt2")
+        except Exception as error:  # whatever tiktoken's downloader lets through
+            raise DataError(
+                f"cannot load the gpt2 vocabulary ({type(error).__name__}): connect to the "
+                "network, set TIKTOKEN_CACHE_DIR to a folder that holds it, or use tokenizer bpe"
+            ) from None
+        n = self._bpe.eot_token
+        Tokenizer.__init__(self, (), [self._bpe.decode_single_token_bytes(i) for i in range(n)])
+
+    @classmethod
+    def train(cls, texts, vocab_size):
+        return cls()
 
 
 def _learn_merges(counts: Counter, n_merges: int) -> list[bytes]:
@@ -231,37 +279,76 @@ def _merge(word: list[bytes], pairs: list[bytes], ranks: dict[bytes, int]):
     return gone, come
 
 
-class Trie:
-    """Byte strings as a table of steps, walked at many places of a text at once.
+# ---- Length-max ------------------------------------------------------------------------------
 
-    pieces: the byte strings, all 256 single bytes among them. Encoding is greedy: at each place
-    the longest piece that fits.
+# Its tokens may span words: they stay inside a line and, for speed, inside a part of it of 250
+# characters at most that ends before a blank where there is one.
+CHUNK = r"[^\n]{1,250}(?!\S)|[^\n]{1,250}|\n{1,250}"
+LONGEST = 24  # bytes of a token
+LENGTHMAX_BYTES = 5_000_000  # of chunks, evenly taken from the text, teach tokens: more add nothing
+LENGTHMAX_ROUNDS = 16
+
+
+@tokenizer("lengthmax")
+class LengthMax(Tokenizer):
+    """Length-MAX (arXiv 2511.20849): tokens that maximise frequency x length.
+
+    Encoding is greedy: at each place the longest token that fits. The tokens are a trie, written
+    as a table of steps, which is walked at many places of a text at once.
     """
 
-    def __init__(self, pieces: list[bytes]):
-        steps, found = {}, [0]  # node * 257 + byte -> node; node -> longest piece on the way to it
+    def __init__(self, vocab=()):
+        super().__init__(vocab)
+        pieces, steps, found = self.pieces, {}, [0]  # found: node -> longest token on the way to it
         for i in sorted(range(len(pieces)), key=lambda i: len(pieces[i])):
             node = 0
             for byte in pieces[i]:
                 key = node * 257 + byte
-                if key not in steps:
+                if key not in steps:  # node * 257 + byte -> node
                     steps[key] = len(found)
                     found.append(found[node])
                 node = steps[key]
             found[node] = i
-        self.pieces, self.found = pieces, np.array(found, np.int32)
+        self.found = np.array(found, np.int32)
         self.lengths = np.array([len(piece) for piece in pieces])
         self.steps = np.zeros(257 * len(found), np.int32)  # 0: no way on; column 256 is always 0
         self.steps[np.fromiter(steps, np.int64)] = np.fromiter(steps.values(), np.int64) * 257
 
+    @classmethod
+    def train(cls, texts, vocab_size):
+        """Each round encodes the text, adds the runs of 2 to 4 tokens that promise to save most,
+        four times as many as there is room for, encodes again, and keeps the tokens that save
+        most. A token that replaces k others saves k - 1 each time it is used.
+        """
+        n_tokens = _room(cls.kind, vocab_size)
+        if vocab_size > 50_000:
+            raise DataError(f"vocab_size {vocab_size} is too large: lengthmax goes up to 50000")
+        chunks = [chunk for text in texts for chunk in re.findall(CHUNK, _whole(text))]
+        chunks = chunks[:: sum(map(len, chunks)) // LENGTHMAX_BYTES + 1]
+        chunks = [chunk.encode() for chunk in chunks]
+        vocab: list[bytes] = []
+        for done in range(1, LENGTHMAX_ROUNDS + 1):
+            room = n_tokens * done // LENGTHMAX_ROUNDS
+            now = cls(vocab)
+            saved = _runs(now.match(chunks), now.pieces)
+            for known in vocab:
+                saved.pop(known, None)
+            promising = sorted(saved, key=lambda token: (-saved[token], token))
+            now = cls(vocab + promising[: 4 * (room - len(vocab))])
+            ids, known = now.match(chunks), set(now.pieces)
+            times = np.bincount(ids[ids >= 0], minlength=now.end)[256:].tolist()
+            saved = {t: n * (_parts(t, known) - 1) for t, n in zip(now.vocab, times) if n > 1}
+            vocab = sorted(saved, key=lambda token: (-saved[token], token))[:room]
+        return cls(vocab)
+
     def match(self, chunks: list[bytes]) -> np.ndarray:
-        """Ids of the chunks' pieces, one chunk after the other; -1 after each chunk (int32)."""
+        """Ids of the chunks' tokens, one chunk after the other; -1 after each chunk (int32)."""
         text = np.frombuffer(b"".join(chunk + b"\0" for chunk in chunks), np.uint8).astype(np.int16)
         ends = np.cumsum([len(chunk) + 1 for chunk in chunks]) - 1
         text[ends] = 256  # the sign that leads nowhere
-        ids = np.full(len(text), -2, np.int32)  # -2: inside a piece
+        ids = np.full(len(text), -2, np.int32)  # -2: inside a token
         ids[ends] = -1
-        at = np.concatenate([[0], ends[:-1] + 1])  # in each chunk, where its next piece begins
+        at = np.concatenate([[0], ends[:-1] + 1])  # in each chunk, where its next token begins
         at = at[text[at] < 256]
         while len(at):
             last = self.steps[text[at]].astype(np.int64)  # where the walk from each `at` ends
@@ -277,45 +364,13 @@ class Trie:
             at = at[text[at] < 256]
         return ids[ids > -2]
 
-    def encode(self, texts: list[str]) -> list[list[int]]:
-        """Ids of each text."""
-        chunks = [re.findall(CHUNK, text) for text in texts]
-        flat = [chunk.encode() for some in chunks for chunk in some]
-        if not flat:
-            return [[] for _ in texts]
-        ids = self.match(flat)
-        ends = np.concatenate([[-1], np.flatnonzero(ids < 0)])
-        edges = ends[np.cumsum([0] + [len(some) for some in chunks])] + 1
-        parts = (ids[a:b] for a, b in zip(edges, edges[1:]))
-        return [part[part >= 0].tolist() for part in parts]
-
-
-def _learn_long_tokens(texts, n_tokens: int) -> list[bytes]:
-    """Length-MAX (arXiv 2511.20849): tokens that maximise frequency x length, for greedy encoding.
-
-    Length is measured in the tokens that a token stands for: it is those that it saves. Each
-    round encodes the text, adds the runs of 2 to 4 tokens that promise most, four times as many
-    as there is room for, encodes again, and keeps those that save most where they are used.
-    """
-    chunks = [chunk for text in texts for chunk in re.findall(CHUNK, text)]
-    chunks = chunks[:: sum(map(len, chunks)) // LENGTHMAX_BYTES + 1]
-    chunks = [chunk.encode() for chunk in chunks]
-    vocab: list[bytes] = []
-    for done in range(1, LENGTHMAX_ROUNDS + 1):
-        room = n_tokens * done // LENGTHMAX_ROUNDS
-        trie = Trie(BYTES + vocab)
-        saved = _runs(trie.match(chunks), trie.pieces)
-        for known in vocab:
-            saved.pop(known, None)
-        promising = sorted(saved, key=lambda token: (-saved[token], token))
-        vocab += promising[: 4 * (room - len(vocab))]
-        trie = Trie(BYTES + vocab)
-        ids = trie.match(chunks)
-        times = np.bincount(ids[ids >= 0], minlength=len(trie.pieces))[256:].tolist()
-        known = set(trie.pieces)
-        saved = {t: n * (_parts(t, known) - 1) for t, n in zip(vocab, times) if n > 1}
-        vocab = sorted(saved, key=lambda token: (-saved[token], token))[:room]
-    return vocab
+    def encode_batch(self, texts):
+        if not texts:
+            return []
+        chunks = [[*re.findall(CHUNK, _whole(text)), ""] for text in texts]
+        ids = self.match([chunk.encode() for some in chunks for chunk in some])
+        ends = np.flatnonzero(ids < 0)[np.cumsum([len(some) for some in chunks]) - 1]
+        return [part[part >= 0].tolist() for part in np.split(ids, ends)[:-1]]
 
 
 def _runs(ids: np.ndarray, pieces: list[bytes]) -> Counter:

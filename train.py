@@ -46,7 +46,7 @@ from checkpoint import (
     whole_file,
 )  # fmt: skip
 from model import ModelConfig, SpikingLM, Synapse, find_device
-from nursery import VERDICT, judge, told_by
+from sources import VERDICT, judge, told_by
 from tokenizer import DataError, tokenizer_from_state
 from traits import IGNORED
 

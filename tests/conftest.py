@@ -14,7 +14,7 @@ import torch
 @pytest.fixture(scope="session")
 def corpus():
     """Documents of the nursery, about 60 kB."""
-    from nursery import nursery
+    from sources import nursery
 
     return nursery(60_000, "test")[0]
 

@@ -1,9 +1,8 @@
-"""data.py: downloads under faults, files, phases, cache, batches."""
+"""data.py, sources.py: downloads under faults, streams, files, phases, cache, batches."""
 
 import gzip
 import hashlib
 import http.server
-import functools
 import json
 import math
 import multiprocessing
@@ -14,7 +13,10 @@ import threading
 import time
 import urllib.parse
 from collections import Counter
+from functools import partial
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -23,14 +25,26 @@ from test_nursery import seeded
 from test_tokenizer import SAMPLE, make, random_text
 
 import data
+import sources
+import traits
 import train
-from nursery import tell
-from tokenizer import DataError, Tokenizer
+from sources import tell
+from tokenizer import BPE, Bytes, DataError
 
 
 @pytest.fixture(autouse=True)
 def small_nursery(monkeypatch):
     monkeypatch.setattr(data, "NURSERY_BYTES", (60_000, 8_000))
+
+
+@pytest.fixture(autouse=True)
+def offline(monkeypatch):
+    serve_from("http://127.0.0.1:9", monkeypatch)
+
+
+def serve_from(url, monkeypatch):
+    """All servers of the downloads are this one; nobody answers on port 9."""
+    monkeypatch.setattr(sources, "BASES", dict.fromkeys(sources.BASES, url))
 
 
 def write(path: Path, text) -> Path:
@@ -123,7 +137,7 @@ DIGEST = hashlib.sha256(CONTENT).hexdigest()
 
 def fetch(server, path, **options):
     options = {"timeout": 0.3, "pause": 0.001, "attempts": 4, **options}
-    data.download(server.url + "/file", path, **options)
+    sources.download(server.url + "/file", path, **options)
 
 
 @pytest.mark.parametrize("faults", [
@@ -143,7 +157,7 @@ def test_download_ends_right(faults, tmp_path):
 @pytest.mark.parametrize("faults, options", [
     (["other bytes"] * 9, {}), ([500] * 9, {}), ([404], {}), (["stall"] * 9, {"attempts": 2}),
     (["drop"] * 9, {"attempts": 2}), (["wrong range"] * 9, {"max_bytes": 100}),
-    ([], {"sha256": "0" * 64}), (["long"] * 9, {"attempts": 2}), (["short"] * 9, {}),
+    (["long"] * 9, {"attempts": 2}), (["short"] * 9, {}),
 ])  # fmt: skip
 def test_download_fails_in_one_line(faults, options, tmp_path):
     path = tmp_path / "file.bin"
@@ -171,7 +185,7 @@ def test_a_stale_part_is_dropped(tmp_path):
 
 def test_retry_after_is_honoured(tmp_path, monkeypatch):
     naps = []
-    monkeypatch.setattr(data.time, "sleep", naps.append)
+    monkeypatch.setattr(sources.time, "sleep", naps.append)
     with Server(CONTENT, [503, "drop"]) as server:
         fetch(server, tmp_path / "file.bin", pause=1.0)
     assert naps == [0.0, 2.0]
@@ -184,9 +198,9 @@ def test_nobody_is_made_to_wait_for_more_than_a_minute(monkeypatch):
         raise error
 
     naps = []
-    monkeypatch.setattr(data.time, "sleep", naps.append)
+    monkeypatch.setattr(sources.time, "sleep", naps.append)
     with pytest.raises(DataError, match="busy"):
-        data.retry(attempt, "x", 3, 1.0)
+        sources.retry(attempt, "x", 3, 1.0)
     assert naps == [60.0, 60.0]  # and none after the last attempt
 
 
@@ -203,21 +217,20 @@ def test_only_the_first_bytes(faults, tmp_path):
 STORY = "Once there was a dog named Tom. He ran to the park, saw a red kite, and was happy.\n"
 
 
-def test_auto_without_network(tmp_path, capsys):
-    bases = dict.fromkeys(data.BASES, "http://127.0.0.1:9")
-    assert data.prepare("auto", "byte", 0, tmp_path, bases=bases).name == "nursery"
+def test_auto_without_network(tmp_path, capsys, monkeypatch):
+    assert data.prepare("auto", "byte", 0, tmp_path).name == "nursery"
     assert "no network" in capsys.readouterr().out
+    monkeypatch.setattr(sources.time, "sleep", lambda seconds: None)
     with pytest.raises(DataError, match="cannot download"):
-        quick = lambda *a, **k: data.download(*a, **k, attempts=1)  # noqa: E731
-        data.real_sam(tmp_path / "real_sam", bases, quick)
+        data.prepare("real_sam", "byte", 0, tmp_path)
 
 
 def test_auto_gives_up_on_a_silent_server(monkeypatch):
-    monkeypatch.setattr(data.requests, "head", lambda *a, **k: threading.Event().wait(3))
-    assert not data.online(seconds=0.05)
+    monkeypatch.setattr(sources.requests, "head", lambda *a, **k: threading.Event().wait(3))
+    assert not sources.online(seconds=0.05)
 
 
-def test_auto_with_network(tmp_path):
+def test_auto_with_network(tmp_path, monkeypatch):
     record = {"instruction": "Say ho", "input": "", "output": "Ho"}
     tree = {"prompt": {"text": "Hi", "replies": [{"text": "Ho"}]}}
     folder = tmp_path / "real_sam"
@@ -226,8 +239,8 @@ def test_auto_with_network(tmp_path):
     write(folder / "dolly.jsonl", json.dumps({"instruction": "a", "response": "b"}))
     write(folder / "oasst.jsonl.gz", gzip.compress(json.dumps(tree).encode()))
     with Server(STORY.encode()) as server:  # which has to give the missing valid.txt
-        bases = dict.fromkeys(data.BASES, server.url)
-        prepared = data.prepare("auto", "byte", 0, tmp_path, bases=bases)
+        serve_from(server.url, monkeypatch)
+        prepared = data.prepare("auto", "byte", 0, tmp_path)
     assert prepared.name == "real_sam" and set(prepared.train) == set(data.PHASES)
     assert STORY.strip() in texts_of(prepared.valid["stories"], prepared.tokenizer)
     again = data.prepare("real_sam", "byte", 0, tmp_path)  # all is here: nobody is asked
@@ -280,36 +293,35 @@ class RowHandler(Handler):
 
 @pytest.fixture
 def small_pages(monkeypatch):
-    monkeypatch.setattr(data, "PAGE", 5)
-    monkeypatch.setattr(data, "HELD_BYTES", 1_500)
-    monkeypatch.setattr(data, "SAMPLE_BYTES", 6_000)
+    monkeypatch.setattr(sources, "PAGE", 5)
+    monkeypatch.setattr(sources, "HELD_BYTES", 1_500)
+    monkeypatch.setattr(sources, "SAMPLE_BYTES", 6_000)
 
 
 @pytest.fixture
-def rows_server(small_pages):
+def rows_server(small_pages, monkeypatch):
     with Server(b"", handler=RowHandler) as server:
+        serve_from(server.url, monkeypatch)
         yield server
 
 
 def known_pages(text=MIXTURE):
     """The mixture as `prepare` knows it: with pages, of which 2 are held out."""
-    sources = data.parse_mixture(text)
-    return [data.replace(s, pages=math.ceil(ROWS[s.name] / 5), held=2) for s in sources]
+    known = sources.parse_mixture(text)
+    return [replace(s, pages=math.ceil(ROWS[s.name] / 5), held=2) for s in known]
 
 
-def open_stream(server, rank=0, world=1, position=None, mixture=None, seed=1, **options):
+def open_stream(rank=0, world=1, position=None, mixture=None, seed=1, **options):
     options = {"timeout": 0.3, "pause": 0.001, **options}
-    bases = {"rows": server.url}
-    fetch = lambda name, page: data.fetch_page(name, page, bases, **options)  # noqa: E731
-    tokenizer = Tokenizer("byte")
-    return data.Stream(mixture or known_pages(), tokenizer, seed, rank, world, position, fetch)
+    fetch = partial(sources.fetch_page, **options)
+    return sources.Stream(mixture or known_pages(), Bytes(), seed, rank, world, position, fetch)
 
 
 def test_mixture_grammar():
-    first, second = data.parse_mixture(MIXTURE)
+    first, second = sources.parse_mixture(MIXTURE)
     assert (first.name, first.weight) == ("a/prose/default/train", 0.75)
     assert (second.name, second.weight) == ("a/math/four/train", 0.25)
-    assert data.parse_mixture("a/b/c")[0].weight == 1
+    assert sources.parse_mixture("a/b/c")[0].weight == 1
     for bad in ("", "a/b", "a/b/c/d/e", "a/b/c@x", "a/b/c@0", "a/b/c@-1", "a/b/c,", "a//b/c"):
         with pytest.raises(DataError, match="owner/name/config@weight") as caught:
             data.prepare(f"stream:{bad}", "byte", 0, "nowhere")
@@ -318,7 +330,7 @@ def test_mixture_grammar():
 
 @pytest.mark.parametrize("pages", [1, 2, 3, 7, 10, 610, 1000])
 def test_each_page_comes_once(pages):
-    source = data.Source("a/b/c/d", 1.0, pages)
+    source = sources.Source("a/b/c/d", 1.0, pages)
     order = [source.page(i) for i in range(pages)]
     assert sorted(order) == list(range(pages)) and source.page(pages) == order[0]
     if pages >= 610:  # wherever one begins, a few pages are from all over the source
@@ -327,7 +339,7 @@ def test_each_page_comes_once(pages):
 
 
 def test_stream_is_packed_text_in_proportion(rows_server):
-    stream, tokens = open_stream(rows_server), []
+    stream, tokens = open_stream(), []
     for _ in range(60):
         x, y = stream.batch(4, 100)
         assert x.shape == y.shape == (4, 100) and x.dtype == y.dtype == torch.int64
@@ -353,25 +365,25 @@ def test_stream_is_packed_text_in_proportion(rows_server):
 
 def test_stream_resumes_bit_for_bit(rows_server):
     sizes = [(2, 30), (1, 7), (3, 50), (1, 400), (2, 3), (1, 1), (4, 64)] * 3
-    whole, positions, batches = open_stream(rows_server), [], []
+    whole, positions, batches = open_stream(), [], []
     for size in sizes:
         positions.append(json.dumps(whole.position))
         batches.append(whole.batch(*size))
     rows_server.faults += [429, "close", 500, "truncate", "drop", "other", 503] * 3
     for i in range(len(sizes)):
-        again = open_stream(rows_server, position=json.loads(positions[i]))
+        again = open_stream(position=json.loads(positions[i]))
         for size, (x, y) in list(zip(sizes, batches))[i : i + 5]:
             assert all(map(torch.equal, again.batch(*size), (x, y)))
         if i + 5 < len(sizes):
             assert json.dumps(again.position) == positions[i + 5]
-    others = [open_stream(rows_server, seed=seed).batch(2, 30)[0] for seed in range(2, 5)]
+    others = [open_stream(seed=seed).batch(2, 30)[0] for seed in range(2, 5)]
     assert not all(torch.equal(x, batches[0][0]) for x in others)
 
 
 def test_ranks_read_other_pages(rows_server):
     mixture, seen = known_pages("a/prose/default"), []
     for rank in range(2):
-        stream = open_stream(rows_server, rank, 2, mixture=mixture)
+        stream = open_stream(rank, 2, mixture=mixture)
         texts = b""
         while stream.position["read"][0][0] < 7:  # to its page 7: 16 of 17 are read by one
             texts += bytes(x if x < 256 else 10 for x in stream.batch(1, 50)[0][0].tolist())
@@ -380,44 +392,45 @@ def test_ranks_read_other_pages(rows_server):
 
 
 def test_a_position_knows_its_run(rows_server):
-    position = open_stream(rows_server).position
+    position = open_stream().position
     for other in ({"world": 2}, {"rank": 1, "world": 2}, {"seed": 2},
                   {"mixture": known_pages("a/prose/default")}):  # fmt: skip
         with pytest.raises(DataError, match="another mixture, seed or number of processes"):
-            open_stream(rows_server, position=position, **other)
+            open_stream(position=position, **other)
 
 
-def test_pages_are_fetched_ahead(rows_server):
-    stream = open_stream(rows_server, mixture=known_pages("a/prose/default"))
+def test_pages_are_fetched_ahead():
+    asked = []
+    fetch = lambda name, page: (asked.append(page) or ["A text."] * 5, 19)  # noqa: E731
+    stream = sources.Stream(known_pages("a/prose/default"), Bytes(), 0, fetch=fetch)
     until = time.monotonic() + 5
-    while len(rows_server.asked) < 1 + data.AHEAD and time.monotonic() < until:
+    while len(asked) < 1 + sources.AHEAD and time.monotonic() < until:
         time.sleep(0.01)
-    assert len(rows_server.asked) == 1 + data.AHEAD
+    time.sleep(0.05)
+    assert len(asked) == 1 + sources.AHEAD
     stream.batch(8, 500)
     assert stream.position["read"][0][0] > 2
-    assert len(stream.ahead[0]) == 1 + data.AHEAD  # pages that were read are let go
 
 
 @pytest.mark.parametrize("fault", [429, 500, 503, "close", "truncate", "drop", "stall", "other"])
 def test_stream_faults(fault, rows_server):
     rows_server.faults += [fault] * 3
-    clean = open_stream(rows_server).batch(2, 50)
-    assert [open_stream(rows_server).batch(2, 50)[0].tolist()] == [clean[0].tolist()]
+    clean = open_stream().batch(2, 50)
+    assert [open_stream().batch(2, 50)[0].tolist()] == [clean[0].tolist()]
     rows_server.faults += [fault] * 50
     with pytest.raises(DataError, match="cannot download rows of a/prose.*local file") as caught:
-        open_stream(rows_server, attempts=2)
+        open_stream(attempts=2)
     assert "\n" not in str(caught.value)
 
 
 def test_a_source_that_is_not_there(rows_server):
-    mixture = [data.Source("a/typo/default/train", 1.0, 10, 2)]
+    mixture = [sources.Source("a/typo/default/train", 1.0, 10, 2)]
     with pytest.raises(DataError, match="a/typo.*status 404.*check the address"):
-        open_stream(rows_server, mixture=mixture)
+        open_stream(mixture=mixture)
 
 
 def test_prepare_a_stream(rows_server, tmp_path, monkeypatch):
-    bases = dict.fromkeys(data.BASES, rows_server.url)
-    prepared = data.prepare(f"stream:{MIXTURE}", "lengthmax", 300, tmp_path, bases=bases)
+    prepared = data.prepare(f"stream:{MIXTURE}", "lengthmax", 300, tmp_path)
     assert prepared.name == "prose+math" and prepared.tokenizer.vocab_size == 300
     assert [(s.name, s.pages) for s in prepared.mixture] == [(n, math.ceil(r / 5))
                                                              for n, r in ROWS.items()]  # fmt: skip
@@ -429,53 +442,50 @@ def test_prepare_a_stream(rows_server, tmp_path, monkeypatch):
         f"{name} {i}" for name, page in pages for i in range(page * 5, page * 5 + 5)
         if i < ROWS[name]}  # fmt: skip
     assert not held & sample and all(source.held > 0 for source in prepared.mixture)
-    stream = data.Stream(prepared.mixture, prepared.tokenizer, 0,
-                         fetch=lambda name, page: data.fetch_page(name, page, bases))  # fmt: skip
+    stream = sources.Stream(prepared.mixture, prepared.tokenizer, 0)
     ids = stream.batch(10, 300)[0].flatten().tolist()
     assert not held & set(prepared.tokenizer.decode(ids).split("a/"))
-    monkeypatch.setattr(data, "fetch_page", None)  # would raise: now it comes from the cache
-    again = data.prepare(f"stream:{MIXTURE}", "lengthmax", 300, tmp_path, bases=bases)
+    monkeypatch.setattr(sources, "fetch_page", None)  # would raise: now it comes from the cache
+    again = data.prepare(f"stream:{MIXTURE}", "lengthmax", 300, tmp_path)
     assert again.mixture == prepared.mixture
 
 
 def test_copies_of_held_out_documents_leave_the_sample(rows_server, tmp_path, monkeypatch):
     copy = lambda name, i: f"Copy {i % 40}. " + "long word " * (i % 40)  # noqa: E731
     monkeypatch.setitem(globals(), "row", copy)
-    bases = dict.fromkeys(data.BASES, rows_server.url)
-    prepared = data.prepare("stream:a/math/four", "byte", 0, tmp_path, bases=bases)
+    prepared = data.prepare("stream:a/math/four", "byte", 0, tmp_path)
     held, sample = (set(texts_of(s, prepared.tokenizer))
                     for s in (prepared.heldout, prepared.train["stories"]))  # fmt: skip
     assert held and sample and not held & sample
     monkeypatch.setitem(globals(), "row", lambda name, i: "All rows are the same. " * 100)
-    with pytest.raises(DataError, match="held out: use a larger source"):
-        data.prepare("stream:a/math/four", "byte", 1, tmp_path, bases=bases)
+    with pytest.raises(DataError, match="too little to learn some and hold out some"):
+        data.prepare("stream:a/math/four", "byte", 1, tmp_path)
 
 
 def test_the_last_page_is_left_for_training(rows_server, monkeypatch):
-    bases = dict.fromkeys(data.BASES, rows_server.url)
     (source,) = known_pages("a/math/four/train")
-    pages = [data.fetch_page(source.name, source.page(i), bases)[0] for i in range(source.pages)]
-    monkeypatch.setattr(data, "HELD_BYTES", 1)
-    monkeypatch.setattr(data, "SAMPLE_BYTES", sum(map(len, sum(pages[1:-1], []))))
-    train, held, _ = data.sample_mixture([source], bases)
+    pages = [sources.fetch_page(source.name, source.page(i))[0] for i in range(source.pages)]
+    monkeypatch.setattr(sources, "HELD_BYTES", 1)
+    monkeypatch.setattr(sources, "SAMPLE_BYTES", sum(map(len, sum(pages[1:-1], []))))
+    train, held, _ = sources.sample_mixture([source])
     assert held == pages[0] and train == sum(pages[1:-1], [])
-    monkeypatch.setattr(data, "SAMPLE_BYTES", data.SAMPLE_BYTES + 1)
+    monkeypatch.setattr(sources, "SAMPLE_BYTES", sources.SAMPLE_BYTES + 1)
     with pytest.raises(DataError, match="too small to stream"):
-        data.sample_mixture([source], bases)
+        sources.sample_mixture([source])
 
 
 def test_streams_that_cannot_be(rows_server, tmp_path, monkeypatch):
-    nowhere = dict.fromkeys(data.BASES, "http://127.0.0.1:9")
-    with pytest.raises(DataError, match="no network to stream.*--dataset=PATH") as caught:
-        data.prepare(f"stream:{MIXTURE}", "byte", 0, tmp_path, bases=nowhere)
+    with monkeypatch.context() as patch, pytest.raises(DataError) as caught:
+        serve_from("http://127.0.0.1:9", patch)
+        data.prepare(f"stream:{MIXTURE}", "byte", 0, tmp_path)
+    assert re.match("no network to stream.*--dataset=PATH", str(caught.value))
     assert "\n" not in str(caught.value)
-    bases = dict.fromkeys(data.BASES, rows_server.url)
-    monkeypatch.setattr(data, "HELD_BYTES", 1_000_000)
+    monkeypatch.setattr(sources, "HELD_BYTES", 1_000_000)
     with pytest.raises(DataError, match="too small to stream"):
-        data.prepare(f"stream:{MIXTURE}", "byte", 0, tmp_path, bases=bases)
+        data.prepare(f"stream:{MIXTURE}", "byte", 0, tmp_path)
     monkeypatch.setitem(globals(), "row", lambda name, i: None)  # no row has a text
     with pytest.raises(DataError, match="no text"):
-        data.prepare(f"stream:{MIXTURE}", "byte", 0, tmp_path, bases=bases)
+        data.prepare(f"stream:{MIXTURE}", "byte", 0, tmp_path)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -671,7 +681,9 @@ def test_no_document_leaks(tmp_path):
     documents = [f"{STORY}Number {i % 300}." for i in range(900)]  # every document three times
     documents += [f"You: {i}?\nSam: {i}!" for i in range(100)]
     path = write(tmp_path / "a.txt", f"\n{data.END_TEXT}\n".join(documents))
-    train, held = data.read_source({"a.txt": path})
+    made = data.prepare(path, "byte", 0, tmp_path / "cache")
+    held = texts_of(made.heldout, made.tokenizer)
+    train = sum((texts_of(made.train[p], made.tokenizer) for p in data.PHASES[3:]), [])
     assert not set(train) & set(held) and set(train) | set(held) == set(documents)
     assert {True, False} == set(map(data.is_talk, held))
     assert 1 <= len(held) < 50
@@ -736,18 +748,20 @@ def test_held_out_files_are_known_by_name(name, held, tmp_path):
     raw = "\n".join(json.dumps({"text": d}) for d in ("three", "four")) if "json" in name else text
     write(tmp_path / name, gzip.compress(raw.encode()) if name.endswith("gz") else raw)
     log = []
-    dataset, _, _, read = data.find_source(str(tmp_path), tmp_path / "data", 0, log.append, {}, ())
-    assert dataset == str(tmp_path) and log == [f"held out, by name: {name}"] * held
+    made = data.prepare(tmp_path, "byte", 0, tmp_path / "data", log=log.append)
+    assert made.dataset == str(tmp_path) and log == [f"held out, by name: {name}"] * held
+    train, out = (texts_of(z, made.tokenizer) for z in (made.train["stories"], made.heldout))
     if held:
-        assert read() == (["one", "two"], ["three", "four"], {})
+        assert (train, sorted(out)) == (["one", "two"], ["four", "three"])
     else:
-        assert len(read()[1]) == 1
+        assert len(out) == 1
 
 
 def test_not_all_files_are_held_out(tmp_path):
     for name in ("test1.txt", "test2.txt"):
         write(tmp_path / name, data.END_TEXT.join(f"{name}{i}" for i in range(30)))
-    train, held = data.read_source(data.list_files(tmp_path))
+    made = data.prepare(tmp_path, "byte", 0, tmp_path / "cache")
+    train, held = (texts_of(z, made.tokenizer) for z in (made.train["stories"], made.heldout))
     assert len(train) == 59 and len(held) == 1
     assert data.held_out_files(["valid.txt"]) == []
 
@@ -778,7 +792,7 @@ def test_words_keep_their_tokens(corpus):
 
 
 def test_large_sources_are_thinned(monkeypatch, corpus):
-    tokenizer = Tokenizer("byte")
+    tokenizer = Bytes()
     monkeypatch.setattr(data, "PHASE_TOKENS", 20_000)
     pieces = data.cut(corpus, "words", tokenizer)
     assert 10_000 < sum(len(piece) + 1 for piece in pieces) < 22_000
@@ -812,7 +826,7 @@ def test_streams(prepared):
 
 def test_the_order_of_pieces_is_drawn(corpus):
     """In the order of the text, small pieces would be running text."""
-    byte, in_order = Tokenizer("byte"), [w for text in corpus for w in data.words(text)]
+    byte, in_order = Bytes(), [w for text in corpus for w in data.words(text)]
     first, second = (data.cut(corpus, "words", byte, seed) for seed in (0, 1))
     assert sorted(first) == sorted(in_order) and first not in (in_order, second)
     assert data.cut(corpus, "words", byte, 0) == first
@@ -844,7 +858,7 @@ def test_a_tokenizer_learns_of_training_text_only(tmp_path):
 def test_a_tokenizer_learns_of_a_part_of_much_text(tmp_path, monkeypatch):
     path = write(tmp_path / "a.txt", data.END_TEXT.join(f"{STORY}{i}" for i in range(100)))
     monkeypatch.setattr(data, "BPE_BYTES", 1000)
-    learn = lambda kind, texts, size: seen.extend(texts) or Tokenizer(kind)  # noqa: E731
+    learn = lambda kind, texts, size: seen.extend(texts) or Bytes()  # noqa: E731
     monkeypatch.setattr(data, "train_tokenizer", learn)
     seen = []
     data.prepare(path, "byte", 0, tmp_path / "c")
@@ -852,7 +866,7 @@ def test_a_tokenizer_learns_of_a_part_of_much_text(tmp_path, monkeypatch):
 
 
 def test_large_vocabularies_and_letters_of_many_bytes(tmp_path):
-    pairs = Tokenizer("bpe", [bytes([a, b]) for a in range(256) for b in range(256)])
+    pairs = BPE([bytes([a, b]) for a in range(256) for b in range(256)])
     documents = [f"{PROSE[:200]}\n{i}" for i in range(60)]
     path = write(tmp_path / "a.txt", data.END_TEXT.join(documents))
     made = data.prepare(path, pairs, 0, tmp_path)
@@ -862,16 +876,33 @@ def test_large_vocabularies_and_letters_of_many_bytes(tmp_path):
     assert set(held + texts_of(made.train["stories"], pairs)) == set(documents)
 
 
-def test_the_nursery_does_not_leak(monkeypatch):
+def test_no_source_leaks(monkeypatch, tmp_path):
     texts = {"train 3": ["a", "b", "c", "b"], "held-out 3": ["b", "d"]}
     monkeypatch.setattr(data, "nursery", lambda size, seed: (texts[seed], 7.0 + size))
-    assert data._grow(3) == (["a", "c"], ["b", "d"], {"entropy_bits": 7.0 + data.NURSERY_BYTES[1]})
+    made = data.prepare("nursery", "byte", 0, tmp_path, seed=3)
+    assert made.entropy_bits == 7.0 + data.NURSERY_BYTES[1]
+    assert sorted(texts_of(made.train["stories"], made.tokenizer)) == ["a", "c"]
+    assert sorted(texts_of(made.heldout, made.tokenizer)) == ["b", "d"]
+
+
+def test_a_data_set_is_registered_in_one_place(monkeypatch, tmp_path):
+    def riddles(data_dir, seed, log):
+        assert data_dir == tmp_path and seed == 5
+        log("asking")
+        return "v1", lambda: (["a?", "b?", "c?"], ["c?"], {})
+
+    monkeypatch.setitem(data.DATASETS, "riddles", riddles)
+    log = []
+    made = data.prepare("riddles", "char", 0, tmp_path, seed=5, log=log.append)
+    assert (made.name, made.dataset, made.sha256) == ("riddles", "riddles", "v1")
+    assert texts_of(made.train["stories"], made.tokenizer) == ["a?", "b?"]
+    assert log == ["asking"]
 
 
 def test_long_streams_have_one_end_between_texts(tmp_path):
     texts = [f"{i}" for i in range(9000)]  # they are encoded 4096 at a time
-    data._write(tmp_path / "a.bin", texts, Tokenizer("byte"), "uint16")
-    assert texts_of(np.fromfile(tmp_path / "a.bin", "uint16"), Tokenizer("byte")) == texts
+    data._write(tmp_path / "a.bin", texts, Bytes(), "uint16")
+    assert texts_of(np.fromfile(tmp_path / "a.bin", "uint16"), Bytes()) == texts
 
 
 # Parts of conversations, and whether Sam says them or they end what Sam says; "" stands for END.
@@ -920,22 +951,22 @@ def test_the_dataset_can_be_named_again(tmp_path, rows_server, monkeypatch):
     """What `auto` or a relative path meant, from another place and with the tokenizer it had."""
     path = write(tmp_path / "x" / "a.txt", data.END_TEXT.join(f"{STORY}{i}" for i in range(20)))
     monkeypatch.chdir(tmp_path)
-    bases = dict.fromkeys(data.BASES, "http://127.0.0.1:9")
     names = {"auto": "nursery", "nursery": "nursery", "x": str(path.parent), "x/a.txt": str(path)}
     for given, meant in names.items():
         monkeypatch.chdir(tmp_path)
-        first = data.prepare(given, "bpe", 300, tmp_path / "c", bases=bases)
+        with monkeypatch.context() as patch:
+            serve_from("http://127.0.0.1:9", patch)
+            first = data.prepare(given, "bpe", 300, tmp_path / "c")
         assert first.dataset == meant
         monkeypatch.chdir("/")
         with monkeypatch.context() as patch:
             patch.setattr(data, "_build", None)  # would raise: the first cache is found
-            again = data.prepare(meant, first.tokenizer, 300, tmp_path / "c", bases=bases)
+            again = data.prepare(meant, first.tokenizer, 300, tmp_path / "c")
         assert again.dataset == meant and np.array_equal(again.heldout, first.heldout)
-    other = Tokenizer("bpe", [b"th", b"he"])
+    other = BPE([b"th", b"he"])
     assert data.prepare(meant, other, 300, tmp_path / "c").tokenizer.hash == other.hash
-    bases = dict.fromkeys(data.BASES, rows_server.url)
     name = f"stream:{MIXTURE}"
-    assert data.prepare(name, "byte", 0, tmp_path / "c", bases=bases).dataset == name
+    assert data.prepare(name, "byte", 0, tmp_path / "c").dataset == name
 
 
 # ---- The cache -------------------------------------------------------------------------------
@@ -1085,6 +1116,62 @@ def test_impossible_batches():
         data.batch(np.zeros(99, np.uint16), 0, 3, 16, 0, 0, 2)
 
 
+def corpus_of(**phases):
+    """A corpus whose phases count upwards, each in a range of its own."""
+    streams = {
+        phase: np.arange(1000 * i, 1000 * i + size, dtype=np.uint16)
+        for i, (phase, size) in enumerate(phases.items())
+    }
+    return SimpleNamespace(train=streams, mixture=[])
+
+
+def test_a_feed_rehearses_the_phase_before():
+    corpus, curriculum = corpus_of(words=900, stories=900), [("words", 8), ("stories", 16)]
+    feed = data.Feed(corpus, curriculum, 128, rehearse=0.25, seed=1)
+    x, y = feed.next(0, 0)
+    assert x.shape == (16, 8) and x.max() < 1000  # nothing is before the first phase
+    assert feed.position is None and not torch.equal(x, feed.next(0, 1)[0])
+    x, y = feed.next(1, 0)
+    assert x.shape == (8, 16) and torch.equal(y, x + 1)
+    assert (x[:, 0] < 1000).tolist() == [False] * 6 + [True] * 2
+    ranks = [data.Feed(corpus, curriculum, 128, 0.25, False, 1, r, 2).next(1, 0)[0] for r in (0, 1)]
+    assert [len(part) for part in ranks] == [4, 4]
+    assert sorted(map(tuple, torch.cat(ranks).tolist())) == sorted(map(tuple, x.tolist()))
+
+
+def test_a_feed_of_answers_ignores_the_rest():
+    corpus = corpus_of(conversations=900)
+    corpus.answers = {"train": (np.arange(900) % 3 == 0).astype(np.uint8)}
+    talks = [("conversations", 16), ("conversations", 8)]
+    feed = data.Feed(corpus, talks, 128, rehearse=0.25, answers_only=True)
+    for phase in (0, 1):
+        x, y = feed.next(phase, 5)
+        assert torch.equal(y == data.IGNORED, (x + 1) % 3 != 0)
+        assert torch.equal(y[y != data.IGNORED], (x + 1)[y != data.IGNORED])
+    assert data.IGNORED == traits.IGNORED
+
+
+def test_a_feed_streams_and_knows_where_it_is(rows_server, tmp_path, monkeypatch):
+    corpus = data.prepare(f"stream:{MIXTURE}", "byte", 0, tmp_path)
+    curriculum = [("words", 8), ("stories", 16)]
+    for world in (1, 2):
+        feeds = [data.Feed(corpus, curriculum, 64, rank=r, world=world) for r in range(world)]
+        start = [feed.position for feed in feeds]
+        x, _ = feeds[0].next(0, 0)  # words come from the sample
+        assert x.shape == (8 // world, 8) and feeds[0].position == start[0]
+        batches = [feed.next(1, 0)[0] for feed in feeds]
+        assert [x.shape for x in batches] == [(4 // world, 16)] * world
+        after = [json.loads(json.dumps(feed.position)) for feed in feeds]
+        assert after != start
+        for r, feed in enumerate(feeds):
+            again = data.Feed(corpus, curriculum, 64, rank=r, world=world, position=after)
+            assert torch.equal(again.next(1, 9)[0], feed.next(1, 1)[0])
+    with pytest.raises(DataError, match="number of processes: resume with the same"):
+        data.Feed(corpus, curriculum, 64, position=after)
+    with pytest.raises(DataError, match="number of processes: resume with the same"):
+        data.Feed(corpus, curriculum, 64, rank=1, world=2, position=after[:1])
+
+
 def test_turn():
     assert data.turn("Who is Mia?") == "You: Who is Mia?\nSam:"
     text, _ = tell("quizzes", seeded(0))
@@ -1104,12 +1191,8 @@ def test_main(capsys, monkeypatch):
 
 
 def test_training_goes_on_in_a_stream_where_it_stopped(rows_server, tmp_path, monkeypatch):
-    bases = dict.fromkeys(data.BASES, rows_server.url)
-    monkeypatch.setattr(data, "prepare", functools.partial(data.prepare, bases=bases))
-    fetch = functools.partial(data.fetch_page, bases=bases, pause=0.01)
-    monkeypatch.setattr(data, "Stream", functools.partial(data.Stream, fetch=fetch))
-    monkeypatch.setattr(data, "HELD_BYTES", 2_000)
-    monkeypatch.setattr(data, "SAMPLE_BYTES", 8_000)
+    monkeypatch.setattr(sources, "HELD_BYTES", 2_000)
+    monkeypatch.setattr(sources, "SAMPLE_BYTES", 8_000)
     common = ["configs/sam_6m.py", f"--dataset=stream:{MIXTURE}", f"--data_dir={tmp_path}/data"]
     common += "--tokenizer=byte --vocab_size=300 --n_embd=16 --n_hidden=32 --n_layer=1".split()
     common += "--tokens_per_step=128 --phases=stories:32 --eval_interval=2 --eval_tokens=64".split()

@@ -25,17 +25,17 @@ MAY_IMPORT = {
     "config": set(),
     "lif": {"config"},  # for its command line
     "tokenizer": set(),
-    "nursery": set(),
-    "data": {"config", "nursery", "tokenizer"},
+    "sources": {"tokenizer"},
+    "data": {"config", "sources", "tokenizer"},
     "kernels": {"lif"},
     "traits": {"kernels", "lif"},
     "cell_bridge": {"config"},  # for its command line
     "model": {"cell_bridge", "kernels", "lif", "traits"},
     "checkpoint": {"model"},
-    "train": {"cell_bridge", "checkpoint", "config", "data", "kernels", "model", "nursery"}
+    "train": {"cell_bridge", "checkpoint", "config", "data", "kernels", "model", "sources"}
     | {"tokenizer", "traits"},
     "report": {"cell_bridge", "checkpoint", "model"},
-    "sample": {"checkpoint", "config", "data", "kernels", "model", "nursery", "report"}
+    "sample": {"checkpoint", "config", "data", "kernels", "model", "report", "sources"}
     | {"tokenizer"},
     # bench times the training step itself, so it takes it from train.py
     "bench": {"cell_bridge", "checkpoint", "config", "data", "kernels", "lif", "model", "report"}

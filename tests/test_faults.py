@@ -37,7 +37,7 @@ import sample
 import train
 from checkpoint import load_checkpoint, whole_file
 from sample import SampleConfig
-from tokenizer import Tokenizer
+from tokenizer import Chars
 from train import TrainConfig
 
 
@@ -596,7 +596,7 @@ def test_a_prompt_of_100_000_tokens(run):
 
 def test_a_character_that_the_tokenizer_never_saw(run, tmp_path):
     checkpoint = load_checkpoint(run[1] / "best.pt")
-    checkpoint["tokenizer"] = Tokenizer("char", "abc").state()
+    checkpoint["tokenizer"] = Chars("abc").state()
     torch.save(checkpoint, tmp_path / "char.pt")
     assert "'é'" in mistake(sample.main, f"--ckpt={tmp_path / 'char.pt'}", "--prompt=é")
 

@@ -1,5 +1,6 @@
-"""nursery.py: the grammar, its probabilities, its texts."""
+"""sources.py, the nursery: the grammar, its probabilities, its texts."""
 
+import hashlib
 import math
 import random
 import re
@@ -9,8 +10,8 @@ import pytest
 import torch
 
 from data import SAM, YOU, is_talk
-from nursery import EXAMPLES, LONGEST, follow, judge, nursery, rules, tell, told_by
-from tokenizer import Tokenizer
+from sources import EXAMPLES, LONGEST, follow, judge, nursery, rules, tell, told_by
+from tokenizer import Bytes
 
 
 def seeded(seed):
@@ -145,7 +146,7 @@ class Replay:
 
 
 def test_told_by_a_model(corpus):
-    byte = Tokenizer("byte")
+    byte = Bytes()
     texts = [corpus[0], " a\n", "", "b" * 2 * LONGEST]
     model = Replay(texts, byte.end)
     told = told_by(model, byte, n=4, seed=5)
@@ -195,6 +196,12 @@ def test_nursery_is_what_it_says(corpus):
             assert 30 <= len(text.split()) <= 120
     again, bits = nursery(60_000, "test")
     assert again == corpus != nursery(60_000, "other")[0] and bits > 0
+
+
+def test_nursery_is_the_same_text_forever(corpus):
+    """Results name it: a change of the grammar or of its random choices needs them anew."""
+    digest = hashlib.sha256("\n".join(corpus).encode()).hexdigest()
+    assert digest == "e5e784858d7410f341a7ac4f8a5f5cf10189d20c004190f746b062c59b3e7e36"
 
 
 def test_facts_hold_within_a_document():

@@ -13,13 +13,13 @@ from pathlib import Path
 import pytest
 import torch
 
-import nursery
+import sources
 import sample
 from checkpoint import VERSION
 from data import turn
 from model import ModelConfig, SpikingLM, pick
 from sample import SampleConfig, Speaker
-from tokenizer import Tokenizer, tokenizer_from_state, train_tokenizer
+from tokenizer import BPE, Bytes, Chars, tokenizer_from_state, train_tokenizer
 
 ROOT = Path(__file__).parent.parent
 TINY = dict(vocab_size=300, n_embd=16, n_hidden=32, n_layer=2, n_head=2, d_ff=32)
@@ -47,7 +47,7 @@ class Fake:
             seen += (token,)
 
 
-BYTE = Tokenizer("byte")
+BYTE = Bytes()
 END = "<end>"
 
 
@@ -118,7 +118,7 @@ UNTIL = "\nYou:"
 def test_a_turn(said, shown):
     """It ends before the next "You:" or at the end token, and the state is that of what it said."""
     text = "You: hi\nSam: next é文 Hello. I like you, A b\n"
-    kinds = [Tokenizer("char", sorted(set(text + said)))]
+    kinds = [Chars(sorted(set(text + said)))]
     kinds += [train_tokenizer(kind, [text * 9 + said], 320) for kind in ("bpe", "lengthmax")]
     for tokenizer in [BYTE, *kinds]:
         s = speaker(said, " next", tokenizer=tokenizer)
@@ -141,7 +141,7 @@ def test_tokens_across_the_end_of_a_turn():
     lengthmax = train_tokenizer("lengthmax", ["You: é\n" * 50], 300)
     s = speaker(" a\nYou: é\n", tokenizer=lengthmax)  # "You: é" is one token
     assert "".join(s.speak("", UNTIL)) == "a" and seen(s) == f"{END} a"
-    s = speaker([*b" a", 256, *b"You:"], tokenizer=Tokenizer("bpe", [b".\n"]))
+    s = speaker([*b" a", 256, *b"You:"], tokenizer=BPE([b".\n"]))
     assert "".join(s.speak("", UNTIL)) == "a." and seen(s) == f"{END} a."
 
 
@@ -212,10 +212,10 @@ def test_a_prompt(ckpt, capsys):
 
 
 def test_an_unreadable_prompt_is_one_line(tmp_path, capsys):
-    path = checkpoint(tmp_path / "best.pt", Tokenizer("char", "abc "))
+    path = checkpoint(tmp_path / "best.pt", Chars("abc "))
     out, err = run(capsys, f"--ckpt={path}", "--prompt=abé", code=2)
     assert out == "" and "error: character 'é'" in err
-    path = checkpoint(tmp_path / "best.pt", Tokenizer("char", map(chr, range(500, 800))))
+    path = checkpoint(tmp_path / "best.pt", Chars(map(chr, range(500, 800))))
     assert "another --ckpt" in run(capsys, f"--ckpt={path}", code=2).err
 
 
@@ -272,7 +272,7 @@ def test_a_prompt_is_the_first_thing_said(ckpt, monkeypatch, capsys):
 
 def test_a_line_with_an_unknown_character_costs_that_line(tmp_path, monkeypatch, capsys):
     letters = sorted(set("\nYou: Sam: ab"))
-    path = checkpoint(tmp_path / "best.pt", Tokenizer("char", letters))
+    path = checkpoint(tmp_path / "best.pt", Chars(letters))
     for lines in (["é", "ab"], ["ab", "é"]):
         out, err, s = talk(monkeypatch, capsys, lines, f"--ckpt={path}", answers=[" a b"])
         assert err.count("'é'") == 1 and out == "a b\n"
@@ -285,7 +285,7 @@ def test_a_model_of_the_nursery_has_examples(where, tmp_path, monkeypatch, capsy
         where["config"] |= asdict(ModelConfig(**TINY))
     path = checkpoint(tmp_path / "best.pt", **where)
     err = talk(monkeypatch, capsys, [], f"--ckpt={path}")[1]
-    assert all(example in err for example in nursery.EXAMPLES)
+    assert all(example in err for example in sources.EXAMPLES)
 
 
 def test_a_chat_in_a_terminal(ckpt):
@@ -337,10 +337,10 @@ def test_the_nursery_judges_its_model(tmp_path, monkeypatch, capsys, corpus):
         asked.append((type(model), tokenizer.kind, n, seed))
         return [corpus[0], corpus[1] + ".", corpus[2], "x"]
 
-    monkeypatch.setattr(nursery, "told_by", told_by)
+    monkeypatch.setattr(sources, "told_by", told_by)
     mine = asdict(ModelConfig(**TINY)) | {"seed": 9}
     mine = checkpoint(tmp_path / "mine.pt", dataset="nursery", config=mine)
-    held_out, bits = nursery.nursery(3_000, "held-out 0")  # what training held out
+    held_out, bits = sources.nursery(3_000, "held-out 0")  # what training held out
     size = sum(map(len, held_out))
     other = checkpoint(tmp_path / "other.pt", dataset="other.txt")
     verdict = "of 4 documents that it wrote, the grammar derives 2; 3 keep"

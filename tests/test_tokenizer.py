@@ -11,10 +11,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from data import END_TEXT
-from nursery import nursery
+from sources import nursery
 from tokenizer import (
-    BYTES, CHUNK, LONGEST, PATTERN, DataError, Tokenizer, _merge, _parts, _runs,
-    tokenizer_from_state, train_tokenizer,
+    BPE, BYTES, CHUNK, LONGEST, PATTERN, TOKENIZERS, Bytes, DataError, LengthMax, Tokenizer,
+    _merge, _parts, _runs, tokenizer, tokenizer_from_state, train_tokenizer,
 )  # fmt: skip
 
 SAMPLE = "The cat's hat, the cat sat. That's that: 12345 hats_and cats!\n\n  A caterpillar sat.  "
@@ -64,7 +64,7 @@ def test_any_bytes_decode(kind, corpus):
 ])  # fmt: skip
 def test_surrogates(kind, text, whole):
     """Pairs are joined and lone ones replaced, by every tokenizer, in text and in what teaches."""
-    tokenizer = Tokenizer(kind, [] if kind == "byte" else ["😀".encode(), b"aa"])
+    tokenizer = TOKENIZERS[kind]([] if kind == "byte" else ["😀".encode(), b"aa"])
     ids = tokenizer.encode(text)
     assert ids == tokenizer.encode(whole) == tokenizer.encode_batch([text])[0]
     assert tokenizer.decode(ids) == whole
@@ -75,8 +75,8 @@ def test_surrogates(kind, text, whole):
 def test_a_million_signs():
     """Older versions of tiktoken overflow their stack and panic; requirements.txt excludes them."""
     signs = "^" * 1_000_000
-    assert Tokenizer("byte").encode(signs) == [ord("^")] * 1_000_000
-    assert Tokenizer("bpe", [b"^^"]).encode(signs) == [256] * 500_000
+    assert Bytes().encode(signs) == [ord("^")] * 1_000_000
+    assert BPE([b"^^"]).encode(signs) == [256] * 500_000
 
 
 def test_merges_of_lowest_rank_come_first():
@@ -87,7 +87,7 @@ def test_merges_of_lowest_rank_come_first():
 
 
 def test_byte_tokens_are_bytes():
-    tokenizer = Tokenizer("byte")
+    tokenizer = Bytes()
     assert tokenizer.vocab_size == 257 and tokenizer.end == 256
     assert tokenizer.encode("né") == list("né".encode())
 
@@ -196,7 +196,7 @@ some_bytes = st.lists(st.sampled_from("ab é文".encode()), min_size=2, max_size
 @settings(max_examples=100, deadline=None)
 @given(st.sets(some_bytes, max_size=30), st.lists(few, max_size=4))
 def test_lengthmax_takes_the_longest_piece(vocab, texts):
-    tokenizer = Tokenizer("lengthmax", sorted(vocab))
+    tokenizer = LengthMax(sorted(vocab))
     expected = [greedy(text, BYTES + tokenizer.vocab) for text in texts]
     assert tokenizer.encode_batch(texts) == expected
     assert [tokenizer.encode(text) for text in texts] == expected
@@ -271,7 +271,25 @@ def test_gpt2_offline_is_one_line(monkeypatch):
 
     monkeypatch.setattr(tiktoken, "get_encoding", fail)
     with pytest.raises(DataError, match="TIKTOKEN_CACHE_DIR") as caught:
-        Tokenizer("gpt2")
+        train_tokenizer("gpt2", [], 0)
     assert "\n" not in str(caught.value)
-    with pytest.raises(DataError, match="unknown tokenizer 'gpt5'"):
-        Tokenizer("gpt5")
+    with pytest.raises(DataError, match="TIKTOKEN_CACHE_DIR"):
+        tokenizer_from_state('{"kind": "gpt2", "vocab": []}')
+
+
+def test_a_tokenizer_is_registered_in_one_place(monkeypatch):
+    with pytest.raises(DataError, match="unknown tokenizer 'bits': use byte, char, bpe, gpt2"):
+        train_tokenizer("bits", [], 0)
+    monkeypatch.setattr("tokenizer.TOKENIZERS", dict(TOKENIZERS))
+
+    @tokenizer("bits")
+    class Bits(Tokenizer):
+        def __init__(self, vocab=()):
+            super().__init__((), [b"0", b"1"])
+
+        def encode(self, text):
+            return [int(bit) for bit in text]
+
+    bits = tokenizer_from_state(train_tokenizer("bits", ["0"], 0).state())
+    assert bits.encode_batch(["01", "1"]) == [[0, 1], [1]] and bits.decode([1, 2, 0]) == "10"
+    assert (bits.kind, bits.end, bits.vocab_size) == ("bits", 2, 3)

@@ -21,7 +21,7 @@ import config
 import data
 import sample
 from model import SpikingLM
-from tokenizer import Tokenizer
+from tokenizer import Bytes
 from train import (
     Position, Run, TrainConfig, advance, converged, evaluate, fastest_threads, make_optimizers,
     next_batch, schedule, show, train_step,
@@ -602,7 +602,7 @@ def test_evaluation_is_exact():
     torch.manual_seed(0)
     raw, tokens = SpikingLM(c), np.array([256, *b"The cat sat on the mat, it is said. " * 3, 256])
     corpus = SimpleNamespace(
-        valid={"stories": tokens}, heldout=tokens, tokenizer=Tokenizer("byte"), entropy_bits=None
+        valid={"stories": tokens}, heldout=tokens, tokenizer=Bytes(), entropy_bits=None
     )
     lines = [evaluate(raw, corpus, "stories", 8, c, Run(c)) for _ in range(2)]
     assert lines[0] == lines[1] and raw.training
