@@ -25,8 +25,7 @@ A step has no useful derivative, so backward puts a surrogate g(u) in its place 
 Zenke 2019, arXiv 1901.09948). As u = pre - theta, the threshold receives -g.
 
 `lif_torch` is this scan in plain PyTorch: the reference, and the path for CPU and MPS.
-`plif_torch` runs neurons that take several steps, called frames, within a token.
-kernels.py has both in Triton. `python lif.py` draws a few neurons in the terminal.
+kernels.py has it in Triton. `python lif.py` draws a few neurons in the terminal.
 
 Between neurons stand two kinds of matrices, and the class says what they cost: a `Synapse` is fed
 binary spikes, a `Linear` floats. Both count into the `Report` of the forward pass.
@@ -39,7 +38,6 @@ from typing import Callable, NamedTuple
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from torch.autograd.function import once_differentiable
 
 # ---- surrogates -------------------------------------------------------------------------------
 
@@ -123,7 +121,7 @@ def softclamp(x, bound):
 # ---- the scan ---------------------------------------------------------------------------------
 
 
-def _steps(x, T):
+def steps_of(x, T):
     """T slices (B, N) of a per-step tensor, or the one (N,) tensor T times.
 
     unbind once: x[:, t] in a loop costs an autograd node and a Python call per step.
@@ -146,17 +144,17 @@ def _add_recurrent(out, s, w):
         out.baddbmm_(s, w)
 
 
-def before(first, x):
+def previous(first, x):
     """x (B, T, N) one step earlier: `first` (B, N), then x without its last step."""
     return torch.cat([first.unsqueeze(1), x[:, :-1]], dim=1)
 
 
-def _at(x, steps):
+def at_steps(x, steps):
     """The given steps of a per-step tensor (B, T, N); a per-neuron one (N,) as it is."""
     return x if x.dim() == 1 else x[:, steps]
 
 
-def _accumulate(total, x, steps):
+def accumulate(total, x, steps):
     """Add the gradient x (B, n, N) of these steps to a per-step or per-neuron total, in place."""
     if total.dim() == 1:
         total += x.sum((0, 1))
@@ -178,7 +176,7 @@ def _scan(current, beta, theta, w_rec, v0, s0, surrogate, slope, options):
     if current.is_meta:  # a meta tensor has a shape and no numbers: there is nothing to loop for
         return spikes, membrane, v
     steps = zip(
-        current.unbind(1), _steps(beta, T), _steps(theta, T),
+        current.unbind(1), steps_of(beta, T), steps_of(theta, T),
         membrane.unbind(1), spikes.unbind(1),
     )  # fmt: skip
     for I_t, beta_t, theta_t, pre, s_t in steps:
@@ -243,7 +241,8 @@ class _Scan(torch.autograd.Function):
             now = slice(start, min(start + C, T))
             after = slice(start + 1, min(start + C + 1, T))  # one shorter in the block of step T-1
             n, m = now.stop - now.start, after.stop - after.start
-            pre, s, th, d_pre_now = membrane[:, now], spikes[:, now], _at(theta, now), d_pre[:, now]
+            pre, s, th = membrane[:, now], spikes[:, now], at_steps(theta, now)
+            d_pre_now = d_pre[:, now]
             g = ctx.surrogate.grad(pre - th, ctx.slope)
             direct = torch.zeros_like(g) if d_spikes is None else g * d_spikes[:, now]
             if d_membrane is not None:
@@ -256,7 +255,7 @@ class _Scan(torch.autograd.Function):
                 clamp_slope = _after_reset(pre, th, s, reset, clamp=0.0)
                 clamp_slope.mul_(math.sqrt(math.pi) / 2 / clamp).square_().neg_().exp_()
                 through *= clamp_slope
-            through[:, :m] *= _at(beta, after)
+            through[:, :m] *= at_steps(beta, after)
 
             g_t, direct_t, through_t, d_pre_t = (
                 x.unbind(1) for x in (g, direct, through, d_pre_now)
@@ -270,7 +269,7 @@ class _Scan(torch.autograd.Function):
 
             if need_theta:
                 d_th = torch.empty_like(g)  # first d_v, then d_r, then d_theta
-                torch.mul(d_pre[:, after], _at(beta, after), out=d_th[:, :m])
+                torch.mul(d_pre[:, after], at_steps(beta, after), out=d_th[:, :m])
                 d_th[:, m:] = d_v.unsqueeze(1)
                 if clamp:
                     d_th *= clamp_slope
@@ -279,18 +278,18 @@ class _Scan(torch.autograd.Function):
                 d_th -= d_pre_now
                 if d_membrane is not None:
                     d_th += d_membrane[:, now]
-                _accumulate(d_theta, d_th, now)
+                accumulate(d_theta, d_th, now)
             if need_beta:
                 v = _after_reset(pre, th, s, reset, clamp)[:, :m]
-                _accumulate(d_beta, v.mul_(d_pre[:, after]), after)
+                accumulate(d_beta, v.mul_(d_pre[:, after]), after)
         if need_beta:
-            _accumulate(d_beta, (v0 * d_pre[:, 0]).unsqueeze(1), slice(0, 1))
+            accumulate(d_beta, (v0 * d_pre[:, 0]).unsqueeze(1), slice(0, 1))
         d_v0 = d_pre[:, 0] * (beta if beta.dim() == 1 else beta[:, 0])
 
         if ctx.needs_input_grad[3]:
             H, d, _ = w_rec.shape
             s_before, d_now = (
-                x.to(w_rec.dtype).reshape(B * T, H, d) for x in (before(s0, spikes), d_pre)
+                x.to(w_rec.dtype).reshape(B * T, H, d) for x in (previous(s0, spikes), d_pre)
             )
             d_w = torch.einsum("xhi,xhj->hij", s_before, d_now)
         return d_pre, d_beta, d_theta, d_w, d_v0, d_s, None, None, None
@@ -437,188 +436,6 @@ def population(v, theta, levels, surrogate="triangle", slope=None, dtype=None):
     reached = (k > 0).to(sent.dtype)
     rate = reached.view(N) if len(v) == 1 else reached[:, 0].mean(0)
     return (sent * reached).to(dtype or v.dtype), rate
-
-
-# ---- neurons that run several frames within a token (NeuronSpark, arXiv 2603.16148) ------------
-#
-#     symbol   row form (N,)   step form (B, F, N)       F frames, all those of a sequence's tokens
-#     beta     sigmoid(b)      sigmoid(b)                decay
-#     alpha    1 - beta        softplus(a)               what the input is worth
-#     theta    t               0.1 + |t|                 threshold
-#
-#     pre = beta * v + alpha * x      # charge
-#     s   = 1 if pre >= theta else 0  # fire
-#     v   = pre - theta * s           # reset
-#
-# What such a neuron passes on is its membrane v (step form), or the leak of it, (1 - beta) * v
-# (row form): floats. Spikes act through the reset alone, and the surrogate's gradient with them.
-
-
-class Frames:
-    """Which frames run: token t of sequence b has count[b, t] of them, its neurons then stand still
-    until the next token. They follow each other without gaps, padded to F at the end.
-
-    count (B, T) int64, at least 1; most, the largest that a count can be.
-    """
-
-    def __init__(self, count, most):
-        ends = count.cumsum(1)  # (B, T)
-        B, T = count.shape
-        self.count, self.length = count, ends[:, -1]  # (B,) frames of a sequence
-        # on the meta device there are no numbers: as many frames as there can be
-        size, total = T * most, B * T * most
-        if not count.is_meta:
-            size, total = torch.stack([self.length.max(), self.length.sum()]).tolist()
-        self.size, self.per_token = size, total / (B * T)
-        step = torch.arange(size, device=count.device).expand(B, size).contiguous()
-        self.token = torch.searchsorted(ends, step, right=True).clamp(max=T - 1)  # (B, F)
-        self.nth = (step - (ends - count).gather(1, self.token)).clamp(max=most - 1)  # of its token
-        self.live = step < self.length[:, None]  # (B, F), False in the padding
-
-    def unroll(self, x):
-        """A value per token (B, T, N), held for its frames: (B, F, N)."""
-        return x.gather(1, self.token[..., None].expand(-1, -1, x.shape[-1]))
-
-    def pool(self, y, weight):
-        """Weighted sums over each token's frames: y (B, F, N), weight (B, T, most) -> (B, T, N)."""
-        B, T, most = weight.shape
-        w = weight.flatten(1).gather(1, self.token * most + self.nth) * self.live  # (B, F)
-        row = torch.arange(B, device=y.device)[:, None] * T + self.token
-        pooled = y.new_zeros(B * T, y.shape[-1])
-        y = (y * w[..., None].to(y.dtype)).flatten(0, 1)
-        return pooled.index_add(0, row.flatten(), y).view(B, T, -1)
-
-
-def _parameters(b, t, a, now):
-    """beta, alpha, theta of these frames."""
-    beta = torch.sigmoid(_at(b, now))
-    if a is None:
-        return beta, 1 - beta, t
-    return beta, F.softplus(a[:, now]), _at(t, now).abs().add_(0.1)
-
-
-class _Plif(torch.autograd.Function):
-    """(x (B,F,N), b, t, a, v0 (B,N)) -> passed on (B,F,N), rate (N,), v (B,N).
-
-    All that is elementwise is done in blocks of about 128k elements, which stay in cache.
-    """
-
-    @staticmethod
-    def forward(ctx, x, b, t, a, v0, frames, slope):
-        B, size, N = x.shape
-        C = max(1, 131072 // (B * N))
-        ctx.blocks = [slice(start, min(start + C, size)) for start in range(0, size, C)]
-        ctx.blocks = [] if x.is_meta else ctx.blocks  # a meta tensor has no numbers to loop for
-        membrane, v_all, rate = torch.empty_like(x), torch.empty_like(x), x.new_zeros(N)
-        spikes = x.new_empty(B, min(C, size), N)  # of one block
-        v, live = v0, frames.live.to(x.dtype)
-        for now in ctx.blocks:
-            n = now.stop - now.start
-            beta, alpha, theta = _parameters(b, t, a, now)
-            steps = zip(
-                (alpha * x[:, now]).unbind(1), _steps(beta, n), _steps(theta, n),
-                membrane[:, now].unbind(1), spikes.unbind(1), v_all[:, now].unbind(1),
-            )  # fmt: skip
-            for I_t, beta_t, theta_t, pre, s, v_t in steps:
-                torch.addcmul(I_t, beta_t, v, out=pre)  # charge
-                torch.ge(pre, theta_t, out=s)  # fire
-                v = torch.addcmul(pre, theta_t, s, value=-1, out=v_t)  # reset
-            rate += torch.einsum("bf,bfn->n", live[:, now], spikes[:, :n])
-        last = (frames.length - 1)[:, None, None].expand(-1, 1, N)
-        v = v_all.gather(1, last).squeeze(1)
-        ctx.save_for_backward(x, b, t, a, v0, membrane, v_all)
-        ctx.frames, ctx.slope = frames, slope
-        ctx.set_materialize_grads(False)
-        rate /= live.sum()
-        return v_all if a is not None else (1 - torch.sigmoid(b)) * v_all, rate, v
-
-    # Backward, from the last frame to the first; a dash marks what belongs to the frame before:
-    #   d_v   = d_out * (1 - beta, or 1) + beta_after * d_pre_after      (and d_v of the last frame)
-    #   d_pre = d_v + g * (d_s - theta * d_v),   d_s = d_rate / number of frames
-    #   d_theta = -s * d_v - g * (d_s - theta * d_v) = (1 - s) * d_v - d_pre
-    #   d_beta = d_pre * v',  d_alpha = d_pre * x,  d_x = alpha * d_pre
-    # In the row form alpha = 1 - beta, and so is the leak: d_beta -= d_pre * x + d_out * v.
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, d_out, d_rate, d_last):
-        x, b, t, a, v0, membrane, v_all = ctx.saved_tensors
-        row, frames, k = a is None, ctx.frames, ctx.slope
-        d_x, d_b, d_t = torch.empty_like(x), torch.zeros_like(b), torch.zeros_like(t)
-        d_a = None if row else torch.empty_like(a)
-        carry = torch.zeros_like(v0)  # beta_after * d_pre_after
-        for now in reversed(ctx.blocks):
-            n = now.stop - now.start
-            x_now, pre, live = x[:, now], membrane[:, now], frames.live[:, now, None]
-            beta, alpha, theta = _parameters(b, t, a, now)
-            s = (pre >= theta).to(x.dtype)
-            g = torch.sigmoid((pre - theta).mul_(k))
-            g.addcmul_(g, g, value=-1).mul_(k)
-            through = 1 - theta * g
-            if d_out is None:
-                d_v = torch.zeros_like(pre)
-            else:
-                d_v = alpha * d_out[:, now] if row else d_out[:, now].clone()
-            if d_last is not None:
-                step = torch.arange(now.start, now.stop, device=x.device)
-                d_v += (frames.length[:, None] == step + 1)[..., None] * d_last[:, None]
-            d_v[:, -1] += carry
-
-            d_pre = d_v * through
-            if d_rate is not None:
-                d_pre += g * live * (d_rate / frames.live.sum())
-            through[:, :-1] *= _at(beta, slice(1, n))
-            d_pre_t, through_t = d_pre.unbind(1), through.unbind(1)
-            for i in reversed(range(n - 1)):
-                d_pre_t[i].addcmul_(through_t[i], d_pre_t[i + 1])
-
-            d_v[:, :-1].addcmul_(_at(beta, slice(1, n)), d_pre[:, 1:])
-            carry = (beta if row else beta[:, 0]) * d_pre_t[0]
-            torch.mul(alpha, d_pre, out=d_x[:, now])
-            first = v0 if now.start == 0 else v_all[:, now.start - 1]
-            d_beta = d_pre * before(first, v_all[:, now])
-            d_alpha = x_now * d_pre
-            if row:
-                d_beta -= d_alpha
-                if d_out is not None:
-                    d_beta.addcmul_(d_out[:, now], v_all[:, now], value=-1)
-            else:
-                torch.mul(d_alpha, torch.sigmoid(a[:, now]), out=d_a[:, now])
-            d_theta = d_v.addcmul_(s, d_v, value=-1).sub_(d_pre)
-            _accumulate(d_b, d_beta.mul_(beta * (1 - beta)), now)
-            _accumulate(d_t, d_theta if row else d_theta.mul_(t[:, now].sign()), now)
-        return d_x, d_b, d_t, d_a, carry, None, None
-
-
-def plif_torch(x, b, t, a=None, v=None, *, frames, slope=4.0):
-    """Run N parametric leaky neurons over the frames of a batch; the equations stand above.
-
-    x: (B, F, N), an input per frame; or (B, T, N), one per token, held for the token's frames.
-    b, t: (N,), the row form; or, together with a, (B, F, N), the step form. v: (B, N) or None.
-    frames: a Frames of count (B, T). slope: of the surrogate, a sigmoid.
-
-    Returns what is passed on (B, F, N), meaningless in the padding; the rate (N,), spikes per frame
-    that runs; and the membrane (B, N) after each sequence's last frame; in float32.
-    """
-    check_plif(x, b, t, a, v, frames)
-    dtype = torch.promote_types(x.dtype, torch.float32)
-    x = x.to(dtype) if x.shape[1] == frames.size else frames.unroll(x.to(dtype))
-    v = x.new_zeros(x.shape[0], x.shape[2]) if v is None else v.to(dtype)
-    a = None if a is None else a.to(dtype)
-    return _Plif.apply(x, b.to(dtype), t.to(dtype), a, v, frames, slope)
-
-
-def check_plif(x, b, t, a, v, frames):
-    """ValueError if the arguments do not fit each other."""
-    B, T = frames.count.shape
-    if x.dim() != 3 or x.shape[0] != B or x.shape[1] not in (T, frames.size):
-        raise ValueError(f"x must be ({B}, {T} or {frames.size}, N), got {tuple(x.shape)}")
-    N = x.shape[2]
-    shape = (N,) if a is None else (B, frames.size, N)
-    for name, y in (("a", a), ("b", b), ("t", t)):
-        if y is not None and y.shape != shape:
-            raise ValueError(f"{name} must be {shape}, got {tuple(y.shape)}")
-    if v is not None and v.shape != (B, N):
-        raise ValueError(f"v must be {(B, N)}, got {tuple(v.shape)}")
 
 
 # ---- synapses ---------------------------------------------------------------------------------

@@ -20,7 +20,9 @@ import torch
 from torch import library
 
 import kernels
-from lif import SURROGATES, Frames, lif_torch
+import spark
+from lif import SURROGATES, lif_torch
+from spark import Frames, plif_triton
 
 DEVICE = "cpu" if kernels.INTERPRETED or not kernels.HAS_TRITON else "cuda"
 needs_triton = pytest.mark.skipif(not kernels.HAS_TRITON, reason="Triton is not installed")
@@ -490,11 +492,12 @@ def test_compiles_for_gpus(scan, count):
 def compile_all(scan):
     """Run the scans forward and backward with kernels that are compiled instead."""
     kernels.INTERPRETED = True  # or the tensors would have to be on a GPU
+    module = kernels if scan == "lif" else spark
     names = [f"_{'plif_' * (scan == 'plif')}{way}_kernel" for way in ("forward", "backward")]
-    jit = [getattr(kernels, name) for name in names]
+    jit = [getattr(module, name) for name in names]
     for capability in (90, 80):
         for name, kernel in zip(names, jit):
-            setattr(kernels, name, Compiled(kernel, capability))
+            setattr(module, name, Compiled(kernel, capability))
         if scan == "lif":
             compile_lif(SURROGATES if capability == 80 else ())
         else:
@@ -534,7 +537,7 @@ def compile_plif():
         x = torch.ones(2, 3 if held else frames.size, 48, dtype=dtype, requires_grad=True)
         per_frame = torch.ones(2, frames.size, 48, dtype=dtype, requires_grad=True)
         neurons = [per_frame] * 3 if step else [torch.ones(48, requires_grad=True)] * 2
-        sum(y.float().sum() for y in kernels.plif_triton(x, *neurons, frames=frames)).backward()
+        sum(y.float().sum() for y in plif_triton(x, *neurons, frames=frames)).backward()
 
 
 class Compiled:
