@@ -16,6 +16,11 @@ from kernels import lif
 from lif import Linear, Synapse, population
 
 
+def spread(n, low, high):
+    """n values from low to high in equal steps, in random order."""
+    return torch.linspace(low, high, n)[torch.randperm(n)]
+
+
 def recurrent(n, heads):
     """Recurrent synapses of n neurons in so many heads: (n, n/heads), a row per presynaptic
     neuron, its head's columns; None for 0 heads. `heads` gives them the shape that `lif` takes."""
@@ -54,8 +59,7 @@ class SamBlock(nn.Module):
             self.b_rec = nn.Parameter(torch.empty(D).uniform_(-bound, bound))
         if c.residual == "gated":
             self.gate = Linear(D, D)
-        beta = torch.linspace(c.beta_low, c.beta_high, D)[torch.randperm(D)]
-        self.beta_logit = nn.Parameter(torch.logit(beta))
+        self.beta_logit = nn.Parameter(torch.logit(spread(D, c.beta_low, c.beta_high)))
         self.register_buffer("theta", torch.full((D,), c.theta))
         normal = torch.randn(D)  # mean of the factor exp(sigma n - sigma^2/2) is 1
         self.register_buffer("temper", torch.exp(c.diversity * normal - c.diversity**2 / 2))
@@ -69,8 +73,8 @@ class SamBlock(nn.Module):
         s, _, state = lif(
             current, torch.sigmoid(self.beta_logit), self.theta,
             heads(self.w_rec), state,
-            surrogate=c.surrogate, slope=c.slope, reset_grad=c.reset_grad, backend=c.backend,
-            return_membrane=False,
+            surrogate=c.surrogate, slope=c.slope, reset=c.reset, reset_grad=c.reset_grad,
+            backend=c.backend, return_membrane=False,
         )  # fmt: skip
         rate = report.fired(s)
         if c.rec_heads:
@@ -102,7 +106,7 @@ class WhaleBlock(nn.Module):
         if index:
             self.w_in.weight.data *= c.spike_input_gain
         self.w_rec = recurrent(N, c.rec_heads)
-        beta = torch.linspace(c.beta_low, c.beta_high, N)[torch.randperm(N)]
+        beta = spread(N, c.beta_low, c.beta_high)
         self.modulation = None
         if c.modulation == "none":
             self.register_buffer("theta", torch.full((N,), c.theta))
@@ -117,8 +121,8 @@ class WhaleBlock(nn.Module):
         theta, beta, gain = self.modulation() if self.modulation else (self.theta, self.beta, 1.0)
         s, membrane, state = lif(
             gain * self.w_in(self.norm(x), report), beta, theta, heads(self.w_rec), state,
-            surrogate=c.surrogate, slope=c.slope, reset_grad=c.reset_grad, clamp=c.clamp,
-            backend=c.backend,
+            surrogate=c.surrogate, slope=c.slope, reset=c.reset, reset_grad=c.reset_grad,
+            clamp=c.clamp, backend=c.backend,
         )  # fmt: skip
         rate = report.fired(s)
         if c.rec_heads:
@@ -150,8 +154,7 @@ class Population(nn.Module):
         super().__init__()
         c, self.config, self.signed = config, config, signed
         self.gain, self.bias = nn.Parameter(torch.ones(n)), nn.Parameter(torch.zeros(n))
-        beta = torch.linspace(c.beta_low, beta_high, n)[torch.randperm(n)]
-        self.beta_logit = nn.Parameter(torch.logit(beta))
+        self.beta_logit = nn.Parameter(torch.logit(spread(n, c.beta_low, beta_high)))
         if c.spikes:
             self.register_buffer("theta", c.theta * torch.arange(1, c.levels + 1))
             middle = (self.theta + c.theta / 2).repeat_interleave(n)  # of each interval of v

@@ -20,7 +20,7 @@ import torch
 from torch import library
 from torch.autograd.function import once_differentiable
 
-from lif import previous, check, lif_torch, surrogate_named
+from lif import Options, check, lif_torch, previous
 
 try:
     import triton
@@ -70,9 +70,11 @@ def _head(p_w, N, width, COLS: tl.constexpr, TRANSPOSED: tl.constexpr):
     return tl.load(p_w + head * width * width + at, mask=live, other=0.0)
 
 
-# ---- surrogates and soft clamp ----------------------------------------------------------------
+# ---- surrogates, resets and the soft clamp ----------------------------------------------------
 
-IN_TRITON = "fast_sigmoid atan sigmoid gaussian triangle boxcar multi_gaussian ste".split()
+# those that have a branch here; with any other `lif` takes plain PyTorch
+SURROGATES = "fast_sigmoid atan sigmoid gaussian triangle boxcar multi_gaussian ste".split()
+RESETS = ["soft", "none"]
 
 
 @triton.jit
@@ -108,6 +110,26 @@ def _normal(u, s):
 
 
 @triton.jit
+def _reset(pre, theta, s, RESET: tl.constexpr):
+    """The membrane after the reset; the formulas of lif.RESETS."""
+    if RESET == "soft":
+        return pre - theta * s
+    else:
+        tl.static_assert(RESET == "none", "this reset has no kernel")
+        return pre
+
+
+@triton.jit
+def _reset_slopes(pre, theta, s, RESET: tl.constexpr):
+    """Its derivatives by pre, by s and by theta."""
+    zero = tl.zeros_like(s)
+    if RESET == "soft":
+        return zero + 1, -theta, -s
+    else:
+        return zero + 1, zero, zero
+
+
+@triton.jit
 def _softclamp(x, BOUND: tl.constexpr):
     return tl.erf(x * (0.886226925452758 / BOUND)) * BOUND  # sqrt(pi)/2
 
@@ -123,12 +145,12 @@ def _softclamp_slope(x, BOUND: tl.constexpr):
 # Forward is the three lines above. Backward goes from the last step to the first; lif.py derives
 # it, a dash marks what belongs to another step (v', s' to the one before, d_pre' to the one after):
 #   d_s   = d_spikes + d_pre' W^T
-#   d_r   = d_v * softclamp'                      r = pre - theta * s, the reset's argument
-#   d_f   = g * (d_s - theta * d_r)               what passes through the fire line; g * d_s without
-#                                                 reset or its gradient
-#   d_pre = d_membrane + d_r + d_f
+#   d_r   = d_v * softclamp'                      r, the membrane after the reset
+#   d_f   = g * (d_s + by_s * d_r)                what passes through the fire line; by_s = 0 if
+#                                                 reset_grad is off
+#   d_pre = d_membrane + by_pre * d_r + d_f
 #   d_v   = beta * d_pre                          of the step before
-#   d_I = d_pre,  d_beta = d_pre * v',  d_theta = -d_f - s * d_r,  d_W = s'^T d_pre
+#   d_I = d_pre,  d_beta = d_pre * v',  d_theta = by_theta * d_r - d_f,  d_W = s'^T d_pre
 # Kept for this is u = pre - theta, in bfloat16 where the current is 16 bits wide, and nothing else:
 # its sign is s, and pre = u + theta. If the membrane is asked for, it serves instead. (dW, made
 # afterwards, takes the spikes.)
@@ -179,7 +201,7 @@ def _forward_kernel(
                 if p_w is not None:
                     pre += tl.dot(s.to(w.dtype), w, input_precision="ieee")
                 s = tl.where(pre >= theta[i], 1.0, 0.0)  # fire
-                v = pre - theta[i] * s if RESET else pre  # reset
+                v = _reset(pre, theta[i], s, RESET)  # reset
                 if CLAMP > 0:
                     v = _softclamp(v, CLAMP)
 
@@ -230,8 +252,10 @@ def _backward_kernel(
                 if p_d_spikes is not None:
                     d_s += d_spikes[i]
                 u = kept[i] - theta[i] if p_u is None else kept[i]
+                pre = kept[i] if p_u is None else kept[i] + theta[i]
                 s = tl.where(u >= 0, 1.0, 0.0)
-                r = u + theta[i] * (1 - s) if RESET else u + theta[i]
+                r = _reset(pre, theta[i], s, RESET)
+                by_pre, by_s, by_theta = _reset_slopes(pre, theta[i], s, RESET)
                 if p_d_beta is not None:  # of the step after: this v is its v', its d_pre at hand
                     d_beta_after = d_pre * (_softclamp(r, CLAMP) if CLAMP > 0 else r)
                     if BETA_STEPS:
@@ -240,10 +264,10 @@ def _backward_kernel(
                         d_beta += d_beta_after
 
                 d_r = d_v * _softclamp_slope(r, CLAMP) if CLAMP > 0 else d_v
-                d_f = surrogate_grad(u, slope, SURROGATE) * (
-                    d_s - theta[i] * d_r if RESET and RESET_GRAD else d_s
-                )
-                d_pre = d_r + d_f
+                if RESET_GRAD:
+                    d_s += by_s * d_r
+                d_f = surrogate_grad(u, slope, SURROGATE) * d_s
+                d_pre = by_pre * d_r + d_f
                 if p_d_membrane is not None:
                     d_pre += d_membrane[i]
                 d_v = beta[i] * d_pre
@@ -253,7 +277,7 @@ def _backward_kernel(
 
                 tl.store(p_d_current + now, d_pre, mask=live)
                 if p_d_theta is not None:
-                    d_theta_now = -d_f - s * d_r if RESET else -d_f
+                    d_theta_now = by_theta * d_r - d_f
                     if THETA_STEPS:
                         tl.store(p_d_theta + now, d_theta_now, mask=live)
                     else:
@@ -299,7 +323,7 @@ def _launch(kernel, tensors, numbers, w_rec, **constants):
 # torch.compile needs to know, so as not to look inside and give up. `membrane`: whether that is
 # kept for backward, and not u. What is `Tensor?` may be None.
 
-_OPTIONS = "bool membrane, str surrogate, float slope, bool reset, bool reset_grad, float clamp"
+_OPTIONS = "bool membrane, str surrogate, float slope, str reset, bool reset_grad, float clamp"
 
 
 @library.custom_op(
@@ -310,12 +334,12 @@ _OPTIONS = "bool membrane, str surrogate, float slope, bool reset, bool reset_gr
 )
 def _forward(current, beta, theta, w_rec, v0, s0, *options):
     """-> spikes, kept: the membrane or u (B,T,N); v, s (B,N)."""
-    membrane, _, _, reset, _, clamp = options
+    o = Options(*options)
     inputs = (x if x is None else x.contiguous() for x in (current, beta, theta, w_rec, v0, s0))
     spikes, kept, v, s = outputs = _outputs(current, beta, theta, w_rec, v0, s0, *options)
     _launch(
-        _forward_kernel, (*inputs, spikes, *_membrane_or_u(kept, membrane), v, s),
-        current.shape, w_rec, RESET=reset, CLAMP=clamp,
+        _forward_kernel, (*inputs, spikes, *((kept, None) if o.membrane else (None, kept)), v, s),
+        current.shape, w_rec, RESET=o.reset, CLAMP=o.clamp,
         BETA_STEPS=beta.dim() == 3, THETA_STEPS=theta.dim() == 3,
     )  # fmt: skip
     return outputs
@@ -331,11 +355,6 @@ def _outputs(current, beta, theta, w_rec, v0, s0, membrane, *_):
     return spikes, kept, v, s
 
 
-def _membrane_or_u(kept, membrane):
-    """What is kept in the two places that the kernels have for it."""
-    return (kept, None) if membrane else (None, kept)
-
-
 @library.custom_op(
     "lif::backward",
     mutates_args=(),
@@ -347,15 +366,15 @@ def _membrane_or_u(kept, membrane):
 def _backward(kept, beta, theta, w_rec, v0, *arguments):
     """-> d_current (B,T,N) in `dtype`; d_beta, d_theta, (B,T,N) or (B,N); d_v0, d_s0 (B,N)."""
     cotangents = (x if x is None else x.contiguous() for x in arguments[:4])
-    membrane, surrogate, slope, reset, reset_grad, clamp = arguments[-6:]
+    o = Options(*arguments[-len(Options._fields) :])
     gradients = _gradients(kept, beta, theta, w_rec, v0, *arguments)
     inputs = (x if x is None else x.contiguous() for x in (beta, theta, w_rec, v0))
     _launch(
         _backward_kernel,
-        (*inputs, *_membrane_or_u(kept, membrane), *cotangents,
+        (*inputs, *((kept, None) if o.membrane else (None, kept)), *cotangents,
          *(x if x.numel() else None for x in gradients)),
-        (*kept.shape, slope), w_rec, SURROGATE=surrogate,
-        RESET=reset, RESET_GRAD=reset_grad, CLAMP=clamp,
+        (*kept.shape, o.slope), w_rec,
+        SURROGATE=o.surrogate, RESET=o.reset, RESET_GRAD=o.reset_grad, CLAMP=o.clamp,
         BETA_STEPS=beta.dim() == 3, THETA_STEPS=theta.dim() == 3,
     )  # fmt: skip
     return gradients
@@ -404,39 +423,20 @@ def _differentiate(ctx, *cotangents):  # on spikes, kept, v, s; None where there
 _forward.register_autograd(_differentiate, setup_context=_save)
 
 
-def lif_triton(
-    current,
-    beta,
-    theta,
-    w_rec=None,
-    state=None,
-    *,
-    surrogate="fast_sigmoid",
-    slope=None,
-    reset="soft",
-    reset_grad=True,
-    clamp=0.0,
-    return_membrane=True,
-):
-    """lif.lif_torch on the GPU: the same arguments, shapes, results and errors, but no `soft`.
+def lif_triton(current, beta, theta, w_rec=None, state=None, **options):
+    """lif_torch on the GPU: the same arguments, shapes, results and errors.
 
     current is float32, bfloat16 or float16, the rest may be any of these. The products s W and
     d_pre W^T are taken in the dtype of w_rec, dW in that of current; all else is float32.
     ValueError if Triton is not installed, for tensors on the CPU without TRITON_INTERPRET=1, for
-    float64, and for heads of more than MAX_HEAD neurons.
+    float64, for heads of more than MAX_HEAD neurons, and for a surrogate or reset without a branch.
     """
-    options = check(current, beta, theta, w_rec, state, reset, reset_grad, clamp)
-    chosen = surrogate_named(surrogate)
-    obstacle = obstacle_to(current, w_rec, surrogate)
+    tensors, o = check(current, beta, theta, w_rec, state, **options)
+    obstacle = obstacle_to(current, w_rec, surrogate=o.surrogate, reset=o.reset)
     if obstacle:
         raise obstacle
-    B, T, N = current.shape
-    v, s = state if state is not None else (current.new_zeros(B, N), current.new_zeros(B, N))
-    spikes, kept, *state = _forward(
-        current, beta, theta, w_rec, v, s, return_membrane,
-        surrogate, float(chosen.slope if slope is None else slope), *options,
-    )  # fmt: skip
-    return spikes, kept if return_membrane else None, tuple(state)
+    spikes, kept, *state = _forward(*tensors, *o)
+    return spikes, kept if o.membrane else None, tuple(state)
 
 
 # ---- the choice -------------------------------------------------------------------------------
@@ -451,26 +451,25 @@ def backends():
 
 
 def lif(current, beta, theta, w_rec=None, state=None, *, backend="auto", **options):
-    """The scan of lif.py on the backend that suits: see lif.lif_torch for all else.
+    """The scan of lif.py on the backend that suits: see lif.lif_reference for all else.
 
     backend: 'triton' (lif_triton) or 'torch' (lif_torch), or 'auto': Triton for tensors on a GPU
     wherever it can, else PyTorch. `backends` tells what it took, and for a GPU without Triton why.
     A backend asked for by name that cannot run raises (see lif_triton); it is never replaced.
     """
-    surrogate = options.get("surrogate", IN_TRITON[0])
-    scan, taken = choose(lif_triton, lif_torch, backend, current, w_rec, surrogate)
+    scan, taken = choose(lif_triton, lif_torch, backend, current, w_rec, **options)
     result = scan(current, beta, theta, w_rec, state, **options)
     note(taken)
     return result
 
 
-def choose(in_triton, in_torch, backend, x, w_rec=None, surrogate=IN_TRITON[0]):
+def choose(in_triton, in_torch, backend, x, w_rec=None, **options):
     """One of the two scans, and a line that says which."""
     if backend not in ("auto", "triton", "torch"):
         raise ValueError(f"unknown backend {backend!r}; choose auto, triton or torch")
     device = x.device.type
     auto_gpu = backend == "auto" and device == "cuda"
-    obstacle = obstacle_to(x, w_rec, surrogate) if auto_gpu else None
+    obstacle = obstacle_to(x, w_rec, **options) if auto_gpu else None
     if backend == "triton" or auto_gpu and not obstacle:
         return in_triton, "lif: triton"
     return in_torch, f"lif: torch ({device})" + (f", as {obstacle}" if obstacle else "")
@@ -481,8 +480,8 @@ def note(line):
     _taken[line] = None
 
 
-def obstacle_to(current, w_rec=None, surrogate=IN_TRITON[0]):
-    """The exception that says why Triton cannot run this and what would mend it; None if it can."""
+def obstacle_to(current, w_rec=None, surrogate=SURROGATES[0], reset=RESETS[0], **_):
+    """The exception that says why Triton cannot run this and how to fix it; None if it can."""
     if not HAS_TRITON:
         return ValueError("Triton is not installed: pip install triton, or take backend='torch'")
     if not (current.is_cuda or INTERPRETED):
@@ -492,8 +491,9 @@ def obstacle_to(current, w_rec=None, surrogate=IN_TRITON[0]):
         )
     if current.dtype not in (torch.float32, torch.bfloat16, torch.float16):
         return ValueError(f"no kernel takes {current.dtype}: take float32, or backend='torch'")
-    if surrogate not in IN_TRITON:
-        return ValueError(f"the surrogate {surrogate!r} has no kernel: take backend='torch'")
+    for kind, name, known in (("surrogate", surrogate, SURROGATES), ("reset", reset, RESETS)):
+        if name not in known:
+            return ValueError(f"the {kind} {name!r} has no kernel: take backend='torch'")
     if w_rec is not None and w_rec.shape[-1] > MAX_HEAD:
         return ValueError(
             f"a head of {w_rec.shape[-1]} neurons is over the kernel's {MAX_HEAD}: split the"

@@ -17,7 +17,7 @@ from torch.utils.checkpoint import checkpoint
 
 from blocks import BLOCKS, MembraneReadout, Population
 from cell_bridge import identity
-from lif import SURROGATES, Linear, Report, Synapse, deliver
+from lif import RESETS, SURROGATES, Linear, Report, Synapse, deliver
 from spark import SparkOutput
 from traits import (
     HRM, IGNORED, JEPA, MTP, Engram, Kuramoto, Memory, MoE, ProgSem, SpikeAttn, cross_entropy,
@@ -44,6 +44,7 @@ class ModelConfig:
     theta: float = 1.0  # firing threshold
     surrogate: str = "triangle"  # derivative put in place of the step's: a name in lif.py
     slope: float = 1.0  # its slope
+    reset: str = "soft"  # sam, whale: what a spike does to the membrane: a name in lif.py
     reset_grad: bool = True  # let the gradient flow through the reset too
     backend: str = "auto"  # the scan: auto | triton | torch
     checkpointing: bool = False  # backward computes a part's inner values again: less memory
@@ -99,6 +100,7 @@ class ModelConfig:
             ("rate_penalty", ("both", "above", "below", "work")),
             ("modulation", ("program", "shuffled", "none")),
             ("surrogate", tuple(SURROGATES)),
+            ("reset", tuple(RESETS)),
             ("backend", ("auto", "triton", "torch")),
         ):
             if getattr(self, name) not in allowed:
