@@ -1,4 +1,4 @@
-"""The scans of lif.py in Triton, for the GPU; and `lif` and `plif`, which choose between the two.
+"""The scan of lif.py in Triton, for the GPU; and `lif`, which chooses between the two.
 
     pre = beta * v + I + s W            # charge
     s   = 1 if pre >= theta else 0      # fire
@@ -20,7 +20,7 @@ import torch
 from torch import library
 from torch.autograd.function import once_differentiable
 
-from lif import before, check, check_plif, lif_torch, plif_torch, surrogate_named
+from lif import Options, check, lif_torch, previous
 
 try:
     import triton
@@ -34,7 +34,6 @@ else:
 
 NEURONS = 128  # neurons of a tile without recurrent synapses: one per thread of four warps
 STEPS = 16  # and steps whose loads it starts together
-CHANNELS = 256  # and of one that runs frames: loads ahead of time bring 4 bytes per thread, or more
 SEQUENCES = 16  # sequences of a tile with them: the fewest that tl.dot takes
 MAX_HEAD = 128  # neurons of a head: W stays on the chip for the whole scan, and must fit there
 
@@ -56,7 +55,7 @@ def _tile(B, N, width, ROWS: tl.constexpr, COLS: tl.constexpr):
 
 
 @triton.jit
-def _load(p, at, live):
+def load(p, at, live):
     """A tile in float32, 0 where no neuron lives."""
     return tl.load(p + at, mask=live, other=0.0).to(tl.float32)
 
@@ -71,13 +70,15 @@ def _head(p_w, N, width, COLS: tl.constexpr, TRANSPOSED: tl.constexpr):
     return tl.load(p_w + head * width * width + at, mask=live, other=0.0)
 
 
-# ---- surrogates and soft clamp ----------------------------------------------------------------
+# ---- surrogates, resets and the soft clamp ----------------------------------------------------
 
-IN_TRITON = "fast_sigmoid atan sigmoid gaussian triangle boxcar multi_gaussian ste".split()
+# those that have a branch here; with any other `lif` takes plain PyTorch
+SURROGATES = "fast_sigmoid atan sigmoid gaussian triangle boxcar multi_gaussian ste".split()
+RESETS = ["soft", "none"]
 
 
 @triton.jit
-def _surrogate(u, k, NAME: tl.constexpr):
+def surrogate_grad(u, k, NAME: tl.constexpr):
     """g(u) = ds/du with slope k; the formulas of lif.SURROGATES, where their sources are."""
     if NAME == "fast_sigmoid":
         x = 1 + k * tl.abs(u)
@@ -109,6 +110,26 @@ def _normal(u, s):
 
 
 @triton.jit
+def _reset(pre, theta, s, RESET: tl.constexpr):
+    """The membrane after the reset; the formulas of lif.RESETS."""
+    if RESET == "soft":
+        return pre - theta * s
+    else:
+        tl.static_assert(RESET == "none", "this reset has no kernel")
+        return pre
+
+
+@triton.jit
+def _reset_slopes(pre, theta, s, RESET: tl.constexpr):
+    """Its derivatives by pre, by s and by theta."""
+    zero = tl.zeros_like(s)
+    if RESET == "soft":
+        return zero + 1, -theta, -s
+    else:
+        return zero + 1, zero, zero
+
+
+@triton.jit
 def _softclamp(x, BOUND: tl.constexpr):
     return tl.erf(x * (0.886226925452758 / BOUND)) * BOUND  # sqrt(pi)/2
 
@@ -124,12 +145,12 @@ def _softclamp_slope(x, BOUND: tl.constexpr):
 # Forward is the three lines above. Backward goes from the last step to the first; lif.py derives
 # it, a dash marks what belongs to another step (v', s' to the one before, d_pre' to the one after):
 #   d_s   = d_spikes + d_pre' W^T
-#   d_r   = d_v * softclamp'                      r = pre - theta * s, the reset's argument
-#   d_f   = g * (d_s - theta * d_r)               what passes through the fire line; g * d_s without
-#                                                 reset or its gradient
-#   d_pre = d_membrane + d_r + d_f
+#   d_r   = d_v * softclamp'                      r, the membrane after the reset
+#   d_f   = g * (d_s + by_s * d_r)                what passes through the fire line; by_s = 0 if
+#                                                 reset_grad is off
+#   d_pre = d_membrane + by_pre * d_r + d_f
 #   d_v   = beta * d_pre                          of the step before
-#   d_I = d_pre,  d_beta = d_pre * v',  d_theta = -d_f - s * d_r,  d_W = s'^T d_pre
+#   d_I = d_pre,  d_beta = d_pre * v',  d_theta = by_theta * d_r - d_f,  d_W = s'^T d_pre
 # Kept for this is u = pre - theta, in bfloat16 where the current is 16 bits wide, and nothing else:
 # its sign is s, and pre = u + theta. If the membrane is asked for, it serves instead. (dW, made
 # afterwards, takes the spikes.)
@@ -144,10 +165,10 @@ def _loads(p, now, step, neurons, live, C: tl.constexpr, PER_STEP: tl.constexpr)
     """The tiles of C steps as a tuple, `step` apart in (B, T, N); or a tile of (N,), C times."""
     tiles = ()
     if not PER_STEP:
-        tile = _load(p, neurons, live)
+        tile = load(p, neurons, live)
     for i in tl.static_range(C):
         if PER_STEP:
-            tile = _load(p, now, live)
+            tile = load(p, now, live)
             now += step  # one after the other: C addresses at once would cost as many registers
         tiles += (tile,)
     return tiles
@@ -164,7 +185,7 @@ def _forward_kernel(
 ):  # fmt: skip
     rows, neurons, live = _tile(B, N, width, ROWS, COLS)
     state = rows * N + neurons  # where this tile lies in a (B, N) tensor
-    v, s = _load(p_v0, state, live), _load(p_s0, state, live)
+    v, s = load(p_v0, state, live), load(p_s0, state, live)
     if p_w is not None:
         w = _head(p_w, N, width, COLS, TRANSPOSED=False)
 
@@ -180,7 +201,7 @@ def _forward_kernel(
                 if p_w is not None:
                     pre += tl.dot(s.to(w.dtype), w, input_precision="ieee")
                 s = tl.where(pre >= theta[i], 1.0, 0.0)  # fire
-                v = pre - theta[i] * s if RESET else pre  # reset
+                v = _reset(pre, theta[i], s, RESET)  # reset
                 if CLAMP > 0:
                     v = _softclamp(v, CLAMP)
 
@@ -211,8 +232,8 @@ def _backward_kernel(
     state = rows * N + neurons
     zero = tl.zeros((ROWS, COLS), tl.float32)
     d_pre, d_beta, d_theta = zero, zero, zero
-    d_v = zero if p_d_v is None else _load(p_d_v, state, live)
-    d_s = zero if p_d_s is None else _load(p_d_s, state, live)  # then d_pre' W^T
+    d_v = zero if p_d_v is None else load(p_d_v, state, live)
+    d_s = zero if p_d_s is None else load(p_d_s, state, live)  # then d_pre' W^T
     if p_w is not None:
         w_back = _head(p_w, N, width, COLS, TRANSPOSED=True)
 
@@ -231,8 +252,10 @@ def _backward_kernel(
                 if p_d_spikes is not None:
                     d_s += d_spikes[i]
                 u = kept[i] - theta[i] if p_u is None else kept[i]
+                pre = kept[i] if p_u is None else kept[i] + theta[i]
                 s = tl.where(u >= 0, 1.0, 0.0)
-                r = u + theta[i] * (1 - s) if RESET else u + theta[i]
+                r = _reset(pre, theta[i], s, RESET)
+                by_pre, by_s, by_theta = _reset_slopes(pre, theta[i], s, RESET)
                 if p_d_beta is not None:  # of the step after: this v is its v', its d_pre at hand
                     d_beta_after = d_pre * (_softclamp(r, CLAMP) if CLAMP > 0 else r)
                     if BETA_STEPS:
@@ -241,10 +264,10 @@ def _backward_kernel(
                         d_beta += d_beta_after
 
                 d_r = d_v * _softclamp_slope(r, CLAMP) if CLAMP > 0 else d_v
-                d_f = _surrogate(u, slope, SURROGATE) * (
-                    d_s - theta[i] * d_r if RESET and RESET_GRAD else d_s
-                )
-                d_pre = d_r + d_f
+                if RESET_GRAD:
+                    d_s += by_s * d_r
+                d_f = surrogate_grad(u, slope, SURROGATE) * d_s
+                d_pre = by_pre * d_r + d_f
                 if p_d_membrane is not None:
                     d_pre += d_membrane[i]
                 d_v = beta[i] * d_pre
@@ -254,7 +277,7 @@ def _backward_kernel(
 
                 tl.store(p_d_current + now, d_pre, mask=live)
                 if p_d_theta is not None:
-                    d_theta_now = -d_f - s * d_r if RESET else -d_f
+                    d_theta_now = by_theta * d_r - d_f
                     if THETA_STEPS:
                         tl.store(p_d_theta + now, d_theta_now, mask=live)
                     else:
@@ -265,7 +288,7 @@ def _backward_kernel(
     tl.store(p_d_v0 + state, d_v, mask=live)
     tl.store(p_d_s0 + state, d_s, mask=live)
     if p_d_beta is not None:
-        d_beta += d_pre * _load(p_v0, state, live)
+        d_beta += d_pre * load(p_v0, state, live)
         tl.store(p_d_beta + (now + N if BETA_STEPS else state), d_beta, mask=live)
     if p_d_theta is not None and not THETA_STEPS:
         tl.store(p_d_theta + state, d_theta, mask=live)
@@ -300,7 +323,7 @@ def _launch(kernel, tensors, numbers, w_rec, **constants):
 # torch.compile needs to know, so as not to look inside and give up. `membrane`: whether that is
 # kept for backward, and not u. What is `Tensor?` may be None.
 
-_OPTIONS = "bool membrane, str surrogate, float slope, bool reset, bool reset_grad, float clamp"
+_OPTIONS = "bool membrane, str surrogate, float slope, str reset, bool reset_grad, float clamp"
 
 
 @library.custom_op(
@@ -311,12 +334,12 @@ _OPTIONS = "bool membrane, str surrogate, float slope, bool reset, bool reset_gr
 )
 def _forward(current, beta, theta, w_rec, v0, s0, *options):
     """-> spikes, kept: the membrane or u (B,T,N); v, s (B,N)."""
-    membrane, _, _, reset, _, clamp = options
+    o = Options(*options)
     inputs = (x if x is None else x.contiguous() for x in (current, beta, theta, w_rec, v0, s0))
     spikes, kept, v, s = outputs = _outputs(current, beta, theta, w_rec, v0, s0, *options)
     _launch(
-        _forward_kernel, (*inputs, spikes, *_membrane_or_u(kept, membrane), v, s),
-        current.shape, w_rec, RESET=reset, CLAMP=clamp,
+        _forward_kernel, (*inputs, spikes, *((kept, None) if o.membrane else (None, kept)), v, s),
+        current.shape, w_rec, RESET=o.reset, CLAMP=o.clamp,
         BETA_STEPS=beta.dim() == 3, THETA_STEPS=theta.dim() == 3,
     )  # fmt: skip
     return outputs
@@ -332,11 +355,6 @@ def _outputs(current, beta, theta, w_rec, v0, s0, membrane, *_):
     return spikes, kept, v, s
 
 
-def _membrane_or_u(kept, membrane):
-    """What is kept in the two places that the kernels have for it."""
-    return (kept, None) if membrane else (None, kept)
-
-
 @library.custom_op(
     "lif::backward",
     mutates_args=(),
@@ -348,15 +366,15 @@ def _membrane_or_u(kept, membrane):
 def _backward(kept, beta, theta, w_rec, v0, *arguments):
     """-> d_current (B,T,N) in `dtype`; d_beta, d_theta, (B,T,N) or (B,N); d_v0, d_s0 (B,N)."""
     cotangents = (x if x is None else x.contiguous() for x in arguments[:4])
-    membrane, surrogate, slope, reset, reset_grad, clamp = arguments[-6:]
+    o = Options(*arguments[-len(Options._fields) :])
     gradients = _gradients(kept, beta, theta, w_rec, v0, *arguments)
     inputs = (x if x is None else x.contiguous() for x in (beta, theta, w_rec, v0))
     _launch(
         _backward_kernel,
-        (*inputs, *_membrane_or_u(kept, membrane), *cotangents,
+        (*inputs, *((kept, None) if o.membrane else (None, kept)), *cotangents,
          *(x if x.numel() else None for x in gradients)),
-        (*kept.shape, slope), w_rec, SURROGATE=surrogate,
-        RESET=reset, RESET_GRAD=reset_grad, CLAMP=clamp,
+        (*kept.shape, o.slope), w_rec,
+        SURROGATE=o.surrogate, RESET=o.reset, RESET_GRAD=o.reset_grad, CLAMP=o.clamp,
         BETA_STEPS=beta.dim() == 3, THETA_STEPS=theta.dim() == 3,
     )  # fmt: skip
     return gradients
@@ -396,7 +414,7 @@ def _differentiate(ctx, *cotangents):  # on spikes, kept, v, s; None where there
     d_w = None
     if needs[3]:  # of all steps in one product per head, in the dtype of current
         H, d, _ = w_rec.shape
-        s_before = before(s0.to(ctx.dtype), spikes).view(-1, H, d)
+        s_before = previous(s0.to(ctx.dtype), spikes).view(-1, H, d)
         d_w = torch.einsum("xhi,xhj->hij", s_before, d_current.view(-1, H, d))
     d_beta, d_theta = d_beta if needs[1] else None, d_theta if needs[2] else None
     return d_current, d_beta, d_theta, d_w, d_v0, d_s0, *[None] * len(ctx.options)
@@ -405,252 +423,20 @@ def _differentiate(ctx, *cotangents):  # on spikes, kept, v, s; None where there
 _forward.register_autograd(_differentiate, setup_context=_save)
 
 
-def lif_triton(
-    current,
-    beta,
-    theta,
-    w_rec=None,
-    state=None,
-    *,
-    surrogate="fast_sigmoid",
-    slope=None,
-    reset="soft",
-    reset_grad=True,
-    clamp=0.0,
-    return_membrane=True,
-):
-    """lif.lif_torch on the GPU: the same arguments, shapes, results and errors, but no `soft`.
+def lif_triton(current, beta, theta, w_rec=None, state=None, **options):
+    """lif_torch on the GPU: the same arguments, shapes, results and errors.
 
     current is float32, bfloat16 or float16, the rest may be any of these. The products s W and
     d_pre W^T are taken in the dtype of w_rec, dW in that of current; all else is float32.
     ValueError if Triton is not installed, for tensors on the CPU without TRITON_INTERPRET=1, for
-    float64, and for heads of more than MAX_HEAD neurons.
+    float64, for heads of more than MAX_HEAD neurons, and for a surrogate or reset without a branch.
     """
-    options = check(current, beta, theta, w_rec, state, reset, reset_grad, clamp)
-    chosen = surrogate_named(surrogate)
-    obstacle = _obstacle(current, w_rec, surrogate)
+    tensors, o = check(current, beta, theta, w_rec, state, **options)
+    obstacle = obstacle_to(current, w_rec, surrogate=o.surrogate, reset=o.reset)
     if obstacle:
         raise obstacle
-    B, T, N = current.shape
-    v, s = state if state is not None else (current.new_zeros(B, N), current.new_zeros(B, N))
-    spikes, kept, *state = _forward(
-        current, beta, theta, w_rec, v, s, return_membrane,
-        surrogate, float(chosen.slope if slope is None else slope), *options,
-    )  # fmt: skip
-    return spikes, kept if return_membrane else None, tuple(state)
-
-
-# ---- neurons over the frames of tokens --------------------------------------------------------
-#
-# Their equations stand in lif.py, the backward ones in its _Plif; here they are fused with sigmoid,
-# softplus, |.|, alpha * x and the leak. A program owns COLS neurons of a sequence and walks over
-# the frames that really run, v in a register. A held input is read once per token, and its gradient
-# is summed in a register. Kept for backward is u = pre - theta and nothing else: s is in its sign.
-
-
-@triton.jit
-def _row(N, COLS: tl.constexpr):
-    """This program's sequence, in int64; its neurons (COLS,), and which of them exist."""
-    blocks = tl.cdiv(N, COLS)
-    neurons = tl.program_id(0) % blocks * COLS + tl.arange(0, COLS)
-    return (tl.program_id(0) // blocks).to(tl.int64), neurons, neurons < N
-
-
-@triton.jit
-def _parameters(p_b, p_t, p_a, at, live):
-    """beta, alpha, theta of a frame, or, in the row form, which has no p_a, of all frames."""
-    beta, theta = tl.sigmoid(_load(p_b, at, live)), _load(p_t, at, live)
-    if p_a is None:
-        return beta, 1 - beta, theta
-    else:
-        a = _load(p_a, at, live)
-        softplus = tl.where(a > 20, a, tl.log(1 + tl.exp(tl.minimum(a, 20.0))))  # torch's threshold
-        return beta, softplus, 0.1 + tl.abs(theta)
-
-
-@triton.jit
-def _plif_forward_kernel(
-    p_x, p_b, p_t, p_a, p_v0, p_ends,  # p_a None: row form, b and t are (N,)
-    p_out, p_u, p_spikes, p_v,
-    T, F, N,
-    HELD: tl.constexpr,  # x is (B, T, N), one per token; else (B, F, N), one per frame, and T is 1
-    COLS: tl.constexpr,
-):  # fmt: skip
-    row, neurons, live = _row(N, COLS)
-    v = _load(p_v0, row * N + neurons, live)
-    spikes, zero = tl.zeros_like(v), tl.zeros_like(v)
-    if p_a is None:
-        beta, alpha, theta = _parameters(p_b, p_t, p_a, neurons, live)
-
-    start = tl.load(p_ends) * 0  # 0 in int64, as all frames are
-    for t in range(T):
-        end = tl.load(p_ends + row * T + t)
-        if HELD:
-            x = _load(p_x, (row * T + t) * N + neurons, live)
-        for f in tl.range(start, end, num_stages=4):  # loads run ahead of the frames that use them
-            now = (row * F + f) * N + neurons
-            if not HELD:
-                x = _load(p_x, now, live)
-            if p_a is not None:
-                beta, alpha, theta = _parameters(p_b, p_t, p_a, now, live)
-
-            pre = tl.fma(beta, v, alpha * x)  # charge
-            s = tl.where(pre >= theta, 1.0, 0.0)  # fire
-            v = pre - theta * s  # reset
-
-            spikes += s
-            tl.store(p_out + now, (1 - beta) * v if p_a is None else v, mask=live)
-            tl.store(p_u + now, pre - theta, mask=live)
-        start = end
-    for f in range(start, F):  # what is fed to matrices must be finite
-        tl.store(p_out + (row * F + f) * N + neurons, zero, mask=live)
-    tl.store(p_spikes + row * N + neurons, spikes, mask=live)
-    tl.store(p_v + row * N + neurons, v, mask=live)
-
-
-@triton.jit
-def _plif_backward_kernel(
-    p_x, p_b, p_t, p_a, p_v0, p_ends, p_u,
-    p_d_out, p_d_s, p_d_v,  # each None if the loss does not depend on it; d_s (N,) of any spike
-    p_d_x, p_d_b, p_d_t, p_d_a, p_d_v0,
-    T, F, N, slope,
-    HELD: tl.constexpr, COLS: tl.constexpr,
-):  # fmt: skip
-    row, neurons, live = _row(N, COLS)
-    state = row * N + neurons
-    v0 = _load(p_v0, state, live)
-    zero = tl.zeros_like(v0)
-    carry = zero if p_d_v is None else _load(p_d_v, state, live)  # then beta * d_pre of frame f + 1
-    d_s = zero if p_d_s is None else _load(p_d_s, neurons, live)
-    d_pre, d_beta, d_theta, beta = zero, zero, zero, zero
-    if p_a is None:
-        beta, alpha, theta = _parameters(p_b, p_t, p_a, neurons, live)
-
-    length = tl.load(p_ends + row * T + T - 1)
-    end, last = length, (row * F + length - 1) * N + neurons
-    for i in range(T):
-        t = T - 1 - i
-        start = tl.load(p_ends + row * T + t - 1, mask=t > 0, other=0)
-        if HELD:
-            x = _load(p_x, (row * T + t) * N + neurons, live)
-            d_x = zero
-        for j in tl.range(0, end - start, num_stages=4):
-            f = end - 1 - j
-            now = (row * F + f) * N + neurons
-            slope_after = beta * (1 - beta)
-            if not HELD:
-                x = _load(p_x, now, live)
-            if p_a is not None:
-                beta, alpha, theta = _parameters(p_b, p_t, p_a, now, live)
-            u = _load(p_u, now, live)
-            s = tl.where(u >= 0, 1.0, 0.0)
-            v = u + theta * (1 - s)
-            if p_a is None:
-                d_beta += d_pre * v
-            else:  # d_b of frame f + 1: this v is its v', and its d_pre is at hand
-                tl.store(p_d_b + (now + N), d_pre * v * slope_after, mask=live & (now < last))
-
-            d_v = carry
-            if p_d_out is not None:
-                d_out = _load(p_d_out, now, live)
-                d_v += (1 - beta) * d_out if p_a is None else d_out
-                if p_a is None:
-                    d_beta -= d_out * v
-            d_pre = d_v + _surrogate(u, slope, "sigmoid") * (d_s - theta * d_v)
-            carry = beta * d_pre
-
-            d_theta_now = (1 - s) * d_v - d_pre
-            if p_a is None:
-                d_beta -= d_pre * x
-                d_theta += d_theta_now
-            else:
-                sign = tl.where(_load(p_t, now, live) < 0, -1.0, 1.0)
-                tl.store(p_d_t + now, d_theta_now * sign, mask=live)
-                tl.store(p_d_a + now, d_pre * x * (1 - tl.exp(-alpha)), mask=live)
-            if HELD:
-                d_x += alpha * d_pre
-            else:
-                tl.store(p_d_x + now, alpha * d_pre, mask=live)
-        if HELD:
-            tl.store(p_d_x + (row * T + t) * N + neurons, d_x, mask=live)
-        end = start
-
-    tl.store(p_d_v0 + state, carry, mask=live)
-    d_beta += d_pre * v0
-    if p_a is None:
-        tl.store(p_d_b + state, d_beta * beta * (1 - beta), mask=live)
-        tl.store(p_d_t + state, d_theta, mask=live)
-    else:
-        tl.store(p_d_b + row * F * N + neurons, d_beta * beta * (1 - beta), mask=live)
-    for f in range(length, F):
-        now = (row * F + f) * N + neurons
-        if not HELD:
-            tl.store(p_d_x + now, zero, mask=live)
-        if p_a is not None:
-            tl.store(p_d_b + now, zero, mask=live)
-            tl.store(p_d_t + now, zero, mask=live)
-            tl.store(p_d_a + now, zero, mask=live)
-
-
-def _launch_plif(kernel, tensors, numbers, held):
-    """Run a kernel over all sequences and neurons; numbers begin with T, F, N."""
-    grid = (tensors[4].shape[0] * triton.cdiv(numbers[2], CHANNELS),)  # tensors[4] is v0
-    with torch.cuda.device_of(tensors[0]):
-        kernel[grid](
-            *tensors, *numbers, HELD=held, COLS=CHANNELS, num_warps=4, enable_fp_fusion=False
-        )
-
-
-class _Plif(torch.autograd.Function):
-    """As lif._Plif, but x may be held; out and u are in the dtype of x."""
-
-    @staticmethod
-    def forward(ctx, x, b, t, a, v0, frames, slope):
-        B, F, N = v0.shape[0], frames.size, v0.shape[1]
-        held = x.shape[1] != F
-        ends = frames.count.cumsum(1) if held else frames.length[:, None]
-        inputs = [y if y is None else y.contiguous() for y in (x, b, t, a, v0, ends)]
-        out, u = x.new_empty(B, F, N), x.new_empty(B, F, N)
-        spikes, v = (x.new_empty(B, N, dtype=torch.float32) for _ in range(2))
-        ctx.shape, ctx.held, ctx.slope = (ends.shape[1], F, N), held, slope
-        _launch_plif(_plif_forward_kernel, (*inputs, out, u, spikes, v), ctx.shape, held)
-        ctx.save_for_backward(*inputs, u)
-        ctx.set_materialize_grads(False)
-        return out, spikes.sum(0) / frames.length.sum(), v
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, d_out, d_rate, d_v):
-        x, b, t, a, v0, ends, u = ctx.saved_tensors
-        d_s = None if d_rate is None else d_rate / ends[:, -1].sum()
-        cotangents = (y if y is None else y.contiguous() for y in (d_out, d_s, d_v))
-
-        def empty(y):  # of the row form one row per sequence: no atomics, a reproducible sum
-            return torch.empty_like(v0) if y.dim() == 1 else torch.empty_like(y)
-
-        d_x, d_b, d_t, d_v0 = (empty(y) for y in (x, b, t, v0))
-        d_a = None if a is None else empty(a)
-        _launch_plif(
-            _plif_backward_kernel,
-            (x, b, t, a, v0, ends, u, *cotangents, d_x, d_b, d_t, d_a, d_v0),
-            (*ctx.shape, ctx.slope), ctx.held,
-        )  # fmt: skip
-        if a is None:
-            d_b, d_t = d_b.sum(0), d_t.sum(0)
-        return d_x, d_b, d_t, d_a, d_v0, None, None
-
-
-def plif_triton(x, b, t, a=None, v=None, *, frames, slope=4.0):
-    """lif.plif_torch on the GPU: the same arguments, shapes, results and errors.
-
-    x is float32, bfloat16 or float16 and so is what is passed on; the rate and v are float32.
-    """
-    check_plif(x, b, t, a, v, frames)
-    obstacle = _obstacle(x)
-    if obstacle:
-        raise obstacle
-    v = x.new_zeros(x.shape[0], x.shape[2], dtype=torch.float32) if v is None else v
-    return _Plif.apply(x, b, t, a, v, frames, float(slope))
+    spikes, kept, *state = _forward(*tensors, *o)
+    return spikes, kept if o.membrane else None, tuple(state)
 
 
 # ---- the choice -------------------------------------------------------------------------------
@@ -659,52 +445,43 @@ _taken = {}  # in this process, in order: a dictionary stands in for an ordered 
 
 
 def backends():
-    """What `lif` and `plif` have run on so far: "lif: torch (cpu)", with the reason if a GPU has
+    """What the scans have run on so far: "lif: torch (cpu)", with the reason if a GPU has
     no Triton. For the first line of a program, after a forward of one token; nothing is printed."""
     return "; ".join(_taken)
 
 
 def lif(current, beta, theta, w_rec=None, state=None, *, backend="auto", **options):
-    """The scan of lif.py on the backend that suits: see lif.lif_torch for all else.
+    """The scan of lif.py on the backend that suits: see lif.lif_reference for all else.
 
     backend: 'triton' (lif_triton) or 'torch' (lif_torch), or 'auto': Triton for tensors on a GPU
     wherever it can, else PyTorch. `backends` tells what it took, and for a GPU without Triton why.
     A backend asked for by name that cannot run raises (see lif_triton); it is never replaced.
     """
-    surrogate = options.get("surrogate", IN_TRITON[0])
-    scan, taken = _choose(lif_triton, lif_torch, backend, current, w_rec, surrogate)
+    scan, taken = choose(lif_triton, lif_torch, backend, current, w_rec, **options)
     result = scan(current, beta, theta, w_rec, state, **options)
-    _note(taken)
+    note(taken)
     return result
 
 
-def plif(x, b, t, a=None, v=None, *, backend="auto", **options):
-    """The neurons of lif.plif_torch on the backend that suits, chosen as for `lif`."""
-    scan, taken = _choose(plif_triton, plif_torch, backend, x)
-    result = scan(x, b, t, a, v, **options)
-    _note(taken)
-    return result
-
-
-def _choose(in_triton, in_torch, backend, x, w_rec=None, surrogate=IN_TRITON[0]):
+def choose(in_triton, in_torch, backend, x, w_rec=None, **options):
     """One of the two scans, and a line that says which."""
     if backend not in ("auto", "triton", "torch"):
         raise ValueError(f"unknown backend {backend!r}; choose auto, triton or torch")
     device = x.device.type
     auto_gpu = backend == "auto" and device == "cuda"
-    obstacle = _obstacle(x, w_rec, surrogate) if auto_gpu else None
+    obstacle = obstacle_to(x, w_rec, **options) if auto_gpu else None
     if backend == "triton" or auto_gpu and not obstacle:
         return in_triton, "lif: triton"
     return in_torch, f"lif: torch ({device})" + (f", as {obstacle}" if obstacle else "")
 
 
 @torch.compiler.assume_constant_result  # it is noted while a graph is compiled, too
-def _note(line):
+def note(line):
     _taken[line] = None
 
 
-def _obstacle(current, w_rec=None, surrogate=IN_TRITON[0]):
-    """The exception that says why Triton cannot run this and what would mend it; None if it can."""
+def obstacle_to(current, w_rec=None, surrogate=SURROGATES[0], reset=RESETS[0], **_):
+    """The exception that says why Triton cannot run this and how to fix it; None if it can."""
     if not HAS_TRITON:
         return ValueError("Triton is not installed: pip install triton, or take backend='torch'")
     if not (current.is_cuda or INTERPRETED):
@@ -714,8 +491,9 @@ def _obstacle(current, w_rec=None, surrogate=IN_TRITON[0]):
         )
     if current.dtype not in (torch.float32, torch.bfloat16, torch.float16):
         return ValueError(f"no kernel takes {current.dtype}: take float32, or backend='torch'")
-    if surrogate not in IN_TRITON:
-        return ValueError(f"the surrogate {surrogate!r} has no kernel: take backend='torch'")
+    for kind, name, known in (("surrogate", surrogate, SURROGATES), ("reset", reset, RESETS)):
+        if name not in known:
+            return ValueError(f"the {kind} {name!r} has no kernel: take backend='torch'")
     if w_rec is not None and w_rec.shape[-1] > MAX_HEAD:
         return ValueError(
             f"a head of {w_rec.shape[-1]} neurons is over the kernel's {MAX_HEAD}: split the"

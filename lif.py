@@ -24,22 +24,173 @@ Glossary. B sequences, T time steps (tokens), N neurons, H heads of N/H neurons 
 A step has no useful derivative, so backward puts a surrogate g(u) in its place (Neftci, Mostafa,
 Zenke 2019, arXiv 1901.09948). As u = pre - theta, the threshold receives -g.
 
-`lif_torch` is this scan in plain PyTorch: the reference, and the path for CPU and MPS.
-`plif_torch` runs neurons that take several steps, called frames, within a token.
-kernels.py has both in Triton. `python lif.py` draws a few neurons in the terminal.
+Three functions run these neurons, with the same arguments and results: `lif_reference`, the plain
+loop, to be read and compared with; `lif_torch`, fast in plain PyTorch, for CPU and MPS;
+`kernels.lif_triton`, for the GPU. `python lif.py` draws a few neurons in the terminal.
 
 Between neurons stand two kinds of matrices, and the class says what they cost: a `Synapse` is fed
 binary spikes, a `Linear` floats. Both count into the `Report` of the forward pass.
 """
 
 import math
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Callable, NamedTuple
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from torch.autograd.function import once_differentiable
+
+# ---- the neuron -------------------------------------------------------------------------------
+
+
+def lif_reference(current, beta, theta, w_rec=None, state=None, **options):
+    """Run N leaky integrate-and-fire neurons over T steps: the plain loop, autograd differentiates.
+
+    current (B, T, N); beta, theta (N,) or (B, T, N); w_rec (H, N/H, N/H) or None; state (v, s),
+    each (B, N), or None for silence. Units: current, theta and the membrane share one arbitrary
+    unit, time is counted in steps. Options:
+    surrogate='fast_sigmoid', slope=None: a name of SURROGATES and its k (None: the usual one).
+    reset='soft': a name of RESETS; 'soft' subtracts theta after a spike, 'none' changes nothing.
+    reset_grad=True: whether the gradient also flows through the s of the reset.
+    clamp=0: bound of the soft clamp on the membrane after the reset; 0 switches it off.
+    return_membrane=True: False puts None in its place.
+
+    Returns spikes (B, T, N) in the dtype of current, the membrane before the reset (B, T, N) and
+    the state after the last step, these in float32 (float64 for float64 input). All of them are
+    differentiable. ValueError for an unknown surrogate or reset and for shapes that do not fit.
+    """
+    tensors, o = check(current, beta, theta, w_rec, state, **options)
+    I, beta, theta, w, v, s = at_full_precision(*tensors)
+    T, spikes, membrane = I.shape[1], [], []
+    soft, reset = SURROGATES[o.surrogate].soft, RESETS[o.reset].after
+    for I_t, beta_t, theta_t in zip(I.unbind(1), steps_of(beta, T), steps_of(theta, T)):
+        pre = beta_t * v + I_t + (0 if w is None else times(s, w))  # charge
+        s = fire(pre - theta_t, soft(pre - theta_t, o.slope))  # fire
+        v = reset(pre, theta_t, s if o.reset_grad else s.detach())  # reset
+        v = softclamp(v, o.clamp) if o.clamp else v
+        spikes.append(s)
+        membrane.append(pre)
+    membrane = torch.stack(membrane, 1) if o.membrane else None
+    return torch.stack(spikes, 1).to(current.dtype), membrane, (v, s)
+
+
+def fire(u, smooth):
+    """1 where u >= 0, else 0. Its gradient is that of `smooth`, a function of u: the surrogate."""
+    return (u >= 0).to(u.dtype) + (smooth - smooth.detach())
+
+
+def steps_of(x, T):
+    """T slices (B, N) of a per-step tensor, or the one (N,) tensor T times.
+
+    unbind once: x[:, t] in a loop costs an autograd node and a Python call per step.
+    """
+    return x.unbind(1) if x.dim() == 3 else [x] * T
+
+
+def times(s, w):
+    """s (B, N) @ w (H, d, d), head by head, in the dtype of w."""
+    s_heads = s.to(w.dtype).unflatten(1, w.shape[:2])  # (B, H, d)
+    return torch.einsum("bhi,hij->bhj", s_heads, w).flatten(1).to(s.dtype)
+
+
+class Options(NamedTuple):
+    """How a scan runs, checked and complete; in the order that the kernels' operators take."""
+
+    membrane: bool  # whether it is returned
+    surrogate: str
+    slope: float
+    reset: str
+    reset_grad: bool
+    clamp: float
+
+
+def check(
+    current, beta, theta, w_rec=None, state=None,
+    *, surrogate="fast_sigmoid", slope=None, reset="soft", reset_grad=True, clamp=0.0,
+    return_membrane=True,
+):  # fmt: skip
+    """(current, beta, theta, w_rec, v, s), Options; ValueError if they do not fit each other."""
+    if current.dim() != 3 or 0 in current.shape:
+        raise ValueError(f"current must be (B, T, N) and not empty, got {tuple(current.shape)}")
+    B, T, N = current.shape
+    for name, x in (("beta", beta), ("theta", theta)):
+        if x.shape not in ((N,), (B, T, N)):
+            raise ValueError(f"{name} must be ({N},) or {(B, T, N)}, got {tuple(x.shape)}")
+    if w_rec is not None:
+        H = w_rec.shape[0]
+        if N % H or w_rec.shape != (H, N // H, N // H):
+            raise ValueError(f"w_rec must be (H, {N}/H, {N}/H), got {tuple(w_rec.shape)}")
+    v, s = state if state is not None else (current.new_zeros(B, N), current.new_zeros(B, N))
+    for x in (v, s):
+        if x.shape != (B, N):
+            raise ValueError(f"state must be two tensors {(B, N)}, got {tuple(x.shape)}")
+    usual = entry(SURROGATES, "surrogate", surrogate).slope
+    entry(RESETS, "reset", reset)
+    if clamp < 0:
+        raise ValueError(f"clamp must be 0 (off) or a positive bound, got {clamp}")
+    slope = float(usual if slope is None else slope)
+    options = bool(return_membrane), surrogate, slope, reset, bool(reset_grad), float(clamp)
+    return (current, beta, theta, w_rec, v, s), Options(*options)
+
+
+def entry(registry, kind, name):
+    """registry[name]; ValueError names the known ones."""
+    if name not in registry:
+        raise ValueError(f"unknown {kind} {name!r}; choose one of {', '.join(registry)}")
+    return registry[name]
+
+
+def at_full_precision(current, beta, theta, w_rec, v, s):
+    """The membrane is never of 16 bits, nor is what is added to it; only products s W may be."""
+    dtype = torch.promote_types(current.dtype, torch.float32)
+    w = w_rec if w_rec is None or w_rec.dtype.itemsize == 2 else w_rec.to(dtype)
+    current, beta, theta, v, s = (x.to(dtype) for x in (current, beta, theta, v, s))
+    return current, beta, theta, w, v, s
+
+
+# ---- resets -----------------------------------------------------------------------------------
+
+
+class Reset(NamedTuple):
+    """What a step does to the membrane after it fired, and the derivatives of that, for backward.
+
+    Each is a function of (pre, theta, s), element by element; a single number is broadcast.
+    """
+
+    after: Callable  # v
+    by_pre: Callable  # dv/dpre
+    by_s: Callable  # dv/ds: this way the gradient of the spike passes the reset (reset_grad)
+    by_theta: Callable  # dv/dtheta
+
+
+def _zero(pre, theta, s):
+    return pre.new_zeros(())
+
+
+def _one(pre, theta, s):
+    return pre.new_ones(())
+
+
+RESETS = {
+    "soft": Reset(
+        lambda pre, theta, s: torch.addcmul(pre, theta, s, value=-1),
+        _one,
+        lambda pre, theta, s: -theta,
+        lambda pre, theta, s: -s,
+    ),
+    "none": Reset(lambda pre, theta, s: pre, _one, _zero, _zero),
+}
+
+
+def softclamp(x, bound):
+    """bound * erf(sqrt(pi)/2 * x/bound): slope 1 at 0, saturates at +-bound (SpikeWhale)."""
+    return torch.erf(x * (math.sqrt(math.pi) / 2 / bound)) * bound
+
+
+def softclamp_slope(x, bound):
+    return (x * (math.sqrt(math.pi) / 2 / bound)).square_().neg_().exp_()
+
 
 # ---- surrogates -------------------------------------------------------------------------------
 
@@ -108,27 +259,41 @@ SURROGATES = {
 }
 
 
-def surrogate_named(name):
-    """The Surrogate called `name`; ValueError names the known ones."""
-    if name not in SURROGATES:
-        raise ValueError(f"unknown surrogate {name!r}; choose one of {', '.join(SURROGATES)}")
-    return SURROGATES[name]
+# ---- the fast scan ----------------------------------------------------------------------------
 
 
-def softclamp(x, bound):
-    """bound * erf(sqrt(pi)/2 * x/bound): slope 1 at 0, saturates at +-bound (SpikeWhale)."""
-    return torch.erf(x * (math.sqrt(math.pi) / 2 / bound)) * bound
+def lif_torch(current, beta, theta, w_rec=None, state=None, **options):
+    """What lif_reference does, faster: a loop without graph, and a backward written by hand.
 
-
-# ---- the scan ---------------------------------------------------------------------------------
-
-
-def _steps(x, T):
-    """T slices (B, N) of a per-step tensor, or the one (N,) tensor T times.
-
-    unbind once: x[:, t] in a loop costs an autograd node and a Python call per step.
+    A w_rec in 16 bits is multiplied in 16 bits. With return_membrane=False a GPU keeps u for
+    backward, in bfloat16 if current has 16 bits, and moves 6 bytes per neuron and step each way
+    instead of 8.
     """
-    return x.unbind(1) if x.dim() == 3 else [x] * T
+    tensors, o = check(current, beta, theta, w_rec, state, **options)
+    scan = _Scan.apply if torch.is_grad_enabled() else _scan
+    spikes, membrane, v = scan(*at_full_precision(*tensors), o)
+    return spikes.to(current.dtype), membrane if o.membrane else None, (v, spikes[:, -1])
+
+
+def _scan(current, beta, theta, w_rec, v, s, options):
+    """Spikes (B,T,N), membrane (B,T,N), v (B,N) of all steps: the forward pass, without graph."""
+    B, T, N = current.shape
+    membrane, spikes = current.new_empty(B, T, N), current.new_empty(B, T, N)
+    if current.is_meta:  # a meta tensor has a shape and no numbers: there is nothing to loop for
+        return spikes, membrane, v.clone()
+    after = RESETS[options.reset].after
+    steps = zip(
+        current.unbind(1), steps_of(beta, T), steps_of(theta, T),
+        membrane.unbind(1), spikes.unbind(1),
+    )  # fmt: skip
+    for I_t, beta_t, theta_t, pre, s_t in steps:
+        torch.addcmul(I_t, beta_t, v, out=pre)  # charge
+        if w_rec is not None:
+            _add_recurrent(pre, s, w_rec)
+        s = torch.ge(pre, theta_t, out=s_t)  # fire; a float output is faster than a mask
+        v = after(pre, theta_t, s)  # reset
+        v = softclamp(v, options.clamp) if options.clamp else v
+    return spikes, membrane, v.clone()  # without a reset v is a part of `membrane`
 
 
 def _add_recurrent(out, s, w):
@@ -146,17 +311,17 @@ def _add_recurrent(out, s, w):
         out.baddbmm_(s, w)
 
 
-def before(first, x):
+def previous(first, x):
     """x (B, T, N) one step earlier: `first` (B, N), then x without its last step."""
     return torch.cat([first.unsqueeze(1), x[:, :-1]], dim=1)
 
 
-def _at(x, steps):
+def at_steps(x, steps):
     """The given steps of a per-step tensor (B, T, N); a per-neuron one (N,) as it is."""
     return x if x.dim() == 1 else x[:, steps]
 
 
-def _accumulate(total, x, steps):
+def accumulate(total, x, steps):
     """Add the gradient x (B, n, N) of these steps to a per-step or per-neuron total, in place."""
     if total.dim() == 1:
         total += x.sum((0, 1))
@@ -164,64 +329,33 @@ def _accumulate(total, x, steps):
         total[:, steps] = x
 
 
-def _after_reset(pre, theta, s, reset, clamp):
-    v = torch.addcmul(pre, theta, s, value=-1) if reset else pre.clone()
-    return softclamp(v, clamp) if clamp else v
-
-
-def _scan(current, beta, theta, w_rec, v0, s0, surrogate, slope, options):
-    """Spikes (B,T,N), membrane (B,T,N), v (B,N) of all steps: the forward pass, without graph."""
-    reset, reset_grad, clamp, soft = options
-    B, T, N = current.shape
-    membrane, spikes = current.new_empty(B, T, N), current.new_empty(B, T, N)
-    v, s = v0.clone(), s0
-    if current.is_meta:  # a meta tensor has a shape and no numbers: there is nothing to loop for
-        return spikes, membrane, v
-    steps = zip(
-        current.unbind(1), _steps(beta, T), _steps(theta, T),
-        membrane.unbind(1), spikes.unbind(1),
-    )  # fmt: skip
-    for I_t, beta_t, theta_t, pre, s_t in steps:
-        torch.addcmul(I_t, beta_t, v, out=pre)  # charge
-        if w_rec is not None:
-            _add_recurrent(pre, s, w_rec)
-        if soft:
-            s_t.copy_(surrogate.soft(pre - theta_t, slope))
-        else:
-            torch.ge(pre, theta_t, out=s_t)  # fire; a float output is faster than a mask
-        if reset:
-            torch.addcmul(pre, theta_t, s_t, value=-1, out=v)  # reset
-        else:
-            v.copy_(pre)
-        if clamp:
-            v.copy_(softclamp(v, clamp))
-        s = s_t
-    return spikes, membrane, v
-
-
 class _Scan(torch.autograd.Function):
     """_scan and its backward."""
 
     @staticmethod
-    def forward(ctx, current, beta, theta, w_rec, v0, s0, surrogate, slope, options):
-        spikes, membrane, v = _scan(current, beta, theta, w_rec, v0, s0, surrogate, slope, options)
+    def forward(ctx, current, beta, theta, w_rec, v0, s0, options):
+        spikes, membrane, v = _scan(current, beta, theta, w_rec, v0, s0, options)
         ctx.save_for_backward(membrane, spikes, beta, theta, w_rec, v0, s0)
-        ctx.surrogate, ctx.slope, ctx.options = surrogate, slope, options
+        ctx.options = options
         ctx.set_materialize_grads(False)
         return spikes, membrane, v
 
     # Backward, from the last step to the first, with d_x the gradient of the loss by x:
     #   d_s   = d_spikes + d_pre' W^T                    (d_pre' is that of the step after)
-    #   d_r   = d_v * softclamp'                          r = pre - theta * s, the reset's argument
-    #   d_pre = d_membrane + d_r + g * (d_s - theta * d_r)   no theta * d_r if reset_grad is off
+    #   d_r   = d_v * softclamp'                          r = after(pre, theta, s), the reset
+    #   d_f   = g * (d_s + by_s * d_r)                    what passes through the fire line;
+    #                                                     by_s = 0 if reset_grad is off
+    #   d_pre = d_membrane + by_pre * d_r + d_f
     #   d_v   = beta * d_pre                              of the step before
-    # and, of use after the loop, since g * (d_s - theta * d_r) = d_pre - d_membrane - d_r:
+    # and, of use after the loop, since d_f = d_pre - d_membrane - by_pre * d_r:
     #   d_I = d_pre,  d_beta = d_pre * v',  d_W = s'^T d_pre      (v', s' of the step before)
-    #   d_theta = -g * (d_s - theta * d_r) - s * d_r = d_membrane - d_pre + (1 - s) * d_r
+    #   d_theta = by_theta * d_r - d_f = d_membrane - d_pre + (by_pre + by_theta) * d_r
+    # For the soft reset by_pre, by_s, by_theta are 1, -theta, -s; without reset 1, 0, 0.
     @staticmethod
     def backward(ctx, d_spikes, d_membrane, d_v):
         membrane, spikes, beta, theta, w_rec, v0, s0 = ctx.saved_tensors
-        reset, reset_grad, clamp, soft = ctx.options
+        _, surrogate, slope, reset, reset_grad, clamp = ctx.options
+        surrogate, rule = SURROGATES[surrogate], RESETS[reset]
         need_beta, need_theta = ctx.needs_input_grad[1:3]
         B, T, N = membrane.shape
         d_pre = torch.empty_like(membrane)
@@ -230,10 +364,9 @@ class _Scan(torch.autograd.Function):
         d_w = None
         w_back = None if w_rec is None else w_rec.transpose(1, 2)
         d_s = torch.zeros_like(s0)  # what reaches a step's spikes through W
-        one = membrane.new_ones(())
 
-        # In blocks of about 128k elements: all that does not hang on later steps is computed for a
-        # whole block at once, in cache, and the loop is left with one small operation per step:
+        # In blocks of about 128k elements: all that does not depend on later steps is computed for
+        # a whole block at once, in cache, and the loop is left with one small operation per step:
         # d_pre = direct + through * d_after, d_after the d_pre of the step after. The beta between
         # the two is in `through`, save in the last step of all, where d_after is the given d_v.
         C = min(T, max(1, 131072 // (B * N)))
@@ -243,20 +376,18 @@ class _Scan(torch.autograd.Function):
             now = slice(start, min(start + C, T))
             after = slice(start + 1, min(start + C + 1, T))  # one shorter in the block of step T-1
             n, m = now.stop - now.start, after.stop - after.start
-            pre, s, th, d_pre_now = membrane[:, now], spikes[:, now], _at(theta, now), d_pre[:, now]
-            g = ctx.surrogate.grad(pre - th, ctx.slope)
+            pre, th, s = membrane[:, now], at_steps(theta, now), spikes[:, now]
+            d_pre_now = d_pre[:, now]
+            g = surrogate.grad(pre - th, slope)
             direct = torch.zeros_like(g) if d_spikes is None else g * d_spikes[:, now]
             if d_membrane is not None:
                 direct += d_membrane[:, now]
-            if reset and reset_grad:
-                through = torch.addcmul(one, th, g, value=-1)
-            else:
-                through = torch.ones_like(g)
+            by_pre, by_s = rule.by_pre(pre, th, s), rule.by_s(pre, th, s)
+            through = torch.addcmul(by_pre, g, by_s, value=int(reset_grad))
             if clamp:
-                clamp_slope = _after_reset(pre, th, s, reset, clamp=0.0)
-                clamp_slope.mul_(math.sqrt(math.pi) / 2 / clamp).square_().neg_().exp_()
+                clamp_slope = softclamp_slope(rule.after(pre, th, s), clamp)
                 through *= clamp_slope
-            through[:, :m] *= _at(beta, after)
+            through[:, :m] *= at_steps(beta, after)
 
             g_t, direct_t, through_t, d_pre_t = (
                 x.unbind(1) for x in (g, direct, through, d_pre_now)
@@ -270,99 +401,30 @@ class _Scan(torch.autograd.Function):
 
             if need_theta:
                 d_th = torch.empty_like(g)  # first d_v, then d_r, then d_theta
-                torch.mul(d_pre[:, after], _at(beta, after), out=d_th[:, :m])
+                torch.mul(d_pre[:, after], at_steps(beta, after), out=d_th[:, :m])
                 d_th[:, m:] = d_v.unsqueeze(1)
                 if clamp:
                     d_th *= clamp_slope
-                if reset:
-                    d_th.addcmul_(d_th, s, value=-1)
+                d_th *= by_pre + rule.by_theta(pre, th, s)
                 d_th -= d_pre_now
                 if d_membrane is not None:
                     d_th += d_membrane[:, now]
-                _accumulate(d_theta, d_th, now)
+                accumulate(d_theta, d_th, now)
             if need_beta:
-                v = _after_reset(pre, th, s, reset, clamp)[:, :m]
-                _accumulate(d_beta, v.mul_(d_pre[:, after]), after)
+                v = rule.after(pre, th, s)[:, :m]
+                v = softclamp(v, clamp) if clamp else v
+                accumulate(d_beta, v * d_pre[:, after], after)
         if need_beta:
-            _accumulate(d_beta, (v0 * d_pre[:, 0]).unsqueeze(1), slice(0, 1))
+            accumulate(d_beta, (v0 * d_pre[:, 0]).unsqueeze(1), slice(0, 1))
         d_v0 = d_pre[:, 0] * (beta if beta.dim() == 1 else beta[:, 0])
 
         if ctx.needs_input_grad[3]:
             H, d, _ = w_rec.shape
             s_before, d_now = (
-                x.to(w_rec.dtype).reshape(B * T, H, d) for x in (before(s0, spikes), d_pre)
+                x.to(w_rec.dtype).reshape(B * T, H, d) for x in (previous(s0, spikes), d_pre)
             )
             d_w = torch.einsum("xhi,xhj->hij", s_before, d_now)
-        return d_pre, d_beta, d_theta, d_w, d_v0, d_s, None, None, None
-
-
-def lif_torch(
-    current,
-    beta,
-    theta,
-    w_rec=None,
-    state=None,
-    *,
-    surrogate="fast_sigmoid",
-    slope=None,
-    reset="soft",
-    reset_grad=True,
-    clamp=0.0,
-    return_membrane=True,
-    soft=False,
-):
-    """Run N leaky integrate-and-fire neurons over T steps; the equations head this file.
-
-    current (B, T, N); beta, theta (N,) or (B, T, N); w_rec (H, N/H, N/H) or None; state (v, s),
-    each (B, N), or None for silence. Units: current, theta and the membrane share one arbitrary
-    unit, time is counted in steps. A w_rec in bfloat16 is multiplied in bfloat16.
-    surrogate, slope: a name of SURROGATES and its k (None: the usual one).
-    reset: 'soft' subtracts theta after a spike, 'none' lets the membrane run on.
-    reset_grad: whether the gradient also flows through the s of the reset.
-    clamp: bound of the soft clamp on the reset membrane; 0 switches it off.
-    return_membrane: False puts None in its place. A GPU then keeps u for backward, in bfloat16 if
-    current has 16 bits, and moves 6 bytes per neuron and step each way instead of 8.
-    soft: fire with the surrogate's own smooth step, so that the gradient is exact; for tests.
-
-    Returns spikes (B, T, N) in the dtype of current, the membrane before the reset (B, T, N) and
-    the state after the last step, these in float32 (float64 for float64 input). All of them are
-    differentiable. ValueError for an unknown surrogate or reset and for shapes that do not fit.
-    """
-    options = check(current, beta, theta, w_rec, state, reset, reset_grad, clamp) + (soft,)
-    chosen = surrogate_named(surrogate)
-    dtype = torch.promote_types(current.dtype, torch.float32)  # the membrane is never half
-    B, T, N = current.shape
-    v, s = state if state is not None else (current.new_zeros(B, N), current.new_zeros(B, N))
-    w = w_rec if w_rec is None or w_rec.dtype.itemsize == 2 else w_rec.to(dtype)
-    scan = _Scan.apply if torch.is_grad_enabled() else _scan
-    spikes, membrane, v = scan(
-        *(x.to(dtype) for x in (current, beta, theta)), w, v.to(dtype), s.to(dtype),
-        chosen, chosen.slope if slope is None else slope, options,
-    )  # fmt: skip
-    membrane = membrane if return_membrane else None
-    return spikes.to(current.dtype), membrane, (v, spikes[:, -1])
-
-
-def check(current, beta, theta, w_rec, state, reset, reset_grad, clamp):
-    """ValueError if the scan's arguments do not fit each other; else its options, normalised."""
-    if current.dim() != 3 or 0 in current.shape:
-        raise ValueError(f"current must be (B, T, N) and not empty, got {tuple(current.shape)}")
-    B, T, N = current.shape
-    for name, x in (("beta", beta), ("theta", theta)):
-        if x.shape not in ((N,), (B, T, N)):
-            raise ValueError(f"{name} must be ({N},) or {(B, T, N)}, got {tuple(x.shape)}")
-    if w_rec is not None:
-        H = w_rec.shape[0]
-        if N % H or w_rec.shape != (H, N // H, N // H):
-            raise ValueError(f"w_rec must be (H, {N}/H, {N}/H), got {tuple(w_rec.shape)}")
-    for x in state or ():
-        if x.shape != (B, N):
-            raise ValueError(f"state must be two tensors {(B, N)}, got {tuple(x.shape)}")
-    if reset not in ("soft", "none"):
-        raise ValueError(f"unknown reset {reset!r}; choose soft or none")
-    if clamp < 0:
-        raise ValueError(f"clamp must be 0 (off) or a positive bound, got {clamp}")
-    return reset == "soft", bool(reset_grad), float(clamp)
+        return d_pre, d_beta, d_theta, d_w, d_v0, d_s, None
 
 
 # ---- populations ------------------------------------------------------------------------------
@@ -426,7 +488,7 @@ def population(v, theta, levels, surrogate="triangle", slope=None, dtype=None):
     Returns sent (B, T, N), in `dtype` or v's, and the spikes per population and step (N,), gradient
     included.
     """
-    chosen = surrogate_named(surrogate)
+    chosen = entry(SURROGATES, "surrogate", surrogate)
     slope = chosen.slope if slope is None else slope
     if torch.is_grad_enabled() or v.shape[1] > 1:
         return _Population.apply(v, theta, levels, chosen, slope, dtype or v.dtype)
@@ -437,188 +499,6 @@ def population(v, theta, levels, surrogate="triangle", slope=None, dtype=None):
     reached = (k > 0).to(sent.dtype)
     rate = reached.view(N) if len(v) == 1 else reached[:, 0].mean(0)
     return (sent * reached).to(dtype or v.dtype), rate
-
-
-# ---- neurons that run several frames within a token (NeuronSpark, arXiv 2603.16148) ------------
-#
-#     symbol   row form (N,)   step form (B, F, N)       F frames, all those of a sequence's tokens
-#     beta     sigmoid(b)      sigmoid(b)                decay
-#     alpha    1 - beta        softplus(a)               what the input is worth
-#     theta    t               0.1 + |t|                 threshold
-#
-#     pre = beta * v + alpha * x      # charge
-#     s   = 1 if pre >= theta else 0  # fire
-#     v   = pre - theta * s           # reset
-#
-# What such a neuron passes on is its membrane v (step form), or the leak of it, (1 - beta) * v
-# (row form): floats. Spikes act through the reset alone, and the surrogate's gradient with them.
-
-
-class Frames:
-    """Which frames run: token t of sequence b has count[b, t] of them, its neurons then stand still
-    until the next token. They follow each other without gaps, padded to F at the end.
-
-    count (B, T) int64, at least 1; most, the largest that a count can be.
-    """
-
-    def __init__(self, count, most):
-        ends = count.cumsum(1)  # (B, T)
-        B, T = count.shape
-        self.count, self.length = count, ends[:, -1]  # (B,) frames of a sequence
-        # on the meta device there are no numbers: as many frames as there can be
-        size, total = T * most, B * T * most
-        if not count.is_meta:
-            size, total = torch.stack([self.length.max(), self.length.sum()]).tolist()
-        self.size, self.per_token = size, total / (B * T)
-        step = torch.arange(size, device=count.device).expand(B, size).contiguous()
-        self.token = torch.searchsorted(ends, step, right=True).clamp(max=T - 1)  # (B, F)
-        self.nth = (step - (ends - count).gather(1, self.token)).clamp(max=most - 1)  # of its token
-        self.live = step < self.length[:, None]  # (B, F), False in the padding
-
-    def unroll(self, x):
-        """A value per token (B, T, N), held for its frames: (B, F, N)."""
-        return x.gather(1, self.token[..., None].expand(-1, -1, x.shape[-1]))
-
-    def pool(self, y, weight):
-        """Weighted sums over each token's frames: y (B, F, N), weight (B, T, most) -> (B, T, N)."""
-        B, T, most = weight.shape
-        w = weight.flatten(1).gather(1, self.token * most + self.nth) * self.live  # (B, F)
-        row = torch.arange(B, device=y.device)[:, None] * T + self.token
-        pooled = y.new_zeros(B * T, y.shape[-1])
-        y = (y * w[..., None].to(y.dtype)).flatten(0, 1)
-        return pooled.index_add(0, row.flatten(), y).view(B, T, -1)
-
-
-def _parameters(b, t, a, now):
-    """beta, alpha, theta of these frames."""
-    beta = torch.sigmoid(_at(b, now))
-    if a is None:
-        return beta, 1 - beta, t
-    return beta, F.softplus(a[:, now]), _at(t, now).abs().add_(0.1)
-
-
-class _Plif(torch.autograd.Function):
-    """(x (B,F,N), b, t, a, v0 (B,N)) -> passed on (B,F,N), rate (N,), v (B,N).
-
-    All that is elementwise is done in blocks of about 128k elements, which stay in cache.
-    """
-
-    @staticmethod
-    def forward(ctx, x, b, t, a, v0, frames, slope):
-        B, size, N = x.shape
-        C = max(1, 131072 // (B * N))
-        ctx.blocks = [slice(start, min(start + C, size)) for start in range(0, size, C)]
-        ctx.blocks = [] if x.is_meta else ctx.blocks  # a meta tensor has no numbers to loop for
-        membrane, v_all, rate = torch.empty_like(x), torch.empty_like(x), x.new_zeros(N)
-        spikes = x.new_empty(B, min(C, size), N)  # of one block
-        v, live = v0, frames.live.to(x.dtype)
-        for now in ctx.blocks:
-            n = now.stop - now.start
-            beta, alpha, theta = _parameters(b, t, a, now)
-            steps = zip(
-                (alpha * x[:, now]).unbind(1), _steps(beta, n), _steps(theta, n),
-                membrane[:, now].unbind(1), spikes.unbind(1), v_all[:, now].unbind(1),
-            )  # fmt: skip
-            for I_t, beta_t, theta_t, pre, s, v_t in steps:
-                torch.addcmul(I_t, beta_t, v, out=pre)  # charge
-                torch.ge(pre, theta_t, out=s)  # fire
-                v = torch.addcmul(pre, theta_t, s, value=-1, out=v_t)  # reset
-            rate += torch.einsum("bf,bfn->n", live[:, now], spikes[:, :n])
-        last = (frames.length - 1)[:, None, None].expand(-1, 1, N)
-        v = v_all.gather(1, last).squeeze(1)
-        ctx.save_for_backward(x, b, t, a, v0, membrane, v_all)
-        ctx.frames, ctx.slope = frames, slope
-        ctx.set_materialize_grads(False)
-        rate /= live.sum()
-        return v_all if a is not None else (1 - torch.sigmoid(b)) * v_all, rate, v
-
-    # Backward, from the last frame to the first; a dash marks what belongs to the frame before:
-    #   d_v   = d_out * (1 - beta, or 1) + beta_after * d_pre_after      (and d_v of the last frame)
-    #   d_pre = d_v + g * (d_s - theta * d_v),   d_s = d_rate / number of frames
-    #   d_theta = -s * d_v - g * (d_s - theta * d_v) = (1 - s) * d_v - d_pre
-    #   d_beta = d_pre * v',  d_alpha = d_pre * x,  d_x = alpha * d_pre
-    # In the row form alpha = 1 - beta, and so is the leak: d_beta -= d_pre * x + d_out * v.
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, d_out, d_rate, d_last):
-        x, b, t, a, v0, membrane, v_all = ctx.saved_tensors
-        row, frames, k = a is None, ctx.frames, ctx.slope
-        d_x, d_b, d_t = torch.empty_like(x), torch.zeros_like(b), torch.zeros_like(t)
-        d_a = None if row else torch.empty_like(a)
-        carry = torch.zeros_like(v0)  # beta_after * d_pre_after
-        for now in reversed(ctx.blocks):
-            n = now.stop - now.start
-            x_now, pre, live = x[:, now], membrane[:, now], frames.live[:, now, None]
-            beta, alpha, theta = _parameters(b, t, a, now)
-            s = (pre >= theta).to(x.dtype)
-            g = torch.sigmoid((pre - theta).mul_(k))
-            g.addcmul_(g, g, value=-1).mul_(k)
-            through = 1 - theta * g
-            if d_out is None:
-                d_v = torch.zeros_like(pre)
-            else:
-                d_v = alpha * d_out[:, now] if row else d_out[:, now].clone()
-            if d_last is not None:
-                step = torch.arange(now.start, now.stop, device=x.device)
-                d_v += (frames.length[:, None] == step + 1)[..., None] * d_last[:, None]
-            d_v[:, -1] += carry
-
-            d_pre = d_v * through
-            if d_rate is not None:
-                d_pre += g * live * (d_rate / frames.live.sum())
-            through[:, :-1] *= _at(beta, slice(1, n))
-            d_pre_t, through_t = d_pre.unbind(1), through.unbind(1)
-            for i in reversed(range(n - 1)):
-                d_pre_t[i].addcmul_(through_t[i], d_pre_t[i + 1])
-
-            d_v[:, :-1].addcmul_(_at(beta, slice(1, n)), d_pre[:, 1:])
-            carry = (beta if row else beta[:, 0]) * d_pre_t[0]
-            torch.mul(alpha, d_pre, out=d_x[:, now])
-            first = v0 if now.start == 0 else v_all[:, now.start - 1]
-            d_beta = d_pre * before(first, v_all[:, now])
-            d_alpha = x_now * d_pre
-            if row:
-                d_beta -= d_alpha
-                if d_out is not None:
-                    d_beta.addcmul_(d_out[:, now], v_all[:, now], value=-1)
-            else:
-                torch.mul(d_alpha, torch.sigmoid(a[:, now]), out=d_a[:, now])
-            d_theta = d_v.addcmul_(s, d_v, value=-1).sub_(d_pre)
-            _accumulate(d_b, d_beta.mul_(beta * (1 - beta)), now)
-            _accumulate(d_t, d_theta if row else d_theta.mul_(t[:, now].sign()), now)
-        return d_x, d_b, d_t, d_a, carry, None, None
-
-
-def plif_torch(x, b, t, a=None, v=None, *, frames, slope=4.0):
-    """Run N parametric leaky neurons over the frames of a batch; the equations stand above.
-
-    x: (B, F, N), an input per frame; or (B, T, N), one per token, held for the token's frames.
-    b, t: (N,), the row form; or, together with a, (B, F, N), the step form. v: (B, N) or None.
-    frames: a Frames of count (B, T). slope: of the surrogate, a sigmoid.
-
-    Returns what is passed on (B, F, N), meaningless in the padding; the rate (N,), spikes per frame
-    that runs; and the membrane (B, N) after each sequence's last frame; in float32.
-    """
-    check_plif(x, b, t, a, v, frames)
-    dtype = torch.promote_types(x.dtype, torch.float32)
-    x = x.to(dtype) if x.shape[1] == frames.size else frames.unroll(x.to(dtype))
-    v = x.new_zeros(x.shape[0], x.shape[2]) if v is None else v.to(dtype)
-    a = None if a is None else a.to(dtype)
-    return _Plif.apply(x, b.to(dtype), t.to(dtype), a, v, frames, slope)
-
-
-def check_plif(x, b, t, a, v, frames):
-    """ValueError if the arguments do not fit each other."""
-    B, T = frames.count.shape
-    if x.dim() != 3 or x.shape[0] != B or x.shape[1] not in (T, frames.size):
-        raise ValueError(f"x must be ({B}, {T} or {frames.size}, N), got {tuple(x.shape)}")
-    N = x.shape[2]
-    shape = (N,) if a is None else (B, frames.size, N)
-    for name, y in (("a", a), ("b", b), ("t", t)):
-        if y is not None and y.shape != shape:
-            raise ValueError(f"{name} must be {shape}, got {tuple(y.shape)}")
-    if v is not None and v.shape != (B, N):
-        raise ValueError(f"v must be {(B, N)}, got {tuple(v.shape)}")
 
 
 # ---- synapses ---------------------------------------------------------------------------------
@@ -671,6 +551,11 @@ class Report:
         self.synapses.append(rate.numel() * fan_out)
 
 
+def rms(x):
+    """x (..., n) at a root mean square of 1 over its last dimension (no gain: a matrix follows)."""
+    return F.rms_norm(x, x.shape[-1:], eps=1e-6)
+
+
 class Linear(nn.Linear):
     """A matrix fed by floats: every weight costs a multiplication at every token."""
 
@@ -681,6 +566,17 @@ class Linear(nn.Linear):
 
 
 EVENT_RATE = 0.5  # above it reading all rows in order is as fast (in float32; else never)
+
+
+@contextmanager
+def event_rate(share):
+    """Within it another share of firing neurons is the limit; 0: all rows are always read."""
+    global EVENT_RATE
+    usual, EVENT_RATE = EVENT_RATE, share
+    try:
+        yield
+    finally:
+        EVENT_RATE = usual
 
 
 def deliver(s, weight, report):

@@ -16,12 +16,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from kernels import lif
-from lif import Linear, Synapse
-
-
-def rms(x):
-    """x (..., n) at a root mean square of 1 over its last dimension (no gain: a matrix follows)."""
-    return F.rms_norm(x, x.shape[-1:], eps=1e-6)
+from lif import Linear, Synapse, rms
 
 
 def matrix(fan_in, fan_out, spread):

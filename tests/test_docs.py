@@ -30,7 +30,9 @@ MAY_IMPORT = {
     "kernels": {"lif"},
     "traits": {"kernels", "lif"},
     "cell_bridge": {"config"},  # for its command line
-    "model": {"cell_bridge", "kernels", "lif", "traits"},
+    "blocks": {"cell_bridge", "kernels", "lif"},
+    "spark": {"blocks", "kernels", "lif"},
+    "model": {"blocks", "cell_bridge", "lif", "spark", "traits"},
     "checkpoint": {"model"},
     "train": {"cell_bridge", "checkpoint", "config", "data", "kernels", "model", "sources"}
     | {"tokenizer", "traits"},

@@ -1,13 +1,17 @@
-"""The reference scan: by hand, by finite differences, whole against split, and its surrogates."""
+"""The scan: by hand, the fast one against the plain loop, whole against split; its surrogates."""
 
 import re
+from itertools import product
 
 import pytest
 import torch
 from conftest import check_state, fire
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from lif import SURROGATES, lif_torch, population, softclamp
+from lif import (
+    EVENT_RATE, RESETS, SURROGATES, Report, Reset, Synapse, event_rate, lif_reference, lif_torch,
+    population, softclamp,
+)  # fmt: skip
 
 torch.manual_seed(0)
 
@@ -34,25 +38,31 @@ BY_HAND = [  # current, spikes, membrane before the reset; beta 1/2, theta 1
 ]
 
 
+both = pytest.mark.parametrize("scan", [lif_reference, lif_torch])
+
+
+@both
 @pytest.mark.parametrize("name, current, spikes, membrane", BY_HAND)
-def test_by_hand(name, current, spikes, membrane):
+def test_by_hand(name, current, spikes, membrane, scan):
     x = torch.tensor(current).view(1, 3, 1)
-    s, pre, (v, last) = lif_torch(x, torch.tensor([0.5]), torch.tensor([1.0]))
+    s, pre, (v, last) = scan(x, torch.tensor([0.5]), torch.tensor([1.0]))
     assert s.flatten().tolist() == spikes
     assert pre.flatten().tolist() == membrane
     assert v.item() == membrane[-1] - spikes[-1] and last.item() == spikes[-1]
 
 
-def test_without_reset_the_membrane_is_a_linear_filter():
+@both
+def test_without_reset_the_membrane_is_a_linear_filter(scan):
     x = torch.tensor([2.0, 0.0, 0.0]).view(1, 3, 1)
-    s, pre, _ = lif_torch(x, torch.tensor([0.5]), torch.tensor([1.0]), reset="none")
+    s, pre, _ = scan(x, torch.tensor([0.5]), torch.tensor([1.0]), reset="none")
     assert pre.flatten().tolist() == [2.0, 1.0, 0.5] and s.flatten().tolist() == [1, 1, 0]
 
 
-def test_recurrent_spikes_arrive_one_step_later():
+@both
+def test_recurrent_spikes_arrive_one_step_later(scan):
     x = torch.tensor([[1.0, 0.0], [0.0, 0.0], [0.0, 0.0]]).view(1, 3, 2)
     w = torch.tensor([[[0.0, 1.0], [0.0, 0.0]]])  # row 0: what neuron 0 sends, to neuron 1
-    s, _, _ = lif_torch(x, torch.zeros(2), torch.ones(2), w)
+    s, _, _ = scan(x, torch.zeros(2), torch.ones(2), w)
     assert s[0].tolist() == [[1, 0], [0, 1], [0, 0]]
 
 
@@ -69,62 +79,63 @@ def test_softclamp_has_slope_one_and_its_bound():
 # ---- gradients --------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("per_step", [False, True])
-@pytest.mark.parametrize("heads", [None, 1, 2])
-@pytest.mark.parametrize(
-    "reset, clamp", [("soft", 0.0), ("soft", 2.0), ("none", 0.0), ("none", 2.0)]
-)
-@pytest.mark.parametrize("surrogate", ["fast_sigmoid", "gaussian"])
-def test_gradcheck(surrogate, reset, clamp, heads, per_step):
-    """Fired with its own smooth step, the surrogate gradient is the true one: all of them."""
-    current, beta, theta, w = neurons(2, 5, 4, heads, per_step, torch.double)
-    v, s = torch.rand(2, 2, 4, dtype=torch.double).unbind(0)
-    inputs = [x.requires_grad_() for x in (current, beta, theta, w, v, s) if x is not None]
+def results(scan, leaves, **options):
+    """Spikes, membrane, v and s of a scan, and the gradients by its six tensors."""
+    leaves = [None if x is None else x.clone().requires_grad_() for x in leaves]
+    current, beta, theta, w, v0, s0 = leaves
+    spikes, membrane, (v, s) = scan(current, beta, theta, w, (v0, s0), **options)
+    assert 0.05 < spikes.mean() < 0.95
+    outputs, g = (spikes, membrane, v, s), torch.Generator().manual_seed(1)
+    cotangents = [torch.randn(x.shape, generator=g, dtype=x.dtype) for x in outputs]
+    wanted = [x for x in leaves if x is not None]
+    return [*outputs, *torch.autograd.grad(outputs, wanted, cotangents, materialize_grads=True)]
 
-    def scan(current, beta, theta, *rest):
-        w, v, s = rest if heads else (None, *rest)
-        spikes, membrane, state = lif_torch(
-            current, beta, theta, w, (v, s),
-            surrogate=surrogate, slope=1.5, reset=reset, clamp=clamp, soft=True,
-        )  # fmt: skip
-        return spikes, membrane, *state
 
-    assert torch.autograd.gradcheck(scan, inputs)
+def agree(B, T, N, heads, per_step, **options):
+    """lif_torch equals lif_reference, in double, so that the order of sums decides no spike."""
+    v, s = torch.rand(2, B, N, dtype=torch.double).unbind(0)
+    leaves = *neurons(B, T, N, heads, per_step, torch.double), v, s.round()
+    for a, b in zip(*(results(scan, leaves, **options) for scan in (lif_torch, lif_reference))):
+        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-9)
 
 
 @pytest.mark.parametrize("reset_grad", [True, False])
-@pytest.mark.parametrize("T", [1, 7, 500])  # 500 steps of (3, 100): several blocks of backward
-def test_backward_equals_autograd_step_by_step(T, reset_grad):
-    # in double, so that the order of sums does not decide about a spike
-    current, beta, theta, w = neurons(3, T, 100, 4, dtype=torch.double)
-    out = [x.clone().requires_grad_() for x in (current, beta, theta, w)]
-    ref = [x.clone().requires_grad_() for x in (current, beta, theta, w)]
-    cotangents = torch.randn(2, 3, T, 100, dtype=torch.double)
-
-    spikes, membrane, _ = lif_torch(*out, surrogate="atan", reset_grad=reset_grad)
-    rate = spikes.mean().item()
-    assert 0.05 < rate < 0.95
-    got = torch.autograd.grad((spikes * cotangents[0] + membrane * cotangents[1]).sum(), out)
-
-    v = s = torch.zeros(3, 100, dtype=torch.double)
-    total = 0
-    for t, x in enumerate(ref[0].unbind(1)):
-        recurrent = torch.einsum("bhi,hij->bhj", s.view(3, 4, 25), ref[3]).reshape(3, 100)
-        pre = ref[1] * v + x + recurrent
-        s = fire(pre - ref[2], torch.atan(torch.pi * (pre - ref[2])) / torch.pi)
-        assert torch.equal(s, spikes[:, t])
-        v = pre - ref[2] * (s if reset_grad else s.detach())
-        total = total + (s * cotangents[0][:, t] + pre * cotangents[1][:, t]).sum()
-    for a, b in zip(got, torch.autograd.grad(total, ref)):
-        torch.testing.assert_close(a, b, rtol=1e-8, atol=1e-8)
+@pytest.mark.parametrize("clamp", [0.0, 2.0])
+@pytest.mark.parametrize("reset", RESETS)
+def test_fast_scan_equals_the_plain_loop(reset, clamp, reset_grad):
+    options = dict(reset=reset, clamp=clamp, reset_grad=reset_grad, slope=1.5)
+    for heads, per_step, surrogate in product([None, 1, 2], [False, True], ["atan", "gaussian"]):
+        agree(2, 7, 4, heads, per_step, surrogate=surrogate, **options)
 
 
-def test_final_state_is_differentiable():
-    current, beta, theta, w = neurons(2, 6, 4, 1, dtype=torch.double)
-    current.requires_grad_()
-    _, _, (v, s) = lif_torch(current, beta, theta, w, soft=True, slope=1.0)
-    (d,) = torch.autograd.grad((v * 2 + s).sum(), current)
-    assert d.abs().min() > 0
+def test_fast_scan_equals_the_plain_loop_over_several_blocks_of_backward():
+    for per_step in (False, True):
+        agree(3, 500, 100, 4, per_step, surrogate="atan")
+
+
+def test_slopes_of_resets():
+    """Each by_* is the derivative of `after`, as autograd finds it."""
+    g = torch.Generator().manual_seed(0)
+    pre, theta, s = torch.rand(3, 2, 3, 4, generator=g, dtype=torch.double)
+    x = [y.requires_grad_() for y in (pre, theta, s)]
+    for name, rule in RESETS.items():
+        after = rule.after(*x) + 0 * sum(x)  # so that it depends on all three
+        slopes = [by(*x).expand_as(pre) for by in (rule.by_pre, rule.by_theta, rule.by_s)]
+        for got, want in zip(slopes, torch.autograd.grad(after.sum(), x)):
+            torch.testing.assert_close(got, want, msg=name)
+
+
+def test_a_reset_is_one_entry(monkeypatch):
+    to_zero = Reset(
+        lambda pre, theta, s: pre * (1 - s),
+        lambda pre, theta, s: 1 - s,
+        lambda pre, theta, s: -pre,
+        lambda pre, theta, s: 0 * s,
+    )
+    monkeypatch.setitem(RESETS, "zero", to_zero)
+    test_slopes_of_resets()
+    for per_step, clamp, reset_grad in product([False, True], [0.0, 2.0], [False, True]):
+        agree(2, 7, 4, 2, per_step, reset="zero", clamp=clamp, reset_grad=reset_grad)
 
 
 @pytest.mark.parametrize("name", SURROGATES)
@@ -201,11 +212,12 @@ class Products(TorchDispatchMode):
         return func(*args, **kwargs or {})
 
 
-def test_half_input_keeps_a_float_membrane():
+@both
+def test_half_input_keeps_a_float_membrane(scan):
     current, beta, theta, w = neurons(2, 50, 16, 2)
     half = current.bfloat16()
-    s, membrane, (v, _) = lif_torch(half, beta, theta, w)
-    full, _, _ = lif_torch(half.float(), beta, theta, w)
+    s, membrane, (v, _) = scan(half, beta, theta, w)
+    full, _, _ = scan(half.float(), beta, theta, w)
     assert s.dtype == torch.bfloat16 and membrane.dtype == v.dtype == torch.float32
     assert torch.equal(s.float(), full)
 
@@ -281,3 +293,20 @@ def test_population_gradient_is_that_of_its_thresholds(sides, slope, T):
         torch.autograd.grad((expected, rate), (v, levels), cotangents),
     ):
         torch.testing.assert_close(x, y)
+
+
+# ---- synapses ----------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def test_event_rate_holds_within_its_block():
+    synapse, s = Synapse(8, 3), torch.zeros(1, 1, 8)
+    s[..., 2] = 1
+    by_events = synapse(s, Report())
+    with pytest.raises(KeyError), event_rate(0):
+        import lif
+
+        assert lif.EVENT_RATE == 0
+        torch.testing.assert_close(synapse(s, Report()), by_events)
+        raise KeyError
+    assert lif.EVENT_RATE == EVENT_RATE > 0

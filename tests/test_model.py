@@ -12,10 +12,10 @@ import torch.nn.functional as F
 from conftest import check_model, leaves
 
 import config
+from blocks import BLOCKS, Population, heads, rotate
+from kernels import lif
 from lif import Linear, Report, Synapse
-from model import (
-    BLOCKS, ModelConfig, Population, SpikingLM, heads, lif, pick, rotate, spike_encode,
-)  # fmt: skip
+from model import ModelConfig, SpikingLM, pick, spike_encode
 from train import Run, TrainConfig, make_optimizers, train_step
 
 CONFIGS = sorted(p.name for p in Path(__file__).parent.parent.glob("configs/*.py"))

@@ -13,8 +13,10 @@ from conftest import check_state, fire
 
 import config
 import kernels
-from lif import Frames, Report, lif_torch, plif_torch
-from model import SelectiveNeurons, SpikingLM, recomputed
+import spark
+from lif import Report, lif_torch
+from model import SpikingLM, recomputed
+from spark import Frames, SelectiveNeurons, plif_torch, plif_triton
 from train import TrainConfig
 
 DEVICE = "cpu" if kernels.INTERPRETED or not kernels.HAS_TRITON else "cuda"
@@ -316,17 +318,17 @@ def test_reference_equals_lif(step, held, used):
 @pytest.mark.parametrize("step, held", FORMS)
 @pytest.mark.parametrize("used", (None, 0, 1, 2))
 def test_kernels_equal_the_reference(step, held, used, monkeypatch):
-    monkeypatch.setattr(kernels, "CHANNELS", 32)  # 45 neurons: a full block and part of one
+    monkeypatch.setattr(spark, "CHANNELS", 32)  # 45 neurons: a full block and part of one
     for state in (True, False):
         frames, arguments, cotangents = neurons(step, held, seed=1, state=state)
         if used is not None:
             cotangents = [c if i == used else None for i, c in enumerate(cotangents)]
         want = results(plif_torch, frames, arguments, cotangents)
-        agree(want, results(kernels.plif_triton, frames, arguments, cotangents, DEVICE), 1e-5)
+        agree(want, results(plif_triton, frames, arguments, cotangents, DEVICE), 1e-5)
 
 
 @needs_triton
-@pytest.mark.parametrize("scan", (plif_torch, kernels.plif_triton))
+@pytest.mark.parametrize("scan", (plif_torch, plif_triton))
 def test_charge_fire_reset_by_hand(scan):
     """beta = alpha = 1/2, theta 1: exact numbers, the threshold itself included."""
     frames = Frames(torch.tensor([[3, 1]]), 3)
@@ -342,7 +344,7 @@ def test_padding_is_finite_and_learns_nothing(monkeypatch):
     assert not frames.live.all()
     torch.use_deterministic_algorithms(True, warn_only=True)  # makes torch.empty fill with NaN
     try:
-        for scan in (plif_torch, kernels.plif_triton):
+        for scan in (plif_torch, plif_triton):
             leaves = [x.clone().to(DEVICE).requires_grad_() for x in arguments]
             out, _, _ = scan(*leaves, frames=Frames(frames.count.to(DEVICE), 4))
             assert out.isfinite().all()
@@ -369,7 +371,7 @@ def test_errors(change):
     arguments = dict(x=torch.zeros(2, 3, 4), b=torch.zeros(4), t=torch.ones(4))
     arguments["frames"] = Frames(torch.full((2, 3), 2), 2)
     name = next(iter(change))
-    for scan in (plif_torch, kernels.plif_triton):
+    for scan in (plif_torch, plif_triton):
         with pytest.raises(ValueError, match=f"{name} must be"):
             scan(**arguments | change)
 

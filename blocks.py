@@ -1,0 +1,301 @@
+"""The blocks of the language models, side by side: Real Sam, SpikeWhale, SNN and the GPT control.
+
+A block is a part: `forward(x, state, report) -> (x, state)`, with x (B, T, D) the residual stream,
+state a tuple of tensors or None for silence, report a lif.Report. NeuronSpark's stands in spark.py.
+B sequences, T tokens, D width of the residual stream, N neurons.
+"""
+
+import math
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+from cell_bridge import Modulation, identity, synthetic_scores
+from kernels import lif
+from lif import Linear, Synapse, population
+
+
+def spread(n, low, high):
+    """n values from low to high in equal steps, in random order."""
+    return torch.linspace(low, high, n)[torch.randperm(n)]
+
+
+def recurrent(n, heads):
+    """Recurrent synapses of n neurons in so many heads: (n, n/heads), a row per presynaptic
+    neuron, its head's columns; None for 0 heads. `heads` gives them the shape that `lif` takes."""
+    if not heads:
+        return None
+    d = n // heads
+    bound = 1 / math.sqrt(d)
+    return nn.Parameter(torch.empty(n, d).uniform_(-bound, bound))
+
+
+def heads(w):
+    """w (N, d) as the scan's (N/d, d, d), in the dtype of autocast, as of any other matrix."""
+    if w is None:
+        return None
+    device, dtype = w.device.type, w.dtype
+    if device != "meta" and torch.is_autocast_enabled(device):  # meta tensors know no autocast
+        dtype = torch.get_autocast_dtype(device)
+    return w.view(-1, w.shape[1], w.shape[1]).to(dtype)
+
+
+class SamBlock(nn.Module):
+    """Real Sam: recurrent spiking neurons of diverse temper, added to the stream through a gate.
+
+    current = gain * (W_in x + b) + W_rec s + b_rec;  s = lif(current);  x + sigmoid(W_g x) * s
+    """
+
+    def __init__(self, config, index):
+        super().__init__()
+        c, D = config, config.n_hidden
+        self.config, self.sites = config, [D]
+        self.norm = nn.LayerNorm(D) if c.norm else nn.Identity()
+        self.fc_in = Linear(D, D)
+        self.w_rec = recurrent(D, c.rec_heads)
+        if c.rec_heads:
+            bound = 1 / math.sqrt(D // c.rec_heads)
+            self.b_rec = nn.Parameter(torch.empty(D).uniform_(-bound, bound))
+        if c.residual == "gated":
+            self.gate = Linear(D, D)
+        self.beta_logit = nn.Parameter(torch.logit(spread(D, c.beta_low, c.beta_high)))
+        self.register_buffer("theta", torch.full((D,), c.theta))
+        normal = torch.randn(D)  # mean of the factor exp(sigma n - sigma^2/2) is 1
+        self.register_buffer("temper", torch.exp(c.diversity * normal - c.diversity**2 / 2))
+
+    def forward(self, x, state, report):  # (B, T, D) -> (B, T, D)
+        c = self.config
+        h = self.norm(x)
+        gain = 1 + c.stress_gain * report.stress * self.temper
+        bias = self.b_rec if c.rec_heads else gain.new_zeros(())
+        current = torch.addcmul(bias, self.fc_in(h, report), gain)
+        s, _, state = lif(
+            current, torch.sigmoid(self.beta_logit), self.theta,
+            heads(self.w_rec), state,
+            surrogate=c.surrogate, slope=c.slope, reset=c.reset, reset_grad=c.reset_grad,
+            backend=c.backend, return_membrane=False,
+        )  # fmt: skip
+        rate = report.fired(s)
+        if c.rec_heads:
+            report.fed_by_spikes(rate, c.n_hidden // c.rec_heads)
+        if c.residual == "gated":
+            return torch.addcmul(x, torch.sigmoid(self.gate(h, report)), s), state
+        return (x + s if c.residual == "plain" else s), state
+
+    @torch.no_grad()
+    def adapt(self, rate):
+        """Homeostasis (Real Sam V3): neurons that fire too much become harder to excite."""
+        self.theta += self.config.homeostasis * (rate - self.config.rate_target)
+        self.theta.clamp_(0.1 * self.config.theta, 10 * self.config.theta)
+
+
+class WhaleBlock(nn.Module):
+    """SpikeWhale: recurrent neurons whose excitability gene programs set; its spikes go on alone.
+
+    pre = beta v + gain * W_in x + W_rec s;  s = 1[pre >= theta];  v = softclamp(pre - theta s)
+    The first layer reads floats, the others spikes. A MembraneReadout reads all of them.
+    """
+
+    def __init__(self, config, index):
+        super().__init__()
+        c, N = config, config.n_hidden
+        self.config, self.sites = config, [N]
+        self.norm = nn.LayerNorm(c.n_embd) if c.norm and index == 0 else nn.Identity()
+        self.w_in = Synapse(N, N, bias=False) if index else Linear(c.n_embd, N, bias=False)
+        if index:
+            self.w_in.weight.data *= c.spike_input_gain
+        self.w_rec = recurrent(N, c.rec_heads)
+        beta = spread(N, c.beta_low, c.beta_high)
+        self.modulation = None
+        if c.modulation == "none":
+            self.register_buffer("theta", torch.full((N,), c.theta))
+            self.register_buffer("beta", beta)
+        else:
+            with torch.device("cpu"):  # real numbers, also for a model on the meta device
+                P = identity(synthetic_scores(), N, index, shuffle=c.modulation == "shuffled")
+            self.modulation = Modulation(P.to(beta.device), c.theta, beta)
+
+    def forward(self, x, state, report):  # (B, T, n_embd or N) -> spikes (B, T, N)
+        c = self.config
+        theta, beta, gain = self.modulation() if self.modulation else (self.theta, self.beta, 1.0)
+        s, membrane, state = lif(
+            gain * self.w_in(self.norm(x), report), beta, theta, heads(self.w_rec), state,
+            surrogate=c.surrogate, slope=c.slope, reset=c.reset, reset_grad=c.reset_grad,
+            clamp=c.clamp, backend=c.backend,
+        )  # fmt: skip
+        rate = report.fired(s)
+        if c.rec_heads:
+            report.fed_by_spikes(rate, c.n_hidden // c.rec_heads)
+        report.membrane.append(membrane)
+        return s, state
+
+
+class MembraneReadout(nn.Module):
+    """After SpikeWhale's blocks: W tanh(membranes before the reset), of all layers side by side."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.mix = Linear(config.n_layer * config.n_hidden, config.n_embd)
+
+    def forward(self, x, state, report):  # -> (B, T, n_embd)
+        return self.mix(torch.tanh(torch.cat(report.membrane, -1)), report), None
+
+
+class Population(nn.Module):
+    """n leaky membranes without reset, each watched by neurons at thresholds theta, 2 theta, ...
+
+        v = beta * v' + sqrt(1 - beta^2) * (g z + b);  sends the spikes of lif.population(v)
+    signed: as many neurons again watch -v. The float twin sends v itself, or relu(v) if unsigned.
+    beta starts spread from beta_low of the config to beta_high.
+    """
+
+    def __init__(self, n, config, signed, beta_high):
+        super().__init__()
+        c, self.config, self.signed = config, config, signed
+        self.gain, self.bias = nn.Parameter(torch.ones(n)), nn.Parameter(torch.zeros(n))
+        self.beta_logit = nn.Parameter(torch.logit(spread(n, c.beta_low, beta_high)))
+        if c.spikes:
+            self.register_buffer("theta", c.theta * torch.arange(1, c.levels + 1))
+            middle = (self.theta + c.theta / 2).repeat_interleave(n)  # of each interval of v
+            self.levels = nn.Parameter(torch.cat([middle, -middle]) if signed else middle)
+
+    def forward(self, z, state, report):  # (B, T, n) -> (B, T, n); state of `lif`: s is not read
+        c = self.config
+        beta = torch.sigmoid(self.beta_logit)
+        current = (1 - beta**2).sqrt() * torch.addcmul(self.bias, self.gain, z)
+        if z.shape[1] == 1 and not torch.is_grad_enabled():  # one token: the scan is one operation
+            v = current if state is None else torch.addcmul(current, beta, state[0][:, None])
+            state = v[:, 0], v[:, 0]
+        else:
+            _, v, state = lif(
+                current, beta, torch.ones_like(beta), state=state, reset="none", backend=c.backend
+            )
+        if not c.spikes:
+            return (v if self.signed else F.relu(v)).to(z.dtype), state
+        if self.training and c.noise:
+            v = v + c.noise * c.theta * (torch.rand_like(v) - 0.5)
+        levels = self.levels.view(1 + self.signed, c.levels, -1)
+        sent, rate = population(v, self.theta, levels, c.surrogate, c.slope, z.dtype)
+        report.rate.append(rate)
+        report.spikes = sent
+        return sent, state
+
+
+class SNNBlock(nn.Module):
+    """Fully spike-driven: floats live in membranes, norms and the stream, spikes cross matrices.
+
+    a = population(x / rms(x));  h = population(W_in a);  x + W_out h
+    With attention, + W_o population(o / rms(o)), o = look_back(q / rms(q), k / rms(k), x / rms(x))
+    and (q, k) = W_qk a: floats that neurons keep to themselves, no matrix is fed by them.
+    State, flat: two tensors of each population (a, h, with attention o), then look_back's three.
+    """
+
+    def __init__(self, config, index):
+        super().__init__()
+        c, D, N = config, config.n_hidden, config.d_ff
+        self.heads = c.attention if (index + 1) % c.attention_every == 0 else 0
+        M = 32 * self.heads
+        self.config, self.sites = c, [D, *[D] * (M > 0), N] if c.spikes else []
+        self.fan_out = [2 * M + N, *[D] * (M > 0), D]  # synapses of a neuron of each site
+        self.a = Population(D, c, True, c.beta_high)
+        self.h = Population(N, c, False, c.beta_high)
+        matrix = Synapse if c.spikes else Linear
+        self.w_in, self.w_out = matrix(D, N, bias=False), matrix(N, D, bias=False)
+        nn.init.normal_(self.w_in.weight, std=D**-0.5)
+        nn.init.normal_(self.w_out.weight, std=0.5 / math.sqrt(c.n_layer * N))
+        if M:
+            self.o = Population(D, c, True, c.beta_low)  # what was found is not smeared over time
+            self.w_qk, self.w_o = matrix(D, 2 * M, bias=False), matrix(D, D, bias=False)
+            nn.init.normal_(self.w_qk.weight, std=D**-0.5)
+            nn.init.normal_(self.w_o.weight, std=0.5 / math.sqrt(c.n_layer * D))
+
+    def forward(self, x, state, report):  # (B, T, D) -> (B, T, D)
+        of_a, of_h, of_o, seen = [None] * 4
+        if state is not None:
+            of_a, of_h, of_o, seen = state[:2], state[2:4], state[4:6], state[6:]
+        z = F.rms_norm(x, x.shape[-1:])
+        a, of_a = self.a(z, of_a, report)
+        if not self.heads:
+            h, of_h = self.h(self.w_in(a, report), of_h, report)
+            return x + self.w_out(h, report), of_a + of_h
+        q, k = in_heads(self.w_qk(a, report), self.heads, 2)
+        q, k = (F.rms_norm(y, y.shape[-1:]) for y in (q, k))
+        (v,) = in_heads(z, self.heads, 1)
+        # 2: sharp enough to single out
+        o, seen = look_back(2 * q, k, v, seen, self.config.window, report)
+        o, of_o = self.o(F.rms_norm(o, o.shape[-1:]), of_o, report)
+        h, of_h = self.h(self.w_in(a, report), of_h, report)
+        return x + self.w_out(h, report) + self.w_o(o, report), of_a + of_h + of_o + seen
+
+
+def in_heads(x, heads, parts):
+    """(B, T, parts * n) -> so many (B, heads, T, n / heads)."""
+    return x.unflatten(-1, (parts, heads, -1)).permute(2, 0, 3, 1, 4)
+
+
+def look_back(q, k, v, state, window, report):
+    """Causal attention with rotary positions (Su et al. 2021, arXiv 2104.09864).
+
+    q, k (B, heads, T, d), v (B, heads, T, e) -> (B, T, heads e). A token sees itself and the
+    window - 1 tokens before it. State: keys and values of those (B, heads, <= window - 1, d or e)
+    and the number of tokens so far (B,).
+    """
+    B, _, T, _ = q.shape
+    past = 0 if state is None else state[0].shape[2]
+    pairs = sum(min(past + t + 1, window) for t in range(T))  # of floats, whatever fed q and k
+    report.macs += round(pairs / T * q.shape[1] * (q.shape[3] + v.shape[3]))
+    first = q.new_zeros(B, dtype=torch.long) if state is None else state[2]
+    position = first[:, None] + torch.arange(T, device=q.device)  # (B, T)
+    q, k = rotate(q, position), rotate(k, position)
+    if state is not None:
+        k, v = torch.cat([state[0], k], 2), torch.cat([state[1], v], 2)
+    if past == 0 and T <= window:
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+    elif T == 1:  # the state holds what one token sees
+        y = F.scaled_dot_product_attention(q, k, v)
+    else:
+        age = torch.arange(past, past + T, device=q.device)[:, None] - torch.arange(
+            past + T, device=q.device
+        )
+        mask = (age >= 0) & (age < window)
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+    keep = max(0, k.shape[2] - window + 1)
+    return y.transpose(1, 2).flatten(2), (k[:, :, keep:], v[:, :, keep:], first + T)
+
+
+def rotate(x, position):
+    """Turn pairs of channels of x (B, heads, T, d) by angles that grow with position (B, T)."""
+    half = x.shape[-1] // 2
+    # in float32 the places within a text of a million tokens would blur; MPS has nothing finer
+    exact = torch.float32 if x.device.type == "mps" else torch.float64
+    speed = 10000.0 ** (-torch.arange(half, device=x.device, dtype=exact) / half)
+    angle = position[:, None, :, None] * speed  # (B, 1, T, half)
+    a, b = x[..., :half], x[..., half : 2 * half]
+    cos, sin = angle.cos().to(x.dtype), angle.sin().to(x.dtype)
+    return torch.cat([a * cos - b * sin, a * sin + b * cos, x[..., 2 * half :]], -1)
+
+
+class GPTBlock(nn.Module):
+    """The control: causal attention, then GELU. State: as of look_back."""
+
+    def __init__(self, config, index):
+        super().__init__()
+        D = config.n_hidden
+        self.n_head, self.window = config.n_head, config.window
+        self.norm_a, self.norm_f = nn.LayerNorm(D, bias=False), nn.LayerNorm(D, bias=False)
+        self.qkv, self.out = Linear(D, 3 * D, bias=False), Linear(D, D, bias=False)
+        self.up, self.down = Linear(D, config.d_ff, bias=False), Linear(config.d_ff, D, bias=False)
+        for w in (self.qkv, self.up, self.out, self.down):
+            nn.init.normal_(w.weight, std=0.02)
+        for w in (self.out, self.down):
+            w.weight.data /= math.sqrt(2 * config.n_layer)
+
+    def forward(self, x, state, report):  # (B, T, D) -> (B, T, D)
+        q, k, v = in_heads(self.qkv(self.norm_a(x), report), self.n_head, 3)
+        y, state = look_back(q, k, v, state, self.window, report)
+        x = x + self.out(y, report)
+        return x + self.down(F.gelu(self.up(self.norm_f(x), report)), report), state
+
+
+BLOCKS = {"sam": SamBlock, "whale": WhaleBlock, "snn": SNNBlock, "gpt": GPTBlock}
