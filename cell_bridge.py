@@ -1,27 +1,31 @@
-"""The virtual cell and its bridge: a cell's gene programs set the excitability of neurons.
+"""The virtual cell and its bridge: gene programs of a cell set how excitable each neuron is.
 
     gene embedding -> virtual cell -> program scores -> P -> Modulation -> theta, beta, gain
 
-This is an experiment that can be ablated (no modulation, P = 0, P shuffled), no claim about
-biology: whether real genes matter to a network is for those controls to say.
+Controls (no modulation, P = 0, P shuffled) test whether real genes matter to a network; nothing
+here is a claim about biology.
 
     python cell_bridge.py                              train on the embedded synthetic screen
-    python cell_bridge.py --data=pseudobulk.npz        arrays: see read_npz
+    python cell_bridge.py --data=pseudobulk.npz        arrays: the fields of Screen
     python cell_bridge.py --data=cells.h5ad --embedding=esm2.npz
 
-Knock gene X down: how does expression change? The cell's answer is validated on perturbed genes
-that it never saw, beside three baselines, and written to one file (--out) that train.py reads.
-Meant are the Virtual Cell Challenge's screen (H1 cells, CRISPRi; its organisers report that models
-do not consistently beat such baselines) and ESM2-650M embeddings averaged over the protein.
+The virtual cell predicts how expression changes when a gene is knocked down. It is validated on
+perturbed genes that it never saw, beside three baselines, and written to one file for train.py.
+Made for the screen of the Virtual Cell Challenge (H1 cells, CRISPRi; its organisers report that
+models do not consistently beat such baselines) and ESM2-650M embeddings averaged over the protein.
 Shapes: G genes read out, n perturbed genes (the pool), N neurons.
 """
 
 import hashlib
-import io
 import json
+import signal
 import sys
-import time
-from dataclasses import dataclass
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C: no traceback, not even of an import
+
+from dataclasses import dataclass, fields
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -37,29 +41,30 @@ import config
 # glycolysis, TCA cycle and cholesterol synthesis; signaling_identity of WikiPathways MAPK, Wnt,
 # TGF-beta and Hallmark IL6-JAK-STAT3; pluripotency of Reactome pluripotent stem cells. Some of
 # endocrine and pluripotency, and all of neuron_identity, are textbook markers chosen by hand.
-PROGRAMS = {
-    name: tuple(symbols.split())
-    for name, symbols in {
-        "cell_division": """MCM5 PCNA TYMS FEN1 MCM2 MCM4 RRM1 UNG GINS2 MCM6 CDCA7 DTL PRIM1 UHRF1
-            CENPU HELLS RFC2 RPA2 CDK1 NUSAP1 UBE2C BIRC5 TPX2 TOP2A NDC80 CKS2 NUF2 CKS1B MKI67
-            TMPO CENPF TACC3 PIMREG SMC4 CCNB2 CKAP2L""",
-        "neuron_identity": """MAP2 RBFOX3 SYN1 TUBB3 NEFL NEFM NEFH STMN2 SNAP25 SYT1 SYP GAP43 DCX
-            ELAVL2 ELAVL3 ELAVL4 MAPT ENO2 UCHL1 INA RTN1 NCAM1 L1CAM THY1""",
-        "pluripotency": """POU5F1 NANOG SOX2 KLF4 LIN28A LIN28B DPPA4 DPPA2 DNMT3B ZFP42 TDGF1 GDF3
-            LEFTY1 LEFTY2 SALL4 PRDM14 ZIC3 L1TD1 UTF1 TERT FOXD3 ESRRB""",
-        "endocrine": """INS GCG SST PPY GHRL POMC GH1 PRL TSHB CGA LHB FSHB GNRH1 CRH TRH OXT AVP
-            PTH CALCA TG CHGA CHGB SCG2 PCSK1 CYP11A1 CYP17A1 CYP19A1 CYP21A2 HSD3B2 STAR""",
-        "metabolism": """HK1 HK2 GPI PFKP PFKM ALDOC PGK1 PGAM1 ENO1 PKM CS ACO2 IDH2 IDH3A OGDH
-            SUCLG1 SDHA SDHB FH MDH2 HMGCS1 HMGCR MVD FDPS FDFT1 SQLE LSS CYP51A1 DHCR7 DHCR24""",
-        "signaling_identity": """EGFR FGFR1 PDGFRB GRB2 SOS1 HRAS KRAS NRAS BRAF RAF1 MAP2K1 MAPK1
-            DUSP4 DUSP6 FOS WNT3 WNT5A FZD7 LRP6 DVL1 APC GSK3B CTNNB1 TCF7L2 LEF1 TGFB1 TGFBR1
-            TGFBR2 SMAD2 SMAD3 SMAD4 SMAD7 STAT1 STAT3 SOCS3""",
-    }.items()
-}
+PROGRAMS = dict(
+    cell_division="""MCM5 PCNA TYMS FEN1 MCM2 MCM4 RRM1 UNG GINS2 MCM6 CDCA7 DTL PRIM1 UHRF1
+       CENPU HELLS RFC2 RPA2 CDK1 NUSAP1 UBE2C BIRC5 TPX2 TOP2A NDC80 CKS2 NUF2 CKS1B MKI67 TMPO
+       CENPF TACC3 PIMREG SMC4 CCNB2 CKAP2L""".split(),
+    neuron_identity="""MAP2 RBFOX3 SYN1 TUBB3 NEFL NEFM NEFH STMN2 SNAP25 SYT1 SYP GAP43 DCX
+       ELAVL2 ELAVL3 ELAVL4 MAPT ENO2 UCHL1 INA RTN1 NCAM1 L1CAM THY1""".split(),
+    pluripotency="""POU5F1 NANOG SOX2 KLF4 LIN28A LIN28B DPPA4 DPPA2 DNMT3B ZFP42 TDGF1 GDF3
+       LEFTY1 LEFTY2 SALL4 PRDM14 ZIC3 L1TD1 UTF1 TERT FOXD3 ESRRB""".split(),
+    endocrine="""INS GCG SST PPY GHRL POMC GH1 PRL TSHB CGA LHB FSHB GNRH1 CRH TRH OXT AVP PTH
+       CALCA TG CHGA CHGB SCG2 PCSK1 CYP11A1 CYP17A1 CYP19A1 CYP21A2 HSD3B2 STAR""".split(),
+    metabolism="""HK1 HK2 GPI PFKP PFKM ALDOC PGK1 PGAM1 ENO1 PKM CS ACO2 IDH2 IDH3A OGDH SUCLG1
+       SDHA SDHB FH MDH2 HMGCS1 HMGCR MVD FDPS FDFT1 SQLE LSS CYP51A1 DHCR7 DHCR24""".split(),
+    signaling_identity="""EGFR FGFR1 PDGFRB GRB2 SOS1 HRAS KRAS NRAS BRAF RAF1 MAP2K1 MAPK1 DUSP4
+       DUSP6 FOS WNT3 WNT5A FZD7 LRP6 DVL1 APC GSK3B CTNNB1 TCF7L2 LEF1 TGFB1 TGFBR1 TGFBR2 SMAD2
+       SMAD3 SMAD4 SMAD7 STAT1 STAT3 SOCS3""".split(),
+)
 MARKERS = [gene for symbols in PROGRAMS.values() for gene in symbols]  # 177, none in two programs
 VARIABLE = 2000  # further genes that are read out: G = 2177
 EMBEDDING = 1280  # width of a gene's embedding
-DRAWS = 3  # genes behind each neuron: of ~150 each repeats among N neurons, triples hardly do
+DRAWS = 3  # genes per neuron: each of ~150 genes repeats among N neurons, a triple hardly ever
+HOLDOUT = 0.2  # share of the perturbed genes that only validate
+FOLDS = 4  # of the cross-validation on the other genes, which chooses the number of steps
+MOST_STEPS = 150  # that it may choose; each step is on all training genes
+LEARNING_RATE, WEIGHT_DECAY = 1e-3, 0.1  # of AdamW
 
 
 @dataclass(frozen=True)
@@ -68,27 +73,19 @@ class CellConfig:
     data: str = ""  # screen to train on, .npz or .h5ad; empty: the embedded synthetic one
     out: str = "out/cell.pt"  # what train.py reads: scores of the pool, the cell, its validation
     result: str = ""  # also write the validation as JSON
+    seed: int = 1337  # of split and initialisation
     # cells, .h5ad only
     embedding: str = ""  # .npz with arrays genes (K), embedding (K, 1280)
     column: str = "target_gene"  # of obs: which gene is perturbed in a cell, as A or A+control
     control: str = "non-targeting"  # what stands there for unperturbed cells
     symbols: str = ""  # column of var with the symbols of genes; empty: its index
     layer: str = "X"  # where the raw counts are: X, raw/X or layers/NAME
-    # training
-    holdout: float = 0.2  # share of the perturbed genes that is only used to validate
-    max_steps: int = 150  # at most; cross-validation on the training genes chooses how many
-    folds: int = 4  # of that cross-validation
-    learning_rate: float = 1e-3  # of AdamW; all training genes in each step
-    weight_decay: float = 0.1
-    seed: int = 1337  # of split and initialisation
 
     def __post_init__(self):
         if self.data and not self.data.endswith((".npz", ".h5ad")):
             raise ValueError(f"data must be a .npz or .h5ad file, got {self.data}")
         if self.data.endswith(".h5ad") != bool(self.embedding):
             raise ValueError("a .h5ad file needs --embedding=FILE.npz, and nothing else does")
-        if not 0 < self.holdout < 1 or self.max_steps < 1 or self.folds < 2:
-            raise ValueError("0 < holdout < 1, max_steps >= 1 and folds >= 2 must hold")
 
 
 # ---- the bridge: what model.py uses ----------------------------------------------------------
@@ -141,16 +138,11 @@ class Modulation(nn.Module):
 
 
 def load_scores(path):
-    """(scores (pool, 6), genes of the pool) of a file that `python cell_bridge.py` wrote.
-
-    weights_only: the file is tensors and plain values, and can not run code.
-    """
+    """(scores (pool, 6), genes of the pool) of a file that `python cell_bridge.py` wrote."""
     try:
-        file = torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError:
-        raise ValueError(f"there is no file {path}; python cell_bridge.py writes one") from None
-    except Exception as error:  # damaged in any of many ways
-        reason = (str(error) or type(error).__name__).splitlines()[0]
+        file = torch.load(path, map_location="cpu", weights_only=True)  # so it can run no code
+    except Exception as error:  # missing, or damaged in any of many ways
+        reason = str(error).partition("\n")[0]
         raise ValueError(f"cannot read the cell {path}: {reason}") from None
     if type(file) is not dict or file.get("programs") != list(PROGRAMS):
         raise ValueError(f"{path} is no cell of cell_bridge.py with these six programs")
@@ -164,7 +156,7 @@ def load_scores(path):
 class Screen:
     """Pseudobulk: mean log expression of the cells in which one gene was perturbed.
 
-    ValueError, one line, for whatever can not be trained on.
+    An .npz has these five arrays. ValueError, one line, if the data cannot be trained on.
     """
 
     genes: list  # G symbols that are read out
@@ -174,6 +166,8 @@ class Screen:
     embedding: torch.Tensor  # (n, 1280) of the perturbed genes
 
     def __post_init__(self):
+        self.genes = np.array(self.genes).tolist()
+        self.perturbations = np.array(self.perturbations).tolist()
         G, n = len(self.genes), len(self.perturbations)
         shapes = {"control": (G,), "profiles": (n, G), "embedding": (n, EMBEDDING)}
         for name, shape in shapes.items():
@@ -187,10 +181,8 @@ class Screen:
             raise ValueError("at least 10 perturbed genes are needed, and no gene listed twice")
         for name, symbols in PROGRAMS.items():
             if not set(symbols) & set(self.genes):
-                raise ValueError(
-                    f"unknown genes: none is of {name}; HGNC symbols are needed (of a .h5ad in its "
-                    "var's index, or in the column that --symbols names)"
-                )
+                hint = "HGNC symbols are needed; in a .h5ad, --symbols names their column"
+                raise ValueError(f"unknown genes: none is of {name}; {hint}")
         self.delta = self.profiles - self.control  # (n, G)
         self.member = membership(self.genes)
 
@@ -204,9 +196,9 @@ def membership(genes):
 def synthetic_screen(seed=0):
     """SYNTHETIC, nothing in it was measured: 150 knock-downs of program genes, G = 2177.
 
-    A gene has 6 factors: its membership of a program, of random strength, and some cross-talk.
-    They drive delta (rank 6, a response common to all, noise) and, under noise, the embedding: a
-    held-out gene can be predicted, linearly. Beating the mean here proves only that code learns.
+    Each gene has 6 factors: its membership of a program, of random strength, and some cross-talk.
+    They drive delta (rank 6, a response common to all, noise) and the embedding (more noise), so
+    ridge regression predicts held-out genes. Beating the mean here shows only that the code learns.
     """
     rng = np.random.default_rng(seed)
     genes = MARKERS + [f"SYNTHETIC{i}" for i in range(VARIABLE)]
@@ -227,54 +219,50 @@ def synthetic_scores(seed=0):
     return screen.delta @ screen.member
 
 
-def arrays(path, *names):
+def read_npz(path, *names):
     """The named arrays of an .npz."""
     try:
         with np.load(path, allow_pickle=False) as file:
-            found = {name: file[name] for name in names if name in file}
-    except Exception as error:  # missing, damaged, pickled
-        raise ValueError(f"cannot read {path}: {error}") from None
-    if missing := [name for name in names if name not in found]:
-        raise ValueError(f"{path} has no array {missing[0]}; needed: {', '.join(names)}")
-    return found.values()
-
-
-def read_npz(path):
-    """Screen from an .npz with the arrays that Screen lists."""
-    names = "genes", "perturbations", "control", "profiles", "embedding"
-    genes, perturbations, *rest = arrays(path, *names)
-    return Screen(genes.tolist(), perturbations.tolist(), *rest)
+            return [file[name] for name in names]
+    except Exception as error:  # missing, damaged, pickled, or without one of them
+        raise ValueError(f"cannot read {path} ({', '.join(names)}): {error}") from None
 
 
 def perturbed(label, control):
     """The gene perturbed in cells of this label, or control; "": no label, "+": several genes.
-
-    A label may name the control too, as those of GEARS do: A+ctrl and ctrl+A are gene A.
-    """
-    genes = set(label.split("+")) - {control}
-    if label == control or not genes:
-        return control
-    return "+" if len(genes) > 1 else genes.pop()
+    A label may name the control too, as those of GEARS do: A+ctrl and ctrl+A are gene A."""
+    genes = [] if label == control else sorted(set(label.split("+")) - {control})
+    return "+" if len(genes) > 1 else [*genes, control][0]
 
 
 def read_h5ad(c):
-    """Screen from single cells: raw counts, a column of labels, and a table of embeddings.
-
-    Read out are the program genes and the 2000 others that vary most among control cells: the
-    choice sees no perturbed cell. anndata reads part by part, since anndata.read_h5ad holds all
-    layers in memory, in backed mode too.
-    """
+    """Screen from single cells. Read out are the program genes and the 2000 others that vary most
+    among control cells, so the choice sees no perturbed cell."""
+    known, embedding = read_npz(c.embedding, "genes", "embedding")
+    if len(known) != len(embedding):
+        raise ValueError(f"{len(embedding)} embeddings for {len(known)} genes: one each is needed")
+    row = {gene: i for i, gene in enumerate(known)}
     try:
         import h5py  # comes with anndata
-        from anndata.io import read_elem, sparse_dataset
+
+        with h5py.File(c.data) as file:
+            genes, pool, mean, variance = read_cells(file, c, row)
     except ImportError:
         raise ValueError(".h5ad needs anndata (pip install anndata); .npz does not") from None
+    except Exception as error:  # ours, or what a damaged file raises
+        raise ValueError(f"cannot read {c.data}: {error}") from None
+    variance[np.isin(genes, MARKERS)] = np.inf  # program genes first
+    order = np.argsort(-variance, kind="stable")
+    order = order[np.sort(np.unique(genes[order], return_index=True)[1])]  # a symbol only once
+    chosen = order[: VARIABLE + np.isinf(variance[order]).sum()]
+    rows = embedding[[row[gene] for gene in pool]]
+    return Screen(genes[chosen], pool, mean[0, chosen], mean[1:, chosen], rows)
 
-    def read(name, reader=read_elem):
-        try:
-            return reader(file[name])
-        except Exception as error:  # damaged in any of many ways
-            raise ValueError(f"cannot read {name} of {c.data}: {error}") from None
+
+def read_cells(file, c, known):
+    """(all genes, perturbed genes, *pseudobulk) of an open .h5ad. It is read part by part, because
+    anndata.read_h5ad holds all layers in memory, in backed mode too."""
+    from anndata.io import read_elem, sparse_dataset
 
     def demand(setting, there, where):
         if (name := getattr(c, setting)) not in there:
@@ -284,63 +272,44 @@ def read_h5ad(c):
     def text(values):
         return [x.decode() if isinstance(x, bytes) else str(x) for x in values]
 
-    def means(node):
-        X = sparse_dataset(node) if isinstance(node, h5py.Group) else node
-        if X.shape != (len(code), len(genes)):
-            raise ValueError(f"its shape is {X.shape}, not {len(code)} cells x {len(genes)} genes")
-        others = " or ".join(f"--layer={place}" for place in places if place != c.layer)
-        others = others or f"another file: this has only {c.layer}"
-        return pseudobulk(X, code, len(pool) + 1, others)
+    places = [place for place in ("X", "raw/X") if place in file]
+    places += [f"layers/{name}" for name in file.get("layers", ())]
+    demand("layer", places, c.data)
+    obs = read_elem(file["obs"])
+    var = read_elem(file["raw/var" if c.layer == "raw/X" else "var"])
+    if not (hasattr(obs, "columns") and hasattr(var, "columns")):
+        raise ValueError("it is older than anndata 0.7: read and write it with anndata")
+    demand("column", list(obs), "obs")
+    if c.symbols:
+        demand("symbols", list(var), "var")
+    genes = np.array(text(var[c.symbols] if c.symbols else var.index))
 
-    known, embedding = arrays(c.embedding, "genes", "embedding")
-    if len(known) != len(embedding):
-        raise ValueError(f"{len(embedding)} embeddings for {len(known)} genes: one each is needed")
-    try:
-        file = h5py.File(c.data)
-    except OSError as error:
-        raise ValueError(f"cannot read {c.data} as .h5ad: {error}") from None
-    with file:
-        places = [place for place in ("X", "raw/X") if place in file]
-        places += [f"layers/{name}" for name in file.get("layers", ())]
-        demand("layer", places, c.data)
-        obs, var = read("obs"), read("raw/var" if c.layer == "raw/X" else "var")
-        if not (hasattr(obs, "columns") and hasattr(var, "columns")):
-            raise ValueError(f"{c.data} is older than anndata 0.7: read and write it with anndata")
-        demand("column", list(obs), "obs")
-        if c.symbols:
-            demand("symbols", list(var), "var")
-        genes = np.array(text(var[c.symbols] if c.symbols else var.index))
-        found, labels = obs[c.column].factorize()  # the label's number; -1 where it is missing
-        labels, cells = text(labels), np.bincount(found + 1)[1:]
-        demand("control", [labels[i] for i in np.argsort(-cells)], f"obs column {c.column}")
-        names = [perturbed(label, c.control) for label in labels] + [""]  # last, as -1
-        pool = sorted(set(names) - {c.control, "", "+"})
-        row = {gene: i for i, gene in enumerate(known)}
-        if unknown := [gene for gene in pool if gene not in row]:
-            raise ValueError(f"unknown genes: the embedding has no {', '.join(unknown[:5])}")
-        number = {name: i for i, name in enumerate([c.control, *pool])} | {"": -1, "+": -2}
-        code = np.array([number[name] for name in names])[found]
-        mean, variance = read(c.layer, means)
-    print(
-        f"read {len(code)} cells; left out: {(code == -1).sum()} without a label, "
-        f"{(code == -2).sum()} with several perturbed genes"
-    )
-    variance[np.isin(genes, MARKERS)] = np.inf  # program genes first
-    order = np.argsort(-variance, kind="stable")
-    order = order[np.sort(np.unique(genes[order], return_index=True)[1])]  # a symbol only once
-    chosen = order[: VARIABLE + np.isinf(variance[order]).sum()]
-    rows = embedding[[row[gene] for gene in pool]]
-    return Screen(genes[chosen].tolist(), pool, mean[0, chosen], mean[1:, chosen], rows)
+    label = obs[c.column].astype(object).where(obs[c.column].notna(), "")
+    labels, label, count = np.unique(text(label), return_inverse=True, return_counts=True)
+    demand("control", [x for x in labels[np.argsort(-count)] if x], f"obs column {c.column}")
+    names = [perturbed(str(x), c.control) for x in labels]
+    pool = sorted(set(names) - {c.control, "", "+"})
+    if unknown := [gene for gene in pool if gene not in known]:
+        raise ValueError(f"unknown genes: the embedding has no {', '.join(unknown[:5])}")
+    number = {"": -1, "+": -2} | {name: i for i, name in enumerate([c.control, *pool])}
+    code = np.array([number[name] for name in names])[label]
+    without, several = (code == -1).sum(), (code == -2).sum()
+    print(f"{len(code)} cells; left out: {without} without a label, {several} with several genes")
+    X = file[c.layer] if hasattr(file[c.layer], "shape") else sparse_dataset(file[c.layer])
+    if X.shape != (len(code), len(genes)):
+        raise ValueError(f"{c.layer} is {X.shape}, not {len(code)} cells x {len(genes)} genes")
+    others = " or ".join(f"--layer={place}" for place in places if place != c.layer)
+    return genes, pool, *pseudobulk(X, code, c.layer, others or "another file: it has no more")
 
 
-def pseudobulk(X, code, L, others, rows=512):
+def pseudobulk(X, code, name="X", others="", rows=512):
     """Mean (L, G) of log1p(counts per 10^4) by label, its variance (G,) in cells of label 0.
 
     X (cells, G) stays on disk, dense, CSR or CSC: `rows` cells are read at a time, of CSC all
     cells of as few genes as need the same memory. code: label of each cell, below 0: left out.
-    others: where counts may be if X holds none.
+    name and others: of X, and of where counts may be if X holds none.
     """
-    (n, G), is_csc = X.shape, getattr(X, "format", None) == "csc"
+    (n, G), L, is_csc = X.shape, code.max() + 1, getattr(X, "format", None) == "csc"
     total, square, depth = np.zeros(L * G), np.zeros(G), np.zeros(n)
     length, step = (G, max(1, rows * G // n)) if is_csc else (n, rows)
 
@@ -358,13 +327,12 @@ def pseudobulk(X, code, L, others, rows=512):
                 chunk.sum_duplicates()
                 chunk = chunk.tocoo()
                 cell, gene, count = chunk.row, chunk.col, chunk.data
-            is_count = (count >= 0) & (count < np.inf) & (count == np.rint(count))
-            if not is_count.all():
-                bad = count[~is_count][0]
-                raise ValueError(f"{bad:g} is no count; raw counts may be in {others}")
+            wrong = count[~((count >= 0) & (count < np.inf) & (count == np.rint(count)))]
+            if len(wrong):
+                raise ValueError(f"{wrong[0]:g} in {name} is no count; counts may be in {others}")
             yield (cell, gene + first, count) if is_csc else (cell + first, gene, count)
 
-    if is_csc:
+    if is_csc:  # a chunk has all cells, but not all counts of one
         for cell, _, count in chunks("counts per cell"):
             np.add.at(depth, cell, count)
     for cell, gene, count in chunks("expression"):
@@ -375,8 +343,9 @@ def pseudobulk(X, code, L, others, rows=512):
         value, label = np.log1p(1e4 * count[keep] / depth[cell]), code[cell]
         np.add.at(total, label * G + gene, value)
         square += np.bincount(gene, value**2 * (label == 0), G)
-    mean = total.reshape(L, G) / np.bincount(code[code >= 0], minlength=L)[:, None]
-    return mean, square / (code == 0).sum() - mean[0] ** 2
+    cells = np.bincount(code[code >= 0])
+    mean = total.reshape(L, G) / cells[:, None]
+    return mean, square / cells[0] - mean[0] ** 2
 
 
 # ---- the virtual cell ------------------------------------------------------------------------
@@ -385,8 +354,8 @@ def pseudobulk(X, code, L, others, rows=512):
 class VirtualCell(nn.Module):
     """embedding (n, 1280) -> delta (n, G); the predicted profile is control + delta.
 
-    The last layer starts at zero, so training starts at "no change". Inputs are z-scored and the
-    output scaled by statistics of the training data, which are buffers.
+    The last layer starts at zero, so training starts at "no change". Buffers keep statistics of the
+    training data: they z-score the input and scale the output.
     """
 
     def __init__(self, embedding, delta):
@@ -410,21 +379,17 @@ def loss(error, member):
     return (weight * error**2).mean(0).sum() / weight.sum() + (error @ member).square().mean()
 
 
-def train(x, y, member, steps, c, watch=None):
-    """(cell, its loss before each step on watch = (x, y)) from embeddings x and deltas y."""
+def train(x, y, member, seed):
+    """Yield the cell after 0, 1, 2, ... steps on embeddings x and deltas y, all of them in each."""
     with torch.random.fork_rng():
-        torch.manual_seed(c.seed)
+        torch.manual_seed(seed)
         cell = VirtualCell(x, y)
-    adam = torch.optim.AdamW(cell.parameters(), c.learning_rate, weight_decay=c.weight_decay)
-    curve = []
-    for _ in range(steps):
-        if watch:
-            with torch.no_grad():
-                curve.append(loss(cell(watch[0]) - watch[1], member).item())
+    adam = torch.optim.AdamW(cell.parameters(), LEARNING_RATE, weight_decay=WEIGHT_DECAY)
+    while True:
+        yield cell
         adam.zero_grad()
         (loss(cell(x) - y, member) / cell.scale**2).backward()
         adam.step()
-    return cell, curve
 
 
 def ridge(x, y, x_new, member):
@@ -433,7 +398,7 @@ def ridge(x, y, x_new, member):
     Dual: with centred x x^T = U diag(e) U^T the fit is H y, H = U diag(e / (e + k)) U^T. The
     penalty k is the best for rows left out, whose residuals are (y - H y)_i / (1 - 1/n - H_ii).
     """
-    x, y, x_new, member = x.double(), y.double(), x_new.double(), member.double()
+    x, y, x_new, member = (value.double() for value in (x, y, x_new, member))
     x_mean, y_mean = x.mean(0), y.mean(0)
     x, y = x - x_mean, y - y_mean
     e, U = torch.linalg.eigh(x @ x.T)
@@ -452,7 +417,7 @@ def pearson(a, b):
     tiny = 1e-9 * a.norm(dim=-1) * b.norm(dim=-1)  # a constant minus its mean is rounding
     a, b = a - a.mean(-1, keepdim=True), b - b.mean(-1, keepdim=True)
     norm = a.norm(dim=-1) * b.norm(dim=-1)
-    return torch.where(norm > tiny, (a * b).sum(-1) / norm.clamp(min=1e-300), 0)
+    return torch.where(norm > tiny, (a * b).sum(-1) / norm, 0)
 
 
 def measure(predicted, true, member):
@@ -467,20 +432,20 @@ def measure(predicted, true, member):
     }
 
 
-def validate(screen, c):
+def validate(screen, seed):
     """Train on some genes, predict the others: (cell, steps, table {row: {metric: value}})."""
     x, y, member = screen.embedding, screen.delta, screen.member
-    order = torch.randperm(len(y), generator=torch.Generator().manual_seed(c.seed))
-    test, learn = order.tensor_split([round(c.holdout * len(y))])
-    if len(test) < 2 or len(learn) < 2 * c.folds:
-        raise ValueError(f"holdout {c.holdout} of {len(y)} genes leaves too few on one side")
-    curves = []
-    for fold in range(c.folds):
-        inside = torch.arange(len(learn)) % c.folds == fold
+    order = torch.randperm(len(y), generator=torch.Generator().manual_seed(seed))
+    test, learn = order.tensor_split([round(HOLDOUT * len(y))])
+    curves = np.zeros((FOLDS, MOST_STEPS))  # the loss on genes left out, before each step
+    for fold in range(FOLDS):
+        inside = torch.arange(len(learn)) % FOLDS == fold
         rest, watch = learn[~inside], learn[inside]
-        curves.append(train(x[rest], y[rest], member, c.max_steps, c, (x[watch], y[watch]))[1])
-    steps = int(np.mean(curves, 0).argmin())
-    cell, _ = train(x[learn], y[learn], member, steps, c)
+        for step, cell in zip(range(MOST_STEPS), train(x[rest], y[rest], member, seed)):
+            with torch.no_grad():
+                curves[fold, step] = loss(cell(x[watch]) - y[watch], member)
+    steps = int(curves.mean(0).argmin())
+    cell = next(islice(train(x[learn], y[learn], member, seed), steps, None))
     z = (x - cell.mean) / cell.std
     with torch.no_grad():
         rows = {
@@ -492,25 +457,18 @@ def validate(screen, c):
     return cell, steps, {name: measure(row, y[test], member) for name, row in rows.items()}
 
 
-def write(path, content):
-    Path(path).write_bytes(content)
-    print(f"wrote {path}")
-
-
 def main(argv):
     with config.one_line():
-        c, began = config.load(CellConfig, argv), time.time()
-        for path in map(Path, [c.out] + [c.result] * bool(c.result)):
-            is_new = not path.exists()
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.open("ab").close()  # what can not be written is an error now, not after training
-            if is_new:
-                path.unlink()
+        c = config.load(CellConfig, argv)
+        for path in filter(None, (c.out, c.result)):
+            config.writable(path)
         if c.embedding:
             screen = read_h5ad(c)
+        elif c.data:
+            screen = Screen(*read_npz(c.data, *(field.name for field in fields(Screen))))
         else:
-            screen = read_npz(c.data) if c.data else synthetic_screen()
-        cell, steps, table = validate(screen, c)
+            screen = synthetic_screen()
+        cell, steps, table = validate(screen, c.seed)
         with torch.no_grad():
             scores = cell(screen.embedding) @ screen.member
         digest = hashlib.sha256()  # of the numbers trained on, whatever file held them
@@ -528,12 +486,12 @@ def main(argv):
         for row, values in table.items():
             print(f"{row:10}" + "".join(f"{value:15.4g}" for value in values.values()))
         pool = {"programs": list(PROGRAMS), "genes": screen.perturbations, "scores": scores}
-        file = io.BytesIO()
-        torch.save(pool | {"cell": cell.state_dict()} | result, file)
-        write(c.out, file.getvalue())
+        with open(c.out, "wb") as file:
+            torch.save(pool | {"cell": cell.state_dict()} | result, file)
+        print(f"wrote {c.out}")
         if c.result:
-            result["seconds"] = round(time.time() - began, 1)
-            write(c.result, json.dumps(result, indent=1).encode() + b"\n")
+            Path(c.result).write_text(json.dumps(result, indent=1) + "\n")
+            print(f"wrote {c.result}")
 
 
 if __name__ == "__main__":

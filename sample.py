@@ -1,4 +1,4 @@
-"""Let a trained model speak, chat, or score a text.
+"""Let a trained model write, chat, or score a text.
 
 python sample.py --prompt="Once upon a time"
 python sample.py --chat
@@ -6,13 +6,17 @@ python sample.py --eval=some.txt
 python sample.py --eval=nursery
 python sample.py --ckpt=out/best.pt --picture=neurons.png
 
-What the model says goes to stdout, everything else to stderr.
+What the model writes goes to stdout, everything else to stderr.
 """
 
-import codecs
-import itertools
-import math
+import signal
 import sys
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C while torch is imported: no traceback
+
+import codecs
+import math
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -50,12 +54,10 @@ class SampleConfig:
     threads: int = 0  # CPU threads; 0 leaves it to torch
 
     def __post_init__(self):
-        if self.temperature < 0 or self.top_k < 0 or not 0 < self.top_p <= 1:
-            raise ValueError("temperature and top_k must not be negative, top_p must be in (0, 1]")
-        if self.max_new_tokens < 0 or self.threads < 0 or self.eval_length < 1:
-            raise ValueError("max_new_tokens and threads must not be negative, eval_length >= 1")
-        if self.threads > 1024:
-            raise ValueError("threads must be at most 1024")
+        if min(self.temperature, self.top_k, self.max_new_tokens) < 0:
+            raise ValueError("temperature, top_k and max_new_tokens must not be negative")
+        if not 0 < self.top_p <= 1 or self.eval_length < 1 or not 0 <= self.threads <= 1024:
+            raise ValueError("top_p must be in (0, 1], eval_length >= 1 and threads in 0..1024")
         if self.dtype not in ("float32", "bfloat16"):
             raise ValueError(f"dtype must be float32 or bfloat16, got {self.dtype!r}")
 
@@ -64,27 +66,19 @@ def note(text):
     print(text, file=sys.stderr, flush=True)
 
 
-def open_checkpoint(c):
-    """(file and step, checkpoint) of --ckpt, or of the run that wrote its best.pt last."""
-    path = Path(c.ckpt)
-    if not c.ckpt:
+def open_checkpoint(path):
+    """(file and step, checkpoint) of a file or folder; without one, of the newest run."""
+    if not path:
         found = [*Path("out").glob("best.pt"), *Path("out").glob("*/best.pt")]
         if not found:
-            raise ValueError(
-                "there is no best.pt under out/: train a model first, python train.py "
-                "configs/sam_6m.py, or name one with --ckpt=FILE"
-            )
+            advice = "run python train.py configs/sam_6m.py first, or name one with --ckpt=FILE"
+            raise ValueError(f"there is no best.pt under out/: {advice}")
         path = max(found, key=lambda path: path.stat().st_mtime)
-    elif path.is_dir():
-        path = path / "best.pt"
+    path = Path(path, "best.pt") if Path(path).is_dir() else path
     checkpoint = load_checkpoint(path)
     position = checkpoint.get("position")
     step = position.get("step") if isinstance(position, dict) else "unknown"
     return f"{path}, step {step}", checkpoint
-
-
-def is_of_nursery(checkpoint):
-    return "nursery" in (checkpoint.get("dataset"), checkpoint["config"].get("dataset"))
 
 
 class Speaker:
@@ -98,7 +92,7 @@ class Speaker:
 
     @classmethod
     def of(cls, name, checkpoint, c):
-        """The speaker of a checkpoint; the first line, on stderr, tells which one it is."""
+        """The speaker of a checkpoint; prints its name and the backend, on stderr."""
         tokenizer, device = tokenizer_from_state(checkpoint["tokenizer"]), find_device(c.device)
         model = build(checkpoint).to(device)
         if c.dtype == "bfloat16":
@@ -113,61 +107,56 @@ class Speaker:
     def speak(self, text, until=None):
         """Yield pieces of the continuation of all that was said before and of `text`.
 
-        Ends at the model's end token or after max_new_tokens. With `until`, a turn of a chat, it
-        also ends before that string, and has no blank in front. The state is then that of what
-        was yielded: neither `until` nor the end token is part of what was said.
+        Ends at the model's end token or after max_new_tokens. With `until`, in a chat, it also ends
+        before that string, and leading blanks are dropped. Neither `until` nor the end token
+        becomes part of what was said.
         """
-        c = self.c
-        self.pending = self.pending + self.tokenizer.encode(text)
-        prompt = torch.tensor([self.pending], device=self.device)
+        c, before = self.c, self.state
+        self.pending = prompt = self.pending + self.tokenizer.encode(text)
         stream = self.model.generate(
-            prompt, self.state, c.temperature, c.top_k, c.top_p, self.generator,
-            self.tokenizer.vocab_size,
+            torch.tensor([prompt], device=self.device), before, c.temperature, c.top_k, c.top_p,
+            self.generator, self.tokenizer.vocab_size,
         )  # fmt: skip
         decoder = codecs.getincrementaldecoder("utf-8")("replace")  # a character may need 4 tokens
-        said, shown, marks = "", 0, []  # marks: (start, end, state before) of the latest tokens
+        said, shown = "", 0
         for _ in range(c.max_new_tokens):
             token, self.state = next(stream)
             self.pending = [token.item()]
             if self.pending[0] == self.tokenizer.end and c.stop_at_end:
                 self.pending = []
                 break
-            start = len(said)
             said += decoder.decode(self.tokenizer.decode_bytes(self.pending))
             safe = len(said)
-            if until:
-                marks.append((start, len(said), self.state))
-                if until in said:
-                    said, _ = said.split(until, 1)
-                    start, _, self.state = next(mark for mark in marks if mark[1] > len(said))
-                    self.pending = self.tokenizer.encode(said[start:])
-                    yield said[shown:]
-                    return
-                # held back: what could be the start of `until`, and the blanks in front
+            if until and until in said:  # the state has seen too much: read this turn again
+                said, _ = said.split(until, 1)
+                self.state, self.pending = before, prompt + self.tokenizer.encode(said)
+                decoder.reset()
+                break
+            if until:  # hold back what could be its start, and skip leading blanks
                 safe -= max(n for n in range(len(until)) if said.endswith(until[:n]))
                 shown = max(shown, len(said) - len(said.lstrip()))
-                marks = [mark for mark in marks if mark[1] > safe]
             if safe > shown:
                 yield said[shown:safe]
                 shown = safe
         yield said[shown:] + decoder.decode(b"", final=True)
 
 
-def show(pieces):
+def show(pieces, prompt=""):
+    """Print the prompt once the first piece has come, hence only if it was readable; then all."""
     for piece in pieces:
-        print(piece, end="", flush=True)
+        print(prompt + piece, end="", flush=True)
+        prompt = ""
     print()
 
 
-def chat(c):
-    """Answer --prompt, then each line that is typed, until Ctrl-D. A line that is not text, or has
-    a character that the tokenizer does not know, is refused, and the chat goes on."""
-    name, checkpoint = open_checkpoint(c)
-    speaker, between = Speaker.of(name, checkpoint, c), ""
+def chat(speaker, prompt, examples):
+    """Answer the prompt, then each line that is typed, until Ctrl-D. A line is refused, and the
+    chat goes on, if it is not text or has a character that the tokenizer does not know."""
     note("Say something and press Enter; Ctrl-D ends.")
-    if is_of_nursery(checkpoint):
-        note("For example:" + "".join(f"\n  {example}" for example in sources.EXAMPLES))
-    for line in typed(c.prompt):
+    if examples:
+        note("For example:" + "".join(f"\n  {example}" for example in examples))
+    between = ""
+    for line in typed(prompt):
         try:
             line.encode()
             show(speaker.speak(between + data.turn(line), until="\n" + data.YOU.rstrip()))
@@ -198,46 +187,41 @@ def typed(first):
             yield line
 
 
-def evaluate(c):
-    """Score a text and print what train.py prints of its held-out set. A model of the nursery also
-    writes documents of its own, and the nursery judges them."""
-    name, checkpoint = open_checkpoint(c)
-    if c.eval == "nursery":  # the text that is held out in training
+def evaluate(speaker, text, is_judged):
+    """Score a text and print what train.py prints of its held-out set. If asked to, the nursery
+    judges documents that the model writes."""
+    if text == "nursery":  # what is held out in training
         documents, entropy = sources.nursery(data.NURSERY_BYTES[1], "held-out 0")
     else:
-        documents, entropy = data.read_documents(c.eval, note), None
-    speaker = Speaker.of(name, checkpoint, c)
-    ids, end = [], speaker.tokenizer.end
+        documents, entropy = data.read_documents(text, note), None
+    ids = [end := speaker.tokenizer.end]
     for text_ids in speaker.tokenizer.encode_batch(documents):
-        ids += [end, *text_ids]
+        ids += [*text_ids, end]
     n_bytes = sum(len(document.encode()) for document in documents)
-    score = speaker.model.score(np.array(ids + [end]), c.eval_length)
+    score = speaker.model.score(np.array(ids), speaker.c.eval_length)
     known = f" (entropy {entropy / n_bytes:.4f})" if entropy else ""
     print(f"{score['tokens']} tokens, {n_bytes} bytes, {len(documents)} documents")
     print(f"nats per token  {score['nats'] / score['tokens']:.4f}")
     print(f"bits per byte   {score['nats'] / math.log(2) / n_bytes:.4f}{known}")
     if score["rate"]:
-        print("firing rate     " + " ".join(f"{100 * r:.1f}%" for r in score["rate"]))
+        print("firing rate     " + " ".join(f"{rate:.1%}" for rate in score["rate"]))
     if score["synapses"]:
-        print(
-            f"SynOps          {score['synops']:.0f} triggered per token, "
-            f"{100 * score['synops'] / score['synapses']:.1f}% of {score['synapses']} if all fired"
-        )
+        share = f"{score['synops'] / score['synapses']:.1%} of {score['synapses']} if all fired"
+        print(f"SynOps          {score['synops']:.0f} triggered per token, {share}")
     print(f"float-fed       {score['macs']} multiplications per token")
-    if c.eval == "nursery" or is_of_nursery(checkpoint):
+    if is_judged:
         note("writing 100 documents for the nursery to judge")
-        told = sources.told_by(speaker.model, speaker.tokenizer, seed=c.seed)
+        told = sources.told_by(speaker.model, speaker.tokenizer, seed=speaker.c.seed)
         print(sources.VERDICT.format(**sources.judge(told)))
 
 
-def picture(c):
-    """Draw the neurons into a file, with matplotlib."""
-    from report import neurons  # needed here only
-
-    name, checkpoint = open_checkpoint(c)
+def draw(path, name, checkpoint):
+    """The neurons of the model, into a file."""
     note(name)
     try:
-        neurons(c.picture, name, checkpoint)
+        from report import neurons  # needed here only
+
+        neurons(path, name, checkpoint)
     except ImportError:
         config.stop("--picture needs matplotlib: pip install matplotlib")
 
@@ -246,21 +230,22 @@ def main(argv):
     with config.one_line(DataError):
         # --eval without a text is short for --eval=nursery
         bare = [a == "--eval" and b.startswith("--") for a, b in zip(argv, [*argv[1:], "--"])]
-        argv = [a + "=nursery" * is_bare for a, is_bare in zip(argv, bare)]
-        c = config.load(SampleConfig, argv)
+        c = config.load(SampleConfig, [a + "=nursery" * is_bare for a, is_bare in zip(argv, bare)])
         if c.threads:
             torch.set_num_threads(c.threads)
+        name, checkpoint = open_checkpoint(c.ckpt)
+        is_nursery = "nursery" in (checkpoint.get("dataset"), checkpoint["config"].get("dataset"))
+        if c.picture:
+            return draw(c.picture, name, checkpoint)
+        speaker = Speaker.of(name, checkpoint, c)
         if c.eval:
-            evaluate(c)
-        elif c.picture:
-            picture(c)
+            evaluate(speaker, c.eval, is_nursery or c.eval == "nursery")
         elif c.chat:
-            chat(c)
+            chat(speaker, c.prompt, sources.EXAMPLES if is_nursery else ())
         else:
-            pieces = Speaker.of(*open_checkpoint(c), c).speak(c.prompt)
-            first = next(pieces)  # the prompt is shown once it is known to be readable
-            show(itertools.chain([c.prompt + first], pieces))
+            show(speaker.speak(c.prompt), c.prompt)
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a chat restores its terminal first
     main(sys.argv[1:])

@@ -2,8 +2,10 @@
 
 import codecs
 import contextlib
+import io
 import os
 import pty
+import signal
 import subprocess
 import sys
 from dataclasses import asdict
@@ -197,11 +199,12 @@ def test_which_checkpoint_speaks(tmp_path, monkeypatch, capsys):
         os.remove(files[newest])
     run(capsys, code=2)
     for name in ("other", "other/best.pt", "~/other", "~/other/best.pt"):
-        assert "other/best.pt, step 4 | " in run(capsys, f"--ckpt={name}").err
+        said = run(capsys, f"--ckpt={name}", "--max_new_tokens=0").err
+        assert "other/best.pt, step 4 | " in said
     assert "other/b.pt; train.py" in run(capsys, "--ckpt=other/b.pt", code=2).err
     run(capsys, "--ckpt=~nobody/x.pt", code=2)
     checkpoint(Path("other/best.pt"), position=None)
-    assert "step unknown" in run(capsys, "--ckpt=other").err
+    assert "step unknown" in run(capsys, "--ckpt=other", "--max_new_tokens=0").err
 
 
 def test_a_prompt(ckpt, capsys):
@@ -289,29 +292,47 @@ def test_a_model_of_the_nursery_has_examples(where, tmp_path, monkeypatch, capsy
 
 
 def test_a_chat_in_a_terminal(ckpt):
-    """Bytes that are no text, an empty line, Ctrl-D; then a chat through a pipe."""
-    start = [sys.executable, "sample.py", "--chat", f"--ckpt={ckpt}", "--max_new_tokens=3"]
-    ours, theirs = pty.openpty()
-    environment = os.environ | {"PYTHONIOENCODING": "utf-8:strict", "TERM": "dumb"}
-    process = subprocess.Popen(
-        start, cwd=ROOT, stdin=theirs, stdout=theirs, stderr=theirs, env=environment
-    )
-    os.close(theirs)
-    screen, left = "", [b"\xff\xfe\n", b"\n", b"Helo\x02l\n", b"\x04"]  # \x02: one to the left
+    """Bytes that are no text, an empty line, line editing, Ctrl-D."""
+    child, screen = pty.fork()  # a process of its own: readline wants the real stdin and stdout
+    if not child:
+        sys.stdin, sys.stdout = open(0, encoding="utf-8"), open(1, "w", encoding="utf-8")
+        sys.stderr = sys.stdout
+        os.environ["TERM"] = "dumb"
+        try:
+            sample.main(["--chat", f"--ckpt={ckpt}", "--max_new_tokens=3", "--threads=1"])
+        finally:
+            sys.stdout.flush()
+            os._exit(sys.exc_info()[0] is not None)
+    shown, left = "", [b"\xff\xfe\n", b"\n", b"Helo\x02l\n", b"\x04"]  # \x02: one to the left
     decoder = codecs.getincrementaldecoder("utf-8")("replace")
     with contextlib.suppress(OSError):  # raised at the end on Linux
-        while part := os.read(ours, 4096):
-            screen += decoder.decode(part)
-            if left and screen.count("\n> ") == 5 - len(left):
-                os.write(ours, left.pop(0))
-    os.close(ours)
-    assert process.wait(60) == 0 and not left, screen
-    assert screen.count("not UTF-8") == 1 and "Traceback" not in screen
-    assert "best.pt, step 7 | lif: torch (cpu)" in screen.split("> ")[0]
-    typed = b"a\n\xff\xfe\n\nb\n"
-    done = subprocess.run(start, cwd=ROOT, input=typed, capture_output=True, env=environment)
-    assert done.returncode == 0 and done.stderr.count(b"not UTF-8") == 1
-    assert not done.stdout.startswith(b">") and b"lif" not in done.stdout
+        while part := os.read(screen, 4096):
+            shown += decoder.decode(part)
+            if left and shown.count("\n> ") == 5 - len(left):
+                os.write(screen, left.pop(0))
+    assert os.waitpid(child, 0)[1] == 0 and not left, shown
+    assert shown.count("not UTF-8") == 1 and "Traceback" not in shown
+    assert "Helo" in shown and "^B" not in shown  # it was edited, not shown
+    assert "best.pt, step 7 | lif: torch (cpu)" in shown.split("> ")[0]
+
+
+def test_a_chat_through_a_pipe(ckpt, monkeypatch, capsys):
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"a\n\xff\xfe\n\nb\n"), "utf-8"))
+    out, err = run(capsys, "--chat", f"--ckpt={ckpt}", "--max_new_tokens=3")
+    assert err.count("not UTF-8") == 1 and ">" not in err
+    assert not out.startswith(">") and "lif" not in out and out.count("\n") >= 2
+
+
+@pytest.mark.parametrize("script", ["sample.py", "cell_bridge.py"])
+def test_ctrl_c_while_torch_is_imported(script):
+    start = [sys.executable, "-X", "importtime", script]
+    process = subprocess.Popen(start, cwd=ROOT, stderr=subprocess.PIPE, text=True)
+    for line in process.stderr:  # one for each module that has been imported
+        if "torch." in line:
+            break
+    process.send_signal(signal.SIGINT)
+    said = process.stderr.read()
+    assert process.wait(60) == -signal.SIGINT and "Traceback" not in said
 
 
 # ---- --eval --------------------------------------------------------------------------------------
