@@ -467,4 +467,4 @@ def main(argv):
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    main(sys.argv[1:])  # experiments import this file again, as `bench`, and only functions of it

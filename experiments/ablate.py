@@ -13,7 +13,7 @@ from pathlib import Path
 
 import train as trainer
 from bench import parameters_of
-from checkpoint import load_checkpoint
+from checkpoint import load_checkpoint, locked
 
 BARE = dict(modulation="none", engram=0, hrm=0, spike_attn=0, progsem=0, kuramoto=0, moe=0)
 BARE |= dict(memory=0, mtp=0, jepa=False)
@@ -115,7 +115,9 @@ def ablate(
         settings = narrowed(settings, most, width)
         print(f"\n{name}, seed {settings.seed}: {width} {getattr(settings, width)}")
         if not (log := log_of(settings)):
-            trainer.train(settings, run)
+            out.mkdir(parents=True, exist_ok=True)
+            with locked(out):
+                trainer.train(settings, run)
             log = log_of(settings)
         row = rows.setdefault(name, {"overrides": overrides, width: getattr(settings, width)})
         row["parameters"] = parameters_of(settings)

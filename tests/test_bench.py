@@ -444,7 +444,9 @@ def test_narrowed_is_the_widest_that_fits():
         ("configs/spikewhale_6m.py --n_hidden=128", "n_hidden", ("bare", "memory")),
     ],
 )
-def test_ablations_change_one_ingredient_at_no_more_parameters(argv, width, variants, monkeypatch):
+def test_ablations_change_one_ingredient_at_no_more_parameters(
+    argv, width, variants, monkeypatch, tmp_path
+):
     trained = {}
     line = dict(bpb=0.75, heldout=2.0, rate=[0.1, 0.3], synops=1.0, synapses=4, tokens_per_s=5.0)
 
@@ -457,7 +459,7 @@ def test_ablations_change_one_ingredient_at_no_more_parameters(argv, width, vari
         ablate.trainer, "train", lambda s, run: trained.update({Path(s.out_dir).name: s})
     )
     monkeypatch.setattr(ablate, "log_of", lambda s: log(Path(s.out_dir).name))
-    c = load(f"{argv} --vocab_size=256")
+    c = load(f"{argv} --vocab_size=256 --out_dir={tmp_path}")
     rows = ablate.ablate(c, RUN, variants=" ".join(variants), seeds=1)["variants"]
     assert list(rows) == list(variants) and len(trained) == len(rows)
     bare = trained[f"bare {c.seed}"]
@@ -469,6 +471,22 @@ def test_ablations_change_one_ingredient_at_no_more_parameters(argv, width, vari
     assert rows["bare"]["triggered"] == [0.25] and rows["bare"]["rate"] == [0.2]
     gains = {name: row["gain"] for name, row in rows.items()}  # bits per byte that it saves
     assert gains == {name: 0.25 * (name != "bare") for name in rows}
+
+
+def test_an_ablation_trains(monkeypatch, tmp_path, capsys):
+    """The runs themselves; what is complete is not trained again."""
+    text = tmp_path / "text.txt"
+    text.write_text("\n<|endoftext|>\n".join(f"The cat sat on mat {i}." for i in range(300)))
+    argv = f"configs/snn_6m.py --dataset={text} --data_dir={tmp_path} --out_dir={tmp_path}/out"
+    argv += " --tokenizer=byte --vocab_size=257 --n_embd=16 --n_hidden=16 --d_ff=24 --n_layer=1"
+    argv += " --attention=0 --phases=stories:16 --max_steps=1 --eval_interval=1 --threads=1"
+    argv += " --tokens_per_step=16 --micro_tokens=16 --eval_tokens=100 --sample_tokens=0"
+    c = load(argv)
+    rows = ablate.ablate(c, RUN, variants="bare", seeds=1)["variants"]
+    assert 0 < rows["bare"]["mean_bpb"] < 9 and rows["bare"]["gain"] == 0
+    assert (tmp_path / "out" / "ablate" / f"bare {c.seed}" / "log.jsonl").exists()
+    monkeypatch.setattr(ablate.trainer, "train", lambda *_: pytest.fail("trained again"))
+    assert ablate.ablate(c, RUN, variants="bare", seeds=1)["variants"] == rows
 
 
 # ---- the command line --------------------------------------------------------------------------
