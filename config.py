@@ -158,7 +158,7 @@ def describe(cls):
     lines = {}
     for base in reversed(cls.__mro__[:-1]):
         for line in inspect.getsource(base).splitlines():
-            if setting := re.match(r"    (\w+): \w+ = (.+?)  # (.*)", line):
+            if setting := re.match(r"    (\w+): \w+ = (.+?),?  # (.*)", line):
                 lines[setting[1]] = "  --{}={}  # {}".format(*setting.groups())
             elif line.startswith("    # "):
                 lines[line] = f"\n{line.strip()}"

@@ -1,10 +1,10 @@
-"""What bench.py measures is what it says: the recall task, one long text."""
+"""bench.py and experiments/ measure what they say; every command reads its own settings."""
 
 import itertools
 import json
 import sys
 import time
-from dataclasses import asdict, replace
+from dataclasses import asdict, fields, replace
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -16,15 +16,26 @@ import torch
 
 import bench
 import config
-from bench import I_AM, NAMES, TAUGHT, WHO, WORDS
 from checkpoint import VERSION
+from experiments import ablate, frames, params, recall
+from experiments.recall import I_AM, NAMES, TAUGHT, WHO, WORDS
 from model import SpikingLM
 
-RUN = bench.Run(config.load(bench.BenchConfig, ["--device=cpu", "--dtype=float32"]))
+
+def load(words, command=bench.train):
+    return bench.settings_of(command, words.split())
+
+
+RUN = bench.Run(load("--device=cpu --dtype=float32 --threads=1"))
+SNN = "configs/snn_6m.py --vocab_size=60 --n_hidden=32 --n_embd=32 --d_ff=40 --attention=1"
+SNN += " --rounds=1 --warmup=0"
+
+
+# ---- recall ------------------------------------------------------------------------------------
 
 
 def test_documents_ask_for_the_name_they_began_with():
-    text, seen = bench.documents(np.random.default_rng(0), rows=20, length=641), set()
+    text, seen = recall.documents(np.random.default_rng(0), rows=20, length=641), set()
     for row in text.tolist():
         told, answers = [], []
         for i, token in enumerate(row[:-1]):
@@ -53,56 +64,51 @@ class Oracle(torch.nn.Module):
 
 @pytest.mark.parametrize("distance", [1, 40])
 def test_ask_scores_the_last_name_told(distance):
-    best = bench.ask(Oracle(21), distance, 0, RUN)
+    best = recall.ask(Oracle(21), distance, 0, RUN)
     assert best["accuracy"] == 1 and best["nats"] < 0.01 and best["share"] == 0.5
-    assert bench.ask(Oracle(1), distance, 0, RUN)["accuracy"] == 0  # the name before is wrong
-    filler = bench.ask(Oracle(22), distance, 0, RUN)
+    assert recall.ask(Oracle(1), distance, 0, RUN)["accuracy"] == 0  # the name before is wrong
+    filler = recall.ask(Oracle(22), distance, 0, RUN)
     assert filler["accuracy"] == 0 and filler["nats"] > 3
 
 
 def test_recall_compares_models_of_equal_size(monkeypatch):
-    monkeypatch.setattr(bench, "ASKED", (1, 8))
-    argv = [
-        *bench.RECALL,
-        "--max_steps=2",
-        "--seeds=1",
-        "--tokens_per_step=64",
-        "--threads=1",
-        "--device=cpu",
-    ]
-    c = config.load(bench.BenchConfig, [*argv, "--phases=words:8 phrases:16", "--variants=snn"])
-    rows = bench.recall(c, RUN)["variants"]
+    monkeypatch.setattr(recall, "ASKED", (1, 8))
+    monkeypatch.setattr(recall.recall, "preset", [*recall.recall.preset, "--n_hidden=32"])
+    words = "--max_steps=2 --tokens_per_step=64"
+    argv = [*words.split(), "--phases=words:8 phrases:16"]
+    c = bench.settings_of(recall.recall, argv)
+    assert c.encoder == "float" and c.max_steps == 2  # the preset, and what is stronger
+    rows = recall.recall(c, RUN, variants="snn", seeds=1)["variants"]
     assert set(rows) == {"snn", "snn+memory"}
     assert rows["snn+memory"]["parameters"] <= rows["snn"]["parameters"] < 200_000
     assert rows["snn"]["mean_share"]["8"] == 0 < rows["snn+memory"]["mean_share"]["8"]
 
 
-def test_one_long_text_is_as_long_as_it_says(monkeypatch):
-    monkeypatch.setattr(bench, "EARLY", 200)
-    argv = "configs/snn_6m.py --n_hidden=16 --n_embd=16 --d_ff=16 --attention=1".split()
-    argv += ["--long=300", "--rounds=1"]
-    rates = "--rates=results/tinystories_snn_6m_sparse.json"
-    c = config.load(bench.BenchConfig, [*argv, rates, "--vocab_size=50", "--warmup=0"])
-    drawn, seen, draw, resident = {}, [], bench.draw, bench.resident
+# ---- generate ----------------------------------------------------------------------------------
+
+
+def test_one_long_text_of_ours_alone(monkeypatch):
+    """As many tokens as it says between the two looks at time and memory."""
+    drawn, seen, draw, take_turns = [], [], bench.draw, bench.take_turns
 
     def count(stream, n, events):
-        drawn[id(stream)] = drawn.get(id(stream), 0) + n
+        drawn.append(n)
         draw(stream, n, events)
 
-    def look():
-        seen.append(max(drawn.values()))
-        return resident()
+    def turns(runs, *rest):
+        times = take_turns(runs, *rest)
+        seen.append(sum(drawn))
+        return times
 
     monkeypatch.setattr(bench, "draw", count)
-    monkeypatch.setattr(bench, "resident", look)
-    result = bench.one_long_text(c, RUN)
-    assert seen == [200, 300]  # where memory is looked at
-    turns = 2 * 100
-    assert sorted(drawn.values()) == [200 + turns, 300 + turns]
-    for row in (result["200"], result["300"]):
-        assert 50 < row["resident_mb"] <= row["peak_mb"] and row["tokens_per_s"] > 1
-    with pytest.raises(SystemExit):
-        config.load(bench.BenchConfig, ["--long=199"])
+    monkeypatch.setattr(bench, "take_turns", turns)
+    c = load("configs/sam_6m.py --n_hidden=16 --n_embd=16 --n_layer=1 --vocab_size=50 --rounds=1")
+    result = bench.generate(c, RUN, tokens=200, against="")
+    assert seen == [120, 240] and sum(drawn[:-2]) == result["late"] == 200
+    (row,) = result["contestants"].values()
+    assert row["late_ms_per_token"] > 0 and row["ratio"] == 1
+    megabytes = result["early_mb"], result["late_mb"]
+    assert megabytes == (None, None) or 50 < min(megabytes)
 
 
 def test_random_weights_fire_at_trained_rates(tmp_path):
@@ -111,65 +117,65 @@ def test_random_weights_fire_at_trained_rates(tmp_path):
     result = tmp_path / "trained.json"
     per_layer = [0.25, 0.02, 0.35, 0.2, 0.06, 0.15]  # a h, a o h, head
     result.write_text(json.dumps({"config": trained, "log": [{"rate": per_layer}]}))
-    argv = (
-        "configs/snn_6m.py --vocab_size=400 --n_layer=12 --attention=1 --attention_every=12".split()
+    c = load(
+        "configs/snn_6m.py --vocab_size=400 --n_layer=6 --attention=1 --attention_every=6"
+        " --n_hidden=64 --n_embd=64 --d_ff=128 --head=spikes"
     )
-    argv += ["--n_hidden=64", "--n_embd=64", "--d_ff=128", "--head=spikes", f"--rates={result}"]
-    c = config.load(bench.BenchConfig, argv)
-    found = bench.trained_rates(c)
+    found = bench.trained_rates(result)
     assert found == pytest.approx(rates)
-    model = bench.generator_of(c, False, c, RUN)
+    torch.manual_seed(c.seed)
+    model = SpikingLM(c).eval()
+    bench.set_rates(model, found)
     torch.manual_seed(2)
     with torch.no_grad():  # once membranes have filled
         _, state, _ = model(torch.randint(400, (4, 300)))
         fired = [r.mean().item() for r in model(torch.randint(400, (4, 64)), state)[2].rate]
-    wanted = [rates[site] for site in ["a", "h"] * 11 + ["a", "o", "h", "head"]]
+    wanted = [rates[site] for site in ["a", "h"] * 5 + ["a", "o", "h", "head"]]
     assert fired == pytest.approx(wanted, abs=0.04)
     drawn = list(islice(model.generate(torch.zeros(1, 1, dtype=torch.long)), 164))[100:]
     # of a block: 64 a to 128 h, 128 h to 64; the last also 64 a to 64 queries and keys, 64 o to 64
-    of_a = 12 * 64 * 128 + 64 * 64
-    work = 0.3 * of_a + 0.04 * 12 * 128 * 64 + 0.2 * 64 * 64 + 0.15 * 64 * 400
+    of_a = 6 * 64 * 128 + 64 * 64
+    work = 0.3 * of_a + 0.04 * 6 * 128 * 64 + 0.2 * 64 * 64 + 0.15 * 64 * 400
     assert bench.triggered_share(model, drawn) == pytest.approx(
-        work / (of_a + 12 * 128 * 64 + 64 * 64 + 64 * 400), rel=0.25
+        work / (of_a + 6 * 128 * 64 + 64 * 64 + 64 * 400), rel=0.25
     )
     del found["o"]
     with pytest.raises(ValueError, match="no neurons called o"):
         bench.set_rates(model, found)
     result.write_text(json.dumps({"config": trained, "log": [{"rate": per_layer[1:]}]}))
     with pytest.raises(ValueError, match="is not the result of a spiking model"):
-        bench.trained_rates(c)
+        bench.trained_rates(result)
 
 
-def test_generate_times_a_checkpoint(tmp_path):
-    tiny = "configs/snn_6m.py --vocab_size=60 --n_hidden=32 --n_embd=32 --d_ff=40 --attention=1"
-    tiny += " --levels=2 --head=spikes"
+def test_generate_times_a_checkpoint(tmp_path, monkeypatch):
     torch.manual_seed(3)
-    model = SpikingLM(config.load(bench.BenchConfig, tiny.split()))
-    weights, path = model.state_dict(), tmp_path / "best.pt"
+    model = SpikingLM(load(f"{SNN} --n_layer=1 --levels=2 --head=spikes"))
+    path, weights = tmp_path / "best.pt", model.state_dict()
     saved = {"version": VERSION, "model": weights, "config": asdict(model.config)}
     del saved["config"]["dropout"]  # as in a checkpoint older than this setting, which is off
     torch.save(saved | {"tokenizer": ""}, path)
-    argv = ["configs/snn_6m.py", "--rounds=1", "--warmup=0", "--tokens=40", f"--ckpt={path}"]
-    result = bench.generate(config.load(bench.BenchConfig, argv), RUN)
+    halved = []  # one bool per model: were its weights those of the checkpoint?
+
+    def halve(model):
+        halved.append(all(torch.equal(weights[k], x) for k, x in model.state_dict().items()))
+
+    monkeypatch.setattr(SpikingLM, "halve_synapses", halve)
+    c = load("configs/snn_6m.py --rounds=1 --warmup=0")
+    result = bench.generate(c, RUN, tokens=4, ckpt=str(path))
+    assert halved == [True]
     assert result["what"] == "ms per token, batch 1, trained weights"
     rows = result["contestants"]
     ours = {row["parameters"] for name, row in rows.items() if name != "transformer, float32"}
     assert ours == {sum(p.numel() for p in model.parameters())}
     assert 0 < rows["ours"]["triggered"] < 1 and "triggered" not in rows["transformer, float32"]
-    c = config.load(bench.BenchConfig, [*tiny.split(), f"--ckpt={path}"])
-    again = bench.generator_of(c, False, c, RUN)
-    assert all(torch.equal(weights[name], x) for name, x in again.state_dict().items())
     path.write_bytes(b"not a checkpoint")
     with pytest.raises(ValueError, match="cannot read the checkpoint"):
-        bench.generate(config.load(bench.BenchConfig, argv), RUN)
+        bench.generate(c, RUN, ckpt=str(path))
 
 
 def test_generate_times_the_float_twin(monkeypatch):
-    tiny = "configs/snn_6m.py --vocab_size=60 --n_hidden=32 --n_embd=32 --d_ff=40 --attention=1"
-    twin = "--spikes=False --head=spikes --rounds=1 --warmup=0 --tokens=40"
-    argv = [*tiny.split(), *twin.split()]
     monkeypatch.setattr(bench, "set_rates", lambda model, rates: None)
-    monkeypatch.setattr(bench, "trained_rates", lambda c: {})
+    monkeypatch.setattr(bench, "trained_rates", lambda path: {})
     ours = iter((3.0, 2.0))  # seconds of 20 tokens early in the text, and late
 
     def turns(runs, *_):
@@ -177,10 +183,18 @@ def test_generate_times_the_float_twin(monkeypatch):
         return {name: [took if name == "ours" else 4.0] for name in runs}
 
     monkeypatch.setattr(bench, "take_turns", turns)
-    rows = bench.generate(config.load(bench.BenchConfig, argv), RUN)["contestants"]
+    c = load(f"{SNN} --spikes=False --head=spikes")
+    rows = bench.generate(c, RUN, tokens=40)["contestants"]
     assert rows["ours"]["early_ms_per_token"] == 150 and rows["ours"]["late_ms_per_token"] == 100
     assert rows["ours"]["ratio"] == 1 and "triggered" not in rows["ours"]
     assert rows["transformer, float32"]["ratio"] == 2
+
+
+def test_the_transformer_beside_snn_has_its_size():
+    c = load(f"{SNN} --n_embd=200 --n_hidden=200")  # 200: no multiple of 3 heads
+    gpt = bench.generators_of(c, "configs/gpt_6m.py")["transformer, float32"][0]
+    less = replace(gpt, n_layer=gpt.n_layer - 1) if gpt.n_layer > 1 else c
+    assert bench.parameters_of(less) <= bench.parameters_of(c) <= bench.parameters_of(gpt)
 
 
 def test_draw_takes_so_many_tokens_by_events_or_dense():
@@ -191,27 +205,77 @@ def test_draw_takes_so_many_tokens_by_events_or_dense():
     assert seen == [usual] * 2 + [0] * 3 and bench.lif_module.EVENT_RATE == usual > 0
 
 
+# ---- settings and mistakes ---------------------------------------------------------------------
+
+
 @pytest.mark.parametrize(
     "argv, said",
     [
         ("generate configs/snn_6m.py --rates=configs/snn_6m.py", "is not the result of a run"),
-        ("generate configs/snn_6m.py --tokens=0", "tokens, trials > 0 must hold"),
+        ("generate configs/snn_6m.py", "name the result of a trained block snn: --rates="),
+        ("generate configs/sam_6m.py --tokens=0", "tokens must be at least 1"),
+        ("train configs/sam_6m.py --length=0", "length must be 1 to micro_tokens"),
+        ("frames configs/neuronspark_6m.py --length=9999", "length must be 1 to micro_tokens"),
         ("recall --variants=zzz", "no variant is called 'zzz'"),
         ("ablate configs/snn_6m.py --variants=zzz", "no variant is called 'zzz'"),
+        ("ablate configs/snn_6m.py --seeds=0", "seeds must be at least 1"),
+        ("recall --seeds=0", "seeds must be at least 1"),
         ("frames configs/snn_6m.py", "frames measures block spark"),
-        ("recall configs/snn_6m.py", "leave out configs/snn_6m.py"),
-        ("guess", "write python bench.py scan|train"),
+        ("params --gpus=-1", "gpus >= 0"),
+        ("scan --shapes=4x4", "shapes must be BxTxN"),
+        ("scan --shapes=4x4xN", "shapes must be BxTxN"),
+        ("scan --shapes=4x0x4", "shapes must be BxTxN"),
+        ("scan --rounds=0", "rounds >= 1"),
+        ("train --rounds=0", "rounds >= 1"),
+        ("train --n_layer=0", "n_layer must be at least 1"),
+        ("scan --jepa=True", "unknown setting 'jepa'"),
+        ("train --shapes=4x4x4", "unknown setting 'shapes'"),
+        ("params --gpu=8", "did you mean 'gpus'"),
+        ("recall configs/snn_6m.py", "recall takes no CONFIG: leave out configs/snn_6m.py"),
+        ("scan configs/snn_6m.py", "scan takes no CONFIG: leave out configs/snn_6m.py"),
+        ("peers", "write python bench.py scan|train"),
         ("", "write python bench.py scan|train"),
     ],
 )
 def test_mistakes_end_in_one_line(argv, said, capsys):
     with pytest.raises(SystemExit) as stopped:
         bench.main(argv.split())
-    assert stopped.value.code == 2 and said in capsys.readouterr().err
+    err = capsys.readouterr().err
+    assert stopped.value.code == 2 and said in err and err.count("\n") == 1
 
 
-def load(words, *more):
-    return config.load(bench.BenchConfig, [*words.split(), *more])
+@pytest.mark.parametrize("name", [*bench.COMMANDS, *bench.EXPERIMENTS])
+def test_help_lists_every_setting_of_a_command(name, capsys):
+    command = bench.command_of(name)
+    with pytest.raises(SystemExit) as stopped:
+        bench.main([name, "--help"])
+    lines = capsys.readouterr().out.splitlines()
+    assert stopped.value.code == 0
+    own = command.__kwdefaults__
+    given = own | {f.name: f.default for f in fields(bench.BenchConfig)}
+    for key, default in given.items():
+        (line,) = (x for x in lines if x.startswith(f"  --{key}="))
+        value, _, comment = line.removeprefix(f"  --{key}=").partition("  # ")
+        assert eval(value) == default and len(comment) > 5
+    assert any("--n_layer=" in line for line in lines) == (name != "scan")
+
+
+def test_a_command_gets_its_own_settings(monkeypatch, tmp_path):
+    seen = []
+
+    def measure(c, run, *, width: int = 3, path: str = ""):
+        seen.append((c, width, path))
+        return {}
+
+    monkeypatch.setitem(bench.COMMANDS, "measure", measure)
+    (tmp_path / "small.py").write_text("width = 4\nn_layer = 7\n")
+    more = ["--path=a,b", "--rounds=2", "--device=cpu", "--threads=1"]
+    bench.main(["measure", str(tmp_path / "small.py"), *more])
+    ((c, *own),) = seen
+    assert own == [4, "a,b"] and (c.n_layer, c.rounds, c.warmup, c.threads) == (7, 2, 2, 1)
+
+
+# ---- params ------------------------------------------------------------------------------------
 
 
 CONFIGS = sorted((Path(bench.__file__).parent / "configs").glob("*.py"))
@@ -219,18 +283,18 @@ CONFIGS = sorted((Path(bench.__file__).parent / "configs").glob("*.py"))
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
 def test_params_of_every_config(path):
-    c = load(f"{path} --device=cpu")
-    result = bench.params(c, RUN)
+    c = load(str(path))
+    result = params.params(c, RUN)
     assert result["parameters"] == sum(result["groups"].values()) == bench.parameters_of(c)
     assert result["macs"] > 0 and (result["synapses"] > 0) == (c.block in ("sam", "whale", "snn"))
 
 
 def test_params_counts_by_hand():
-    sam = bench.params(load("configs/sam_6m.py"), RUN)
+    sam = params.params(load("configs/sam_6m.py"), RUN)
     assert sam["synapses"] == 256 * 512 + 6 * 512**2
     assert sam["macs"] == 6 * 2 * 512**2 + 512 * 256 + 4096 * 256
     near, far = (
-        bench.params(load(f"configs/gpt_6m.py --window={n} --phases=stories:9"), RUN)["macs"]
+        params.params(load(f"configs/gpt_6m.py --window={n} --phases=stories:9"), RUN)["macs"]
         for n in (3, 512)
     )
     of_a_token = 6 * 2 * 256  # layers, q k and a v
@@ -240,8 +304,9 @@ def test_params_counts_by_hand():
 
 def test_a_plan_by_hand():
     tiny = "configs/snn_6m.py --n_layer=1 --d_ff=64 --attention=0 --phases=stories:8"
-    tiny += " --micro_tokens=16 --length=8 --tokens_per_step=1024 --gpu_flops=1e9 --gpu_link=1e6"
-    result = bench.params(load(f"{tiny} --gpus=4"), RUN)
+    tiny += " --micro_tokens=16 --tokens_per_step=1024"
+    machine = {"gpus": 4, "gpu_flops": 1e9, "gpu_link": 1e6}
+    result = params.params(load(tiny), RUN, **machine)
     plan, n = result["plan"], result["parameters"]
     work = (result["synapses"] + result["macs"]) * 1024 / 4  # per GPU
     assert plan["seconds"]["compute"] == pytest.approx(6 * work / 1e9)
@@ -252,8 +317,13 @@ def test_a_plan_by_hand():
     muon = 2 * 384 * 64  # its parameters: w_in, w_out
     assert memory["optimiser"] == pytest.approx((8 * (n - muon) + 4 * muon) / 1e9)
     assert 0 < memory["activations, checkpointing"] < memory["activations"]
-    again = bench.params(load(f"{tiny} --gpus=4 --checkpointing=True"), RUN)["plan"]
+    more = load(f"{tiny} --checkpointing=True --shard=True")
+    again = params.params(more, RUN, **machine)["plan"]
     assert again["seconds"]["compute"] == pytest.approx(8 * work / 1e9)  # forward once more
+    assert again["gigabytes"]["optimiser"] == pytest.approx(memory["optimiser"] / 4)
+
+
+# ---- taking turns ------------------------------------------------------------------------------
 
 
 def test_a_summary_is_of_medians():
@@ -280,41 +350,61 @@ def test_seconds_are_of_the_run():
     assert 0.02 <= bench.seconds(lambda: time.sleep(0.02), RUN.device) < 2
 
 
-def test_tokens_counts_no_ends(monkeypatch, tmp_path):
-    text = tmp_path / "text.txt"
-    text.write_text("\n<|endoftext|>\n".join(f"Ä tale of {i} cats." for i in range(300)))
-    argv = f"--dataset={text} --data_dir={tmp_path} --vocab_size=300"
-    rows = bench.tokens(load(argv), RUN)["tokenizers"]
-    for kind, row in rows.items():
-        corpus = bench.data.prepare(str(text), kind, 300, str(tmp_path))
-        words = [i for i in corpus.heldout.tolist() if i != corpus.tokenizer.end]
-        assert row["tokens"] == len(words) < len(corpus.heldout)
-        size = len(corpus.tokenizer.decode_bytes(words))
-        assert row["bytes_per_token"] == pytest.approx(size / len(words), rel=0.01)
-    assert set(rows) == {"bpe", "lengthmax"}
+# ---- scan, train, frames -----------------------------------------------------------------------
 
 
-def test_train_compares_tokens_per_second(monkeypatch):
+def test_scan_times_who_fires_as_we_do(capsys):
+    c = load("--rounds=1 --warmup=0", bench.scan)
+    (one,) = bench.scan(c, RUN, shapes="2x20x8")["scans"]
+    assert one["shape"] == [2, 20, 8] and "ours, plain torch" not in one["contestants"]
+    assert {*one["contestants"], *one["skipped"], "ours, plain torch"} == set(bench.CONTESTANTS)
+    for name, row in one["contestants"].items():
+        assert row["wrong_spikes"] < 1e-3 and row["median_ms"] > 0
+        assert f"\n{name} " in capsys.readouterr().out or name != "ours"
+
+
+@pytest.mark.parametrize("change", [{"scale": 2.0}, {"delayed_reset": True}])
+def test_who_fires_otherwise_is_not_timed(change):
+    contestant = bench.CONTESTANTS["plain autograd, unbind"]
+    forward, _ = contestant.build(8, RUN.device)
+    torch.manual_seed(0)
+    current = torch.randn(2, 30, 8) * 0.5 + 0.15
+    row = bench.check_spikes("plain", contestant, forward, current)
+    assert row["wrong_spikes"] == 0 and 0.1 < row["firing_rate"] < 0.3
+    with pytest.raises(AssertionError, match="plain: .* of the spikes are not ours"):
+        bench.check_spikes("plain", contestant._replace(**change), forward, current)
+    with pytest.raises(AssertionError, match="plain: a firing rate of 0.0% is no test"):
+        bench.check_spikes("plain", contestant, forward, current * 0)
+
+
+def test_train_compares_tokens_per_second(monkeypatch, tmp_path):
     monkeypatch.setattr(
         bench, "take_turns", lambda runs, *_: {x: [2.0 if x == "ours" else 0.5] for x in runs}
     )
-    argv = "configs/sam_6m.py --n_hidden=16 --n_embd=16 --n_layer=1 --vocab_size=50 --length=8"
-    result = bench.train(load(f"{argv} --micro_tokens=32 --tokens_per_step=64"), RUN)
+    gpt = tmp_path / "gpt.py"
+    gpt.write_text("block = 'gpt'\nn_hidden = n_embd = 16\nn_layer = 1\n")
+    argv = "configs/sam_6m.py --n_hidden=16 --n_embd=16 --n_layer=1 --vocab_size=50"
+    c = load(f"{argv} --micro_tokens=32 --tokens_per_step=64")
+    result = bench.train(c, RUN, length=8, against=str(gpt))
     ours, gpt = (result["contestants"][name] for name in ("ours", "transformer"))
     assert result["batch"] == [4, 8]
     assert ours["tokens_per_s"] == 16 and gpt["tokens_per_s"] == 64 and gpt["ratio"] == 0.25
+    assert ours["parameters"] == bench.parameters_of(c) != gpt["parameters"]
 
 
 def test_frames_finds_half_of_them(monkeypatch):
     monkeypatch.setattr(
-        bench, "take_turns", lambda runs, *_: {x: [1.0 if x == "ours" else 4.0] for x in runs}
+        frames, "take_turns", lambda runs, *_: {x: [1.0 if x == "ours" else 4.0] for x in runs}
     )
     argv = "configs/neuronspark_6m.py --n_hidden=16 --n_embd=16 --n_layer=1 --d_ff=16 --k_max=8"
-    argv += " --n_state=2 --vocab_size=50 --length=8 --micro_tokens=32 --tokens_per_step=64"
-    rows = bench.frames(load(argv), RUN)["contestants"]
+    argv += " --n_state=2 --vocab_size=50 --micro_tokens=32 --tokens_per_step=64"
+    rows = frames.frames(load(argv), RUN, length=8)["contestants"]
     assert rows["ours"]["E[K]"] == pytest.approx(4, abs=0.2) and rows["ours"]["ratio"] == 0.25
     assert rows["ours"]["E[K]"] <= rows["ours"]["frames"] < 8
-    assert rows["ours"]["macs"] < rows[bench.FIXED]["macs"]
+    assert rows["ours"]["macs"] < rows[frames.FIXED]["macs"]
+
+
+# ---- ablate ------------------------------------------------------------------------------------
 
 
 def test_a_complete_run_is_not_repeated(monkeypatch, tmp_path):
@@ -326,19 +416,80 @@ def test_a_complete_run_is_not_repeated(monkeypatch, tmp_path):
         seen.append(path.name)
         return {"config": asdict(c) | {"out_dir": "elsewhere", "threads": 9}}
 
-    monkeypatch.setattr(bench, "load_checkpoint", saved)
-    assert bench.log_of(c) == [{"step": 0}, {"step": 7}] and seen == ["step_00000007.pt"]
-    assert bench.log_of(replace(c, seed=c.seed + 1)) == []  # another run than the one that is there
+    monkeypatch.setattr(ablate, "load_checkpoint", saved)
+    assert ablate.log_of(c) == [{"step": 0}, {"step": 7}] and seen == ["step_00000007.pt"]
+    assert (
+        ablate.log_of(replace(c, seed=c.seed + 1)) == []
+    )  # another run than the one that is there
     monkeypatch.undo()
-    assert bench.log_of(c) == []  # no checkpoint: not complete
+    assert ablate.log_of(c) == []  # no checkpoint: not complete
 
 
 def test_narrowed_is_the_widest_that_fits():
     c = load("configs/sam_6m.py --vocab_size=50")
     most = bench.parameters_of(replace(c, n_hidden=96))
-    assert bench.narrowed(c, most).n_hidden == 96 and bench.narrowed(c, most - 1).n_hidden == 88
+    assert ablate.narrowed(c, most).n_hidden == 96 and ablate.narrowed(c, most - 1).n_hidden == 88
     with pytest.raises(ValueError, match="no n_hidden"):
-        bench.narrowed(c, 1000)
+        ablate.narrowed(c, 1000)
+
+
+@pytest.mark.parametrize(
+    "argv, width, variants",
+    [
+        (
+            "configs/snn_6m.py --n_embd=320 --n_hidden=320 --n_layer=1 --attention=4",
+            "d_ff",
+            ablate.SNN,
+        ),
+        ("configs/spikewhale_6m.py --n_hidden=128", "n_hidden", ("bare", "memory")),
+    ],
+)
+def test_ablations_change_one_ingredient_at_no_more_parameters(
+    argv, width, variants, monkeypatch, tmp_path
+):
+    trained = {}
+    line = dict(bpb=0.75, heldout=2.0, rate=[0.1, 0.3], synops=1.0, synapses=4, tokens_per_s=5.0)
+
+    def log(name):
+        if name not in trained:
+            return []
+        return [line, line | {"bpb": 1.0}] if name.startswith("bare") else [line, line]
+
+    monkeypatch.setattr(
+        ablate.trainer, "train", lambda s, run: trained.update({Path(s.out_dir).name: s})
+    )
+    monkeypatch.setattr(ablate, "log_of", lambda s: log(Path(s.out_dir).name))
+    c = load(f"{argv} --vocab_size=256 --out_dir={tmp_path}")
+    rows = ablate.ablate(c, RUN, variants=" ".join(variants), seeds=1)["variants"]
+    assert list(rows) == list(variants) and len(trained) == len(rows)
+    bare = trained[f"bare {c.seed}"]
+    for name, settings in trained.items():
+        overrides = rows[name.removesuffix(f" {c.seed}")]["overrides"]
+        others = {"out_dir": bare.out_dir, width: getattr(bare, width)}
+        assert replace(settings, **others) == replace(bare, **overrides)
+    assert max(row["parameters"] for row in rows.values()) <= bench.parameters_of(bare)
+    assert rows["bare"]["triggered"] == [0.25] and rows["bare"]["rate"] == [0.2]
+    gains = {name: row["gain"] for name, row in rows.items()}  # bits per byte that it saves
+    assert gains == {name: 0.25 * (name != "bare") for name in rows}
+
+
+def test_an_ablation_trains(monkeypatch, tmp_path, capsys):
+    """The runs themselves; what is complete is not trained again."""
+    text = tmp_path / "text.txt"
+    text.write_text("\n<|endoftext|>\n".join(f"The cat sat on mat {i}." for i in range(300)))
+    argv = f"configs/snn_6m.py --dataset={text} --data_dir={tmp_path} --out_dir={tmp_path}/out"
+    argv += " --tokenizer=byte --vocab_size=257 --n_embd=16 --n_hidden=16 --d_ff=24 --n_layer=1"
+    argv += " --attention=0 --phases=stories:16 --max_steps=1 --eval_interval=1 --threads=1"
+    argv += " --tokens_per_step=16 --micro_tokens=16 --eval_tokens=100 --sample_tokens=0"
+    c = load(argv)
+    rows = ablate.ablate(c, RUN, variants="bare", seeds=1)["variants"]
+    assert 0 < rows["bare"]["mean_bpb"] < 9 and rows["bare"]["gain"] == 0
+    assert (tmp_path / "out" / "ablate" / f"bare {c.seed}" / "log.jsonl").exists()
+    monkeypatch.setattr(ablate.trainer, "train", lambda *_: pytest.fail("trained again"))
+    assert ablate.ablate(c, RUN, variants="bare", seeds=1)["variants"] == rows
+
+
+# ---- the command line --------------------------------------------------------------------------
 
 
 def test_results_are_written_when_asked_for(tmp_path, monkeypatch, capsys):
@@ -357,7 +508,7 @@ def test_results_are_written_when_asked_for(tmp_path, monkeypatch, capsys):
     capsys.readouterr()
 
     Path("results", "params_cpu.json").mkdir()
-    monkeypatch.setitem(bench.COMMANDS, "params", lambda *_: pytest.fail("measured before"))
+    monkeypatch.setattr(params, "params", lambda *_: pytest.fail("measured before"))
     with pytest.raises(SystemExit):
         bench.main(["params", "--save", "--device=cpu"])
     err = capsys.readouterr().err
@@ -370,7 +521,7 @@ def test_ctrl_c_and_a_closed_pipe_end_without_a_word(error, code, monkeypatch, c
         raise error
 
     monkeypatch.setattr(config.os, "dup2", lambda *_: None)  # the test's own stdout stays
-    monkeypatch.setitem(bench.COMMANDS, "params", fail)
+    monkeypatch.setattr(params, "params", fail)
     with pytest.raises(SystemExit) as stopped:
         bench.main(["params", "--device=cpu"])
     assert stopped.value.code == code and capsys.readouterr() == ("", "")
@@ -379,58 +530,3 @@ def test_ctrl_c_and_a_closed_pipe_end_without_a_word(error, code, monkeypatch, c
 def test_help(capsys):
     bench.main(["--help"])
     assert capsys.readouterr().out.strip() == bench.__doc__.strip()
-    with pytest.raises(SystemExit) as stopped:
-        bench.main(["params", "--help"])
-    assert stopped.value.code == 0 and "--gpus=0" in capsys.readouterr().out
-
-
-def test_a_plan_shards_the_optimiser():
-    argv = (
-        "configs/snn_6m.py --n_layer=1 --d_ff=64 --phases=stories:8 --micro_tokens=16"
-        " --length=8 --gpus=4"
-    )
-    whole, sharded = (
-        bench.params(config.load(bench.BenchConfig, [*argv.split(), f"--shard={on}"]), RUN)["plan"]
-        for on in (False, True)
-    )
-    memory = [plan["gigabytes"]["optimiser"] for plan in (whole, sharded)]
-    assert memory[1] == pytest.approx(memory[0] / 4)
-
-
-@pytest.mark.parametrize(
-    "argv, width, variants",
-    [
-        (
-            "configs/snn_6m.py --n_embd=320 --n_hidden=320 --n_layer=1 --attention=4",
-            "d_ff",
-            bench.SNN_ABLATION,
-        ),
-        ("configs/spikewhale_6m.py --n_hidden=128", "n_hidden", ("bare", "memory")),
-    ],
-)
-def test_ablations_change_one_ingredient_at_no_more_parameters(argv, width, variants, monkeypatch):
-    trained = {}
-    line = dict(bpb=0.75, heldout=2.0, rate=[0.1, 0.3], synops=1.0, synapses=4, tokens_per_s=5.0)
-
-    def log(name):
-        if name not in trained:
-            return []
-        return [line, line | {"bpb": 1.0}] if name.startswith("bare") else [line, line]
-
-    monkeypatch.setattr(
-        bench.trainer, "train", lambda s, run: trained.update({Path(s.out_dir).name: s})
-    )
-    monkeypatch.setattr(bench, "log_of", lambda s: log(Path(s.out_dir).name))
-    more = ["--vocab_size=1024", "--seeds=1", f"--variants={' '.join(variants)}"]
-    c = config.load(bench.BenchConfig, [*argv.split(), *more])
-    rows = bench.ablate(c, RUN)["variants"]
-    assert list(rows) == list(variants) and len(trained) == len(rows)
-    bare = trained[f"bare {c.seed}"]
-    for name, settings in trained.items():
-        overrides = rows[name.removesuffix(f" {c.seed}")]["overrides"]
-        others = {"out_dir": bare.out_dir, width: getattr(bare, width)}
-        assert replace(settings, **others) == replace(bare, **overrides)
-        assert bench.parameters_of(settings) <= bench.parameters_of(bare), name
-    assert rows["bare"]["triggered"] == [0.25] and rows["bare"]["rate"] == [0.2]
-    gains = {name: row["gain"] for name, row in rows.items()}  # bits per byte that it saves
-    assert gains == {name: 0.25 * (name != "bare") for name in rows}

@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
+import bench
 import config
-from bench import COMMANDS, BenchConfig
 from cell_bridge import CellConfig
 from model import BLOCKS
 from sample import SampleConfig
@@ -20,7 +20,8 @@ from train import TrainConfig
 
 ROOT = Path(__file__).parent.parent
 README, RESULTS = ((ROOT / name).read_text() for name in ("README.md", "RESULTS.md"))
-OWN = {p.stem for p in ROOT.glob("*.py")}
+EXPERIMENTS = {f"experiments.{p.stem}" for p in ROOT.glob("experiments/*.py")}
+OWN = {p.stem for p in ROOT.glob("*.py")} | EXPERIMENTS
 MAY_IMPORT = {
     "config": set(),
     "lif": {"config"},  # for its command line
@@ -40,8 +41,13 @@ MAY_IMPORT = {
     "sample": {"checkpoint", "config", "data", "kernels", "model", "report", "sources"}
     | {"tokenizer"},
     # bench times the training step itself, so it takes it from train.py
-    "bench": {"cell_bridge", "checkpoint", "config", "data", "kernels", "lif", "model", "report"}
+    "bench": {"checkpoint", "config", "experiments.peers", "kernels", "lif", "model", "report"}
     | {"tokenizer", "train"},
+    "experiments.peers": {"lif", "model"},
+    "experiments.params": {"bench", "model", "train"},
+    "experiments.ablate": {"bench", "checkpoint", "train"},
+    "experiments.recall": {"bench", "experiments.ablate", "model", "train"},
+    "experiments.frames": {"bench", "model"},
 }
 PACKAGES = {"torch", "numpy", "tiktoken", "requests", "tqdm"}
 OPTIONAL = {"triton", "snntorch", "spikingjelly", "norse", "anndata", "h5py"}  # where used
@@ -56,12 +62,13 @@ def imports(path):
             single = isinstance(node, ast.ImportFrom)
             names = [node.module] if single else [alias.name for alias in node.names]
             for name in names:
-                yield name.split(".")[0], "top" if node in tree.body else "inside"
+                name = name if name in OWN else name.split(".")[0]
+                yield name, "top" if node in tree.body else "inside"
 
 
 @pytest.mark.parametrize("name", sorted(OWN))
 def test_imports_flow_one_way(name):
-    for module, where in imports(ROOT / f"{name}.py"):
+    for module, where in imports(ROOT / f"{name.replace('.', '/')}.py"):
         if module in OWN:
             assert module in MAY_IMPORT[name], f"{name}.py may not import {module}"
             assert where == "inside" or (name, module) != ("sample", "report"), "only to draw"
@@ -84,7 +91,7 @@ def test_imports_have_no_side_effects(name):
 
 def commands():
     """Every `python ...` and `torchrun ...` line of README, RESULTS.md, docstrings and configs."""
-    files = [*ROOT.glob("*.py"), *ROOT.glob("configs/*.py")]
+    files = [*ROOT.glob("*.py"), *ROOT.glob("configs/*.py"), *ROOT.glob("experiments/*.py")]
     sources = [README, RESULTS] + [p.read_text() for p in files]
     for text in sources:
         pattern = r"^[#\s]*(?:.*&& )?((?:python|torchrun) [^`\n]*?)(?:   .*)?$"
@@ -99,8 +106,7 @@ def parse(line, monkeypatch):
     if script == "-m":
         assert argv == ["pytest"]
     elif script == "bench.py":
-        assert argv[0] in COMMANDS
-        config.load(BenchConfig, argv[1:])
+        assert argv == ["report"] or bench.settings_of(bench.command_of(argv[0]), argv[1:])
     elif script in ("train.py", "sample.py"):
         config.load(TrainConfig if script == "train.py" else SampleConfig, argv)
     elif script == "cell_bridge.py":
