@@ -418,7 +418,7 @@ def train(c, run):
             skipped[name] = str(error)
             continue
         optimizers = make_optimizers(settings, model, run.device)
-        runs[name] = partial(train_step, model, model, optimizers, x, y, settings, run)
+        runs[name] = partial(train_step, model, optimizers, x, y, settings, run)
         parameters[name] = sum(p.numel() for p in model.parameters())
     table = summary(take_turns(runs, c.rounds, c.warmup, run.device), OURS)
     print(f"\n{rows} sequences of {c.length} tokens    tokens/s     ratio   parameters")
@@ -929,7 +929,7 @@ def teach(c, run):
         _, length = phases[step * len(phases) // c.max_steps]
         text = documents(rng, c.tokens_per_step // length, length + 1)
         x, y = text[:, :-1], text[:, 1:].masked_fill(text[:, :-1] != WHO, -100)  # -100: no target
-        nats, _, rates = train_step(model, model, optimizers, x, y, c, run)
+        nats, _, rates = train_step(model, optimizers, x, y, c, run)
         model.observe(nats, rates)
         if step % c.eval_interval == 0:
             print(f"step {step}: {nats:.3f} nats per name", flush=True)

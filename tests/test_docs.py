@@ -29,8 +29,8 @@ MAY_IMPORT = {
     "traits": {"kernels", "lif"},
     "cell_bridge": {"config"},  # for its command line
     "model": {"cell_bridge", "kernels", "lif", "traits"},
-    "checkpoint": {"model"},
-    "train": {"cell_bridge", "checkpoint", "config", "data", "kernels", "model", "nursery"}
+    "checkpoint": {"cell_bridge", "config", "model"},
+    "train": {"checkpoint", "config", "data", "kernels", "model", "nursery"}
     | {"tokenizer", "traits"},
     "report": {"cell_bridge", "checkpoint", "model"},
     "sample": {"checkpoint", "config", "data", "kernels", "model", "nursery", "report"}
