@@ -758,6 +758,8 @@ def finish(t):
     """Say how the run ended and what to type next; write the result."""
     c, run, corpus, position, record = t.c, t.run, t.corpus, t.position, t.record
     log = [json.loads(text) for text in (t.out / "log.jsonl").read_text().splitlines()]
+    if not log:
+        return run.say(f"{t.out / 'log.jsonl'} was removed: there is nothing to report")
     line, speak = log[-1], f"python sample.py --ckpt={t.out / 'best.pt'}"
     entropy = line.get("entropy_bpb")
     run.say(
