@@ -343,7 +343,7 @@ def make_optimizers(c, model, device):
             return ZeroRedundancyOptimizer(groups, kind, **options)
         return kind(groups, **options)
 
-    rest = [
+    adamw = [
         group(kinds["end"], c.lr, c.weight_decay),
         group(kinds["table"], c.lr * c.table_lr, 0.0),
         group(kinds["vector"], c.lr * c.neuron_lr, 0.0),
@@ -356,10 +356,10 @@ def make_optimizers(c, model, device):
         scales = [math.sqrt(p.shape[1] / p.shape[0]) if p in synapses else 1.0 for p in matrices]
         groups = [group([p], lr * x, decay / x) for p, x in zip(matrices, scales)]
     if chosen.kind is torch.optim.AdamW:
-        rest, groups = rest + groups, []
+        adamw, groups = adamw + groups, []
     fused = device.type in ("cuda", "cpu")
-    adamw = build(torch.optim.AdamW, rest, betas=(c.beta1, c.beta2), fused=fused)
-    return [adamw] + ([build(chosen.kind, groups)] if groups else [])
+    optimizers = [build(torch.optim.AdamW, adamw, betas=(c.beta1, c.beta2), fused=fused)]
+    return optimizers + ([build(chosen.kind, groups)] if groups else [])
 
 
 def set_lr(optimizers, share):
