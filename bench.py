@@ -260,7 +260,7 @@ def train(
             skipped[name] = str(error)
             continue
         optimizers = make_optimizers(settings, model, run.device)
-        runs[name] = partial(train_step, model, model, optimizers, x, y, settings, run)
+        runs[name] = partial(train_step, model, optimizers, x, y, settings, run)
         sizes[name] = size_of(model)
     rows = summary(take_turns(runs, c.rounds, c.warmup, run.device), OURS)
     for name, row in rows.items():

@@ -1,39 +1,65 @@
-"""Checkpoints: one file that holds weights, settings, tokenizer and where training stood.
+"""What a run leaves on disk: checkpoints, its log, its result; and the lock on its folder.
 
-A checkpoint is read with weights_only=True, always, and checked against what it is put into before
-anything is touched. Files are written under another name first: there is never half a checkpoint.
+A checkpoint is one file that holds weights, settings, tokenizer and where training stood. It is
+read with weights_only=True, always, and checked against what it is put into before anything is
+touched. Files are written under another name first: there is never half a checkpoint.
 """
 
+import datetime
 import itertools
 import json
 import os
+import platform
+import re
+import shutil
+import subprocess
+import sys
 import zipfile
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, fields, replace
+from importlib import metadata
 from pathlib import Path
 
 import torch
 
+from cell_bridge import PROGRAMS
+from config import whole_file
 from model import ModelConfig, SpikingLM
 
 VERSION = 2  # of checkpoints; raise it when the code can no longer use older ones
 
 
-def load_checkpoint(path):
-    """The dictionary that train.py saved; ValueError with one line where it can not be read.
+# ---- reading ----------------------------------------------------------------------------------
 
-    weights_only: a checkpoint is tensors and plain values, and can not run code.
+
+def read_tensors(path, what, writer):
+    """What the program `writer` saved at path; ValueError with one line where it can not be read.
+
+    weights_only: such a file is tensors and plain values, and can not run code.
     """
     try:
         with zipfile.ZipFile(path) as archive:  # torch.load reads changed bytes without a word
             if damaged := archive.testzip():
                 raise ValueError(f"{damaged} was changed")
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        return torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
-        raise ValueError(f"there is no checkpoint {path}; train.py writes one") from None
+        raise ValueError(f"there is no {what} {path}; {writer} writes one") from None
     except Exception as error:  # damaged in any of many ways
         reason = (str(error) or type(error).__name__).splitlines()[0]
-        raise ValueError(f"cannot read the checkpoint {path}: {reason}") from None
+        raise ValueError(f"cannot read the {what} {path}: {reason}") from None
+
+
+def load_cell(path):
+    """(scores (pool, 6), genes of the pool) of cell_bridge.py's file; ValueError if it is none."""
+    file = read_tensors(path, "cell", "cell_bridge.py")
+    if type(file) is not dict or file.get("programs") != list(PROGRAMS):
+        raise ValueError(f"{path} is no cell of cell_bridge.py with these six programs")
+    return file["scores"], file["genes"]
+
+
+def load_checkpoint(path):
+    """The dictionary that train.py saved; ValueError with one line where it can not be read."""
+    checkpoint = read_tensors(path, "checkpoint", "train.py")
     kinds = {"version": int, "model": dict, "config": dict, "tokenizer": str}
     for name, kind in kinds.items():
         if type(checkpoint) is not dict or not isinstance(checkpoint.get(name), kind):
@@ -86,45 +112,35 @@ def build(checkpoint):
     return model.eval()
 
 
-@contextmanager
-def whole_file(path):
-    """A file to write to, flushed to disk and only then given its name: never half a file."""
-    temporary = Path(f"{path}.tmp")
-    try:
-        with open(temporary, "wb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except RuntimeError as error:  # torch.save hides what the disk said
-        raise error.__context__ if isinstance(error.__context__, OSError) else error
-    finally:
-        temporary.unlink(missing_ok=True)
+# ---- saving and resuming: t is train.Training, what a run consists of -------------------------
 
 
-def save(out, is_best, raw, optimizers, c, corpus, position, record, run):
+def save(t, is_best):
     """Write step_*.pt and, if it is the best, best.pt; remove all step_*.pt but the one before.
 
     All ranks must call this. best.pt is written first, so that a kill between the two writes only
     repeats the step.
     """
-    for optimizer in optimizers:
-        if c.shard and run.world > 1:
+    run, out = t.run, t.out
+    for optimizer in t.optimizers:
+        if t.c.shard and run.world > 1:
             optimizer.consolidate_state_dict(to=0)  # the shares of all
+    if t.feed.position is not None:
+        t.position.stream = run.of_all(t.feed.position)
     checkpoint = {
         "version": VERSION,
-        "model": raw.state_dict(),
-        "optimizers": [optimizer.state_dict() for optimizer in optimizers if run.main],
+        "model": t.model.state_dict(),
+        "optimizers": [optimizer.state_dict() for optimizer in t.optimizers if run.main],
         "random": run.of_all([g.get_rng_state() for g in run.generators]),
-        "config": asdict(c),
-        "tokenizer": corpus.tokenizer.state(),
-        "dataset": corpus.dataset,  # what `auto` meant
-        "data": corpus.sha256,
-        "position": asdict(position),
-        "environment": record,  # commit and versions among others
+        "config": asdict(t.c),
+        "tokenizer": t.corpus.tokenizer.state(),
+        "dataset": t.corpus.dataset,  # what `auto` meant
+        "data": t.corpus.sha256,
+        "position": asdict(t.position),
+        "environment": t.record,  # commit and versions among others
     }
     if run.main:
-        path = out / f"step_{position.step:08d}.pt"
+        path = out / f"step_{t.position.step:08d}.pt"
         for name in ["best.pt"] * is_best + [path.name]:
             with whole_file(out / name) as file:
                 torch.save(checkpoint, file)
@@ -146,30 +162,32 @@ def newest(out, c, run):
     raise ValueError(f"there is no checkpoint to resume in {out}: start from scratch")
 
 
-def restore(checkpoint, raw, optimizers, position, c, corpus, run):
-    """Put a checkpoint back; return its position, of the kind of `position`, a fresh run's.
+def restore(t, checkpoint, kept):
+    """Put a checkpoint back into t, a fresh run. kept: see check_optimizers.
 
     ValueError, before anything is touched, if it is another run's or not as `save` writes it.
     """
     try:
-        check_run(checkpoint, c)
-        check_position(checkpoint["position"], asdict(position))
-        check_weights(checkpoint["model"], raw)
-        check_optimizers(checkpoint["optimizers"], optimizers)
-        if checkpoint["data"] != corpus.sha256:
-            run.say(f"{corpus.name} has changed since the checkpoint: going on with what it is now")
-        if len(checkpoint["random"]) == run.world:
-            for generator, state in zip(run.generators, checkpoint["random"][run.rank]):
+        check_run(checkpoint, t.c)
+        check_position(checkpoint["position"], asdict(t.position))
+        check_weights(checkpoint["model"], t.model)
+        check_optimizers(checkpoint["optimizers"], t.optimizers, kept)
+        if checkpoint["data"] != t.corpus.sha256:
+            t.run.say(
+                f"{t.corpus.name} has changed since the checkpoint: going on with what it is now"
+            )
+        if len(checkpoint["random"]) == t.run.world:
+            for generator, state in zip(t.run.generators, checkpoint["random"][t.run.rank]):
                 generator.set_rng_state(state)
     except (AttributeError, IndexError, KeyError, RuntimeError, TypeError) as error:
         raise ValueError(f"the checkpoint is damaged ({error!r}): start from scratch") from None
-    raw.load_state_dict(checkpoint["model"])
-    for optimizer, saved in zip(optimizers, checkpoint["optimizers"]):
+    t.model.load_state_dict(checkpoint["model"])
+    for optimizer, saved in zip(t.optimizers, checkpoint["optimizers"]):
         number, groups = itertools.count(), []  # with this run's rates, which may be new
         for group in optimizer.param_groups:
             groups.append(group | {"params": [next(number) for _ in group["params"]]})
         optimizer.load_state_dict({"state": saved["state"], "param_groups": groups})
-    return replace(position, **checkpoint["position"])
+    t.position = replace(t.position, **checkpoint["position"])
 
 
 def check_run(checkpoint, c):
@@ -196,9 +214,11 @@ def check_position(saved, fresh):
         raise ValueError("the checkpoint's position is damaged: start from scratch")
 
 
-def check_optimizers(saved, optimizers):
-    """ValueError unless the saved states are these optimisers': names and shapes of tensors."""
-    names = {"AdamW": {"step", "exp_avg", "exp_avg_sq"}, "Muon": {"momentum_buffer"}}
+def check_optimizers(saved, optimizers, kept):
+    """ValueError unless the saved states are these optimisers': names and shapes of tensors.
+
+    kept: for each kind of optimiser the names of the tensors that it keeps for a parameter.
+    """
     is_good = len(saved) == len(optimizers)
     for state, optimizer in zip(saved, optimizers):
         params = [p for group in optimizer.param_groups for p in group["params"]]
@@ -208,7 +228,7 @@ def check_optimizers(saved, optimizers):
         is_good &= [len(group["params"]) for group in state["param_groups"]] == sizes
         kind = type(getattr(optimizer, "optim", optimizer))  # of each share, if it is sharded
         for i, tensors in state["state"].items():
-            is_good &= set(tensors) == names[kind.__name__] and all(
+            is_good &= set(tensors) == set(kept[kind]) and all(
                 t.shape in ((), params[i].shape) and t.dtype == params[i].dtype
                 for t in tensors.values()
             )
@@ -224,6 +244,11 @@ def rewind_log(out, step):
             kept += [line] * (json.loads(line)["step"] <= step)
     with whole_file(log) as file:
         file.write(b"".join(line + b"\n" for line in kept))
+
+
+def write_log(out, line):
+    with open(out / "log.jsonl", "a") as log:
+        log.write(json.dumps(line) + "\n")
 
 
 def set_aside(out):
@@ -267,3 +292,54 @@ def locked(out):
         yield
     finally:
         os.close(folder)
+
+
+# ---- what a result records --------------------------------------------------------------------
+
+
+def environment(device, seed):
+    """Where, when and with what a number was measured, as a dictionary for JSON.
+
+    Paths in the command are cut to file names: a result says nothing of somebody's folders.
+    """
+    gpu = torch.cuda.get_device_properties(device).name if device.type == "cuda" else None
+    here = Path(__file__).parent
+    private = r"(=|^(?=[/~]|\.\.)).*/"  # of --key=PATH, and of a PATH of its own
+    command = [Path(sys.argv[0]).name, *(re.sub(private, r"\1", x) for x in sys.argv[1:])]
+
+    def line_of(path, start):
+        lines = Path(path).read_text().splitlines() if Path(path).exists() else []
+        return next((x.split(":")[1].strip() for x in lines if x.startswith(start)), None)
+
+    def version(package):
+        try:
+            return str(torch.__version__) if package == "torch" else metadata.version(package)
+        except metadata.PackageNotFoundError:
+            return None
+
+    def git(*arguments):
+        done = subprocess.run(["git", *arguments], cwd=here, capture_output=True, text=True)
+        return done.stdout.strip()
+
+    packages = "torch numpy tiktoken triton snntorch spikingjelly norse".split()
+    return {
+        "command": " ".join(["python", *command]),
+        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        "cpu": line_of("/proc/cpuinfo", "model name") or platform.processor(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "gpu": gpu,
+        "system": f"{platform.system()} {platform.machine()}, Python {platform.python_version()}",
+        "versions": {p: version(p) for p in packages if version(p)},
+        "commit": git("rev-parse", "HEAD") if shutil.which("git") else None,
+        "uncommitted": shutil.which("git") and git("status", "--porcelain", "--", "*.py"),
+        "seed": seed,
+    }
+
+
+def write_result(path, result):
+    """Write a result, a dictionary, as JSON."""
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    with whole_file(path) as file:
+        file.write((json.dumps(result, indent=1) + "\n").encode())
+    print(f"wrote {path}")

@@ -8,6 +8,7 @@ import math
 import os
 import re
 import runpy
+import signal
 import sys
 from contextlib import contextmanager
 from pathlib import Path
@@ -28,6 +29,8 @@ def one_line(*mistakes):
     """Inside it, what the user or the machine got wrong ends in `stop`: ValueError, OSError, the
     caller's own `mistakes`, lack of memory. Ctrl-C and a closed pipe end without a word."""
     sys.stdout.reconfigure(errors="replace")  # a terminal may lack a character
+    if signal.getsignal(signal.SIGINT) == signal.SIG_DFL:  # set while torch was imported
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         yield
         sys.stdout.flush()
@@ -61,6 +64,22 @@ def writable(path):
     except OSError as error:
         raise ValueError(f"cannot write {path}: {error.strerror}; name another file") from None
     return path
+
+
+@contextmanager
+def whole_file(path):
+    """A file to write to, flushed to disk and only then given its name: never half a file."""
+    temporary = Path(f"{path}.tmp")
+    try:
+        with open(temporary, "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except RuntimeError as error:  # torch.save hides what the disk said
+        raise error.__context__ if isinstance(error.__context__, OSError) else error
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def load(cls, argv, given={}):

@@ -17,19 +17,18 @@ import datetime
 import json
 import math
 import os
-import platform
-import re
-import shutil
 import signal
 import statistics
-import subprocess
 import sys
 import textwrap
 import time
 from contextlib import nullcontext, suppress
 from dataclasses import asdict, dataclass, field
-from importlib import metadata
 from pathlib import Path
+from typing import NamedTuple
+
+if __name__ == "__main__":  # Ctrl-C while torch is imported ends without a traceback
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 import torch
 import torch.distributed as dist
@@ -40,10 +39,9 @@ from tqdm import tqdm
 import config
 import data
 import kernels
-from cell_bridge import load_scores
 from checkpoint import (
-    check_weights, load_checkpoint, locked, newest, restore, rewind_log, save, set_aside, shape_of,
-    whole_file,
+    check_weights, environment, load_cell, load_checkpoint, locked, newest, restore, rewind_log,
+    save, set_aside, shape_of, write_log, write_result,
 )  # fmt: skip
 from model import ModelConfig, SpikingLM, Synapse, find_device
 from sources import VERDICT, judge, told_by
@@ -103,7 +101,7 @@ class TrainConfig(ModelConfig):
     def __post_init__(self):
         super().__post_init__()
         for name, allowed in (
-            ("optimizer", ("adamw", "muon")),
+            ("optimizer", OPTIMIZERS),
             ("tokenizer", ("bpe", "lengthmax", "byte", "char", "gpt2")),
             ("device", ("auto", "cpu", "cuda", "mps")),
             ("dtype", ("auto", "float32", "bfloat16")),
@@ -183,6 +181,30 @@ class Position:
     history: list = field(default_factory=list)  # validation losses of this phase
     losses: list = field(default_factory=list)  # training losses since the last evaluation
     stream: list = field(default_factory=list)  # where a streamed dataset stands, per process
+
+    def is_due(self, c):
+        """Whether it is time for an evaluation."""
+        is_time = self.step % c.eval_interval == 0 or self.step == c.max_steps
+        return self.step != self.evaluated and (is_time or self.had_its_share(c))
+
+    def had_its_share(self, c):
+        """Whether a phase, not the last one, has taken its share of the steps."""
+        is_last = self.phase + 1 == len(self.curriculum)
+        return self.phase_step >= c.phase_share * c.max_steps and not is_last
+
+    def trained(self, nats, tokens):
+        """Count a step."""
+        self.losses.append(nats)
+        self.tokens += tokens
+        self.step += 1
+        self.phase_step += 1
+
+    def noted(self, valid):
+        """Count an evaluation; return whether it is the best of the phase."""
+        is_best = valid < self.best
+        self.best = min(self.best, valid)
+        self.evaluated, self.losses = self.step, []
+        return is_best
 
 
 class Run:
@@ -277,12 +299,27 @@ def schedule(c, step):
     return c.min_lr + (1 - c.min_lr) * 0.5 * (1 + math.cos(math.pi * min(1, done)))
 
 
-def make_optimizers(c, model, device):
-    """AdamW for all, or Muon (Jordan et al. 2024) for matrices of blocks and traits, AdamW for the
-    rest: embedding and readout, tables, vectors. A group's "peak" is its learning rate's.
+class Optimizer(NamedTuple):
+    kind: type  # for the matrices inside blocks and traits; everything else has AdamW
+    lr: str  # name of the setting that is its peak learning rate
+    decay: str  # and of its weight decay
+    kept: tuple  # names of the tensors that it keeps for a parameter
 
-    Muon's step grows as sqrt(rows / columns), if above 1, of a matrix whose rows are outputs. A
-    Synapse's rows are inputs, so the rate of each is corrected for its shape.
+
+OPTIMIZERS = {
+    "adamw": Optimizer(
+        torch.optim.AdamW, "lr", "weight_decay", ("step", "exp_avg", "exp_avg_sq")
+    ),
+    "muon": Optimizer(torch.optim.Muon, "muon_lr", "muon_decay", ("momentum_buffer",)),
+}  # fmt: skip
+
+
+def make_optimizers(c, model, device):
+    """AdamW for all, or another one of OPTIMIZERS for the matrices of blocks and traits and AdamW
+    for the rest: embedding and readout, tables, vectors. A group's "peak" is its learning rate's.
+
+    A step of Muon (Jordan et al. 2024) grows as sqrt(rows / columns), if above 1, of a matrix whose
+    rows are outputs. A Synapse's rows are inputs, so the rate of each is corrected for its shape.
     """
     tables = {m.weight for m in model.modules() if isinstance(m, torch.nn.Embedding)}
     tables.remove(model.embedding.weight)
@@ -296,19 +333,8 @@ def make_optimizers(c, model, device):
         elif p is not model.embedding.weight:
             kinds["end" if id(p) in ends else "matrix"].append(p)
 
-    def group(kind, lr, decay):
-        return {"params": kinds[kind], "lr": lr, "peak": lr, "weight_decay": decay}
-
-    muon, synapses = [], {m.weight for m in model.modules() if isinstance(m, Synapse)}
-    for p in kinds["matrix"] * (c.optimizer == "muon"):
-        scale = math.sqrt(p.shape[1] / p.shape[0]) if p in synapses else 1.0
-        lr = c.muon_lr * scale
-        muon.append({"params": [p], "lr": lr, "peak": lr, "weight_decay": c.muon_decay / scale})
-    adamw = [
-        group("end", c.lr, c.weight_decay),
-        group("table", c.lr * c.table_lr, 0.0),
-        group("vector", c.lr * c.neuron_lr, 0.0),
-    ] + [group("matrix", c.lr, c.weight_decay)] * (c.optimizer == "adamw")
+    def group(params, lr, decay):
+        return {"params": params, "lr": lr, "peak": lr, "weight_decay": decay}
 
     def build(kind, groups, **options):  # sharded: ZeRO's first stage (1910.02054)
         if c.shard and dist.is_initialized():
@@ -317,12 +343,32 @@ def make_optimizers(c, model, device):
             return ZeroRedundancyOptimizer(groups, kind, **options)
         return kind(groups, **options)
 
+    adamw = [
+        group(kinds["end"], c.lr, c.weight_decay),
+        group(kinds["table"], c.lr * c.table_lr, 0.0),
+        group(kinds["vector"], c.lr * c.neuron_lr, 0.0),
+    ]
+    chosen, matrices = OPTIMIZERS[c.optimizer], kinds["matrix"]
+    lr, decay = getattr(c, chosen.lr), getattr(c, chosen.decay)
+    synapses = {m.weight for m in model.modules() if isinstance(m, Synapse)}
+    groups = [group(matrices, lr, decay)] if matrices else []
+    if chosen.kind is torch.optim.Muon:
+        scales = [math.sqrt(p.shape[1] / p.shape[0]) if p in synapses else 1.0 for p in matrices]
+        groups = [group([p], lr * x, decay / x) for p, x in zip(matrices, scales)]
+    if chosen.kind is torch.optim.AdamW:
+        adamw, groups = adamw + groups, []
     fused = device.type in ("cuda", "cpu")
     optimizers = [build(torch.optim.AdamW, adamw, betas=(c.beta1, c.beta2), fused=fused)]
-    return optimizers + ([build(torch.optim.Muon, muon)] if muon else [])
+    return optimizers + ([build(chosen.kind, groups)] if groups else [])
 
 
-def train_step(model, raw, optimizers, x, y, c, run):
+def set_lr(optimizers, share):
+    """Set every learning rate to a share of its peak."""
+    for group in (group for optimizer in optimizers for group in optimizer.param_groups):
+        group["lr"] = group["peak"] * share
+
+
+def train_step(model, optimizers, x, y, c, run):
     """One optimiser step on this process's tokens x and targets y (rows, length).
 
     They go through in pieces of micro_tokens; gradients add up, and processes average them at the
@@ -330,6 +376,7 @@ def train_step(model, raw, optimizers, x, y, c, run):
     Returns, of all processes, the nats per token, the norm of the gradient and the rates of all
     neurons.
     """
+    raw = getattr(model, "module", model)  # without DistributedDataParallel around it
     rows, counted = max(1, c.micro_tokens // x.shape[1]), (y != IGNORED).sum().item()
     nats_mean, rates = torch.zeros((), device=run.device), torch.zeros_like(raw.rate)
     for start in range(0, len(x), rows):
@@ -351,35 +398,112 @@ def train_step(model, raw, optimizers, x, y, c, run):
     return run.mean(nats_mean).item(), norm.item(), run.mean(rates)
 
 
+class Feed:
+    """The batches of one process: windows of stored text, or a stream that is fetched."""
+
+    def __init__(
+        self, corpus, curriculum, tokens_per_step, rehearse=0.0, answers_only=False, seed=0,
+        rank=0, world=1, position=None,
+    ):  # fmt: skip
+        self.corpus, self.curriculum, self.tokens_per_step = corpus, curriculum, tokens_per_step
+        self.rehearse, self.answers_only, self.seed = rehearse, answers_only, seed
+        self.rank, self.world, self.stream = rank, world, None
+        if corpus.mixture:
+            places = position or [None] * world
+            if len(places) != world:
+                raise ValueError(f"the checkpoint has {len(places)} processes: resume with as many")
+            seat = rank, world, places[rank]
+            self.stream = data.Stream(corpus.mixture, corpus.tokenizer, seed, *seat)
+
+    @property
+    def position(self):
+        """Where the stream stands, for a checkpoint; None if the text is stored."""
+        return self.stream.position if self.stream else None
+
+    def next(self, phase, step):
+        """Rows x, y of a step: text of the curriculum's phase, and some of the one before."""
+        phases, train, world = self.curriculum, self.corpus.train, self.world
+        name, length = phases[phase]
+        rows = self.tokens_per_step // length // world * world
+        if self.stream and name not in data.CUTS:  # words, phrases, sentences: from its sample
+            return self.stream.batch(rows // world, length)
+
+        def draw(tokens, rows, seed):
+            return data.batch(tokens, step, rows, length, seed, self.rank, world)
+
+        old = int(rows * self.rehearse) // world * world if phase else 0
+        x, y = draw(train[name], rows - old, self.seed)
+        if self.answers_only:
+            counts = draw(self.corpus.answers["train"], rows, self.seed)[1]
+            y = y.masked_fill(counts == 0, IGNORED)
+        if old:
+            before = draw(train[phases[phase - 1][0]], old, self.seed + 1)
+            x, y = (torch.cat(z) for z in zip((x, y), before))
+        return x, y
+
+
+@dataclass
+class Training:
+    """What a run consists of."""
+
+    c: TrainConfig
+    run: Run
+    out: Path  # its folder
+    corpus: data.Data
+    model: SpikingLM  # neither compiled nor distributed
+    optimizers: list
+    position: Position
+    feed: Feed = None
+    record: dict = None  # where, when and with what it is trained
+    sizes: dict = field(default_factory=dict)  # bytes of the held-out text, by its tokens
+
+    def heldout_bytes(self, n):
+        """Bytes of the first n held-out tokens, counted once."""
+        if n not in self.sizes:
+            ids = self.corpus.heldout[:n].tolist()
+            self.sizes[n] = len(self.corpus.tokenizer.decode_bytes(ids))
+        return self.sizes[n]
+
+
+# ---- evaluation -------------------------------------------------------------------------------
+
 FINAL_TOKENS = 65536
 
 
-def evaluate(raw, corpus, phase, length, c, run, is_last=False):
-    """What the log says of the model: the phase's validation loss, and the held-out score.
+def evaluate(t):
+    """The log's line: the phase's validation loss, and the held-out score.
 
     The last evaluation of a run scores FINAL_TOKENS of the held-out text, or all of it.
     """
+    c, corpus, position, model = t.c, t.corpus, t.position, t.model
+    phase, length = position.curriculum[position.phase]
     n = min(8192, c.eval_tokens) + 1
+    is_last = position.step == c.max_steps
     most = max(c.eval_tokens, FINAL_TOKENS) if is_last else c.eval_tokens
     tokens, heldout = corpus.valid[phase][:n], corpus.heldout[: most + 1]
     counted = corpus.answers["valid"][:n] if c.answers_only else None
-    raw.eval()
-    with run.autocast:
-        valid = raw.score(tokens, length, counted)
-        score = raw.score(heldout, c.eval_length)
-    raw.train()
-    in_bytes = len(corpus.tokenizer.decode_bytes(heldout.tolist()))
+    model.eval()
+    with t.run.autocast:
+        valid = model.score(tokens, length, counted)
+        score = model.score(heldout, c.eval_length)
+    model.train()
     of_phase = tokens[1:] if counted is None else tokens[1:][counted[1:] > 0]
+    losses = position.losses
     line = {
+        "step": position.step,
+        "phase": phase,
+        "tokens": position.tokens,
+        "minutes": position.minutes,
+        "train": sum(losses) / len(losses) if losses else None,
         # the mean, lest processes disagree about the end of a phase
-        "valid": run.mean(torch.tensor(valid["nats"] / valid["tokens"])).item(),
+        "valid": t.run.mean(torch.tensor(valid["nats"] / valid["tokens"])).item(),
         "valid_bpb": valid["nats"] / math.log(2) / len(corpus.tokenizer.decode_bytes(of_phase)),
         "heldout": score["nats"] / score["tokens"],
-        "bpb": score["nats"] / math.log(2) / in_bytes,
+        "bpb": score["nats"] / math.log(2) / t.heldout_bytes(len(heldout)),
         "rate": score["rate"],
         "synops": score["synops"],
         "synapses": score["synapses"],
-        "stress": raw.stress.item(),
+        "stress": model.stress.item(),
         "log": score["log"],
     }
     if corpus.entropy_bits is not None and len(heldout) == len(corpus.heldout):
@@ -395,45 +519,28 @@ def converged(history, c):
     return len(gains) == c.phase_patience and max(gains) < c.phase_gain
 
 
-def open_stream(corpus, position, c, run):
-    """The stream of a dataset that is not stored, where `position` left it; else None."""
-    if not corpus.mixture:
-        return None
-    places = position.stream or [None] * run.world
-    if len(places) != run.world:
-        raise ValueError(f"the checkpoint is of {len(places)} processes: resume with as many")
-    seat = run.rank, run.world, places[run.rank]
-    return data.Stream(corpus.mixture, corpus.tokenizer, c.seed, *seat)
+def advance(t, valid):
+    """Go on to the next phase if this one, by its valid losses, has converged or had its share."""
+    position = t.position
+    position.history.append(valid)
+    is_converged = converged(position.history, t.c)
+    has_next = position.phase + 1 < len(position.curriculum)
+    if (is_converged or position.had_its_share(t.c)) and has_next:
+        why = "converged" if is_converged else "its share of the steps is over"
+        old, new = (position.curriculum[position.phase + i][0] for i in (0, 1))
+        t.run.say(f"        {old} -> {new}: {why}")
+        position.phase, position.phase_step, position.history = position.phase + 1, 0, []
+        position.best = math.inf  # losses of two phases are not one scale
 
 
-def next_batch(corpus, stream, position, c, run):
-    """This process's rows x, y of the next step: the phase's text, and some of the one before."""
-    phase, length = position.curriculum[position.phase]
-    rows = c.tokens_per_step // length // run.world * run.world
-    if stream and phase not in data.CUTS:  # words, phrases and sentences come from its sample
-        return stream.batch(rows // run.world, length)
-
-    def draw(tokens, rows, seed):
-        return data.batch(tokens, position.phase_step, rows, length, seed, run.rank, run.world)
-
-    before = position.curriculum[position.phase - 1][0] if position.phase else None
-    old = int(rows * c.rehearse) // run.world * run.world if before else 0
-    x, y = draw(corpus.train[phase], rows - old, c.seed)
-    if c.answers_only:
-        y = y.masked_fill(draw(corpus.answers["train"], rows, c.seed)[1] == 0, IGNORED)
-    if old:
-        x, y = (torch.cat(z) for z in zip((x, y), draw(corpus.train[before], old, c.seed + 1)))
-    return x, y
-
-
-def check_finite(name, value, position, corpus, out):
+def check_finite(t, name, value):
     """Stop on NaN or infinity; the checkpoint on disk predates it."""
     if not math.isfinite(value):
-        good = max(out.glob("step_*.pt"), default="none")
+        position, good = t.position, max(t.out.glob("step_*.pt"), default="none")
         phase = position.curriculum[position.phase][0]
         config.stop(
             f"the {name} became {value} at step {position.step}, on batch "
-            f"{position.phase_step} of the {phase} of {corpus.name}; the last good checkpoint "
+            f"{position.phase_step} of the {phase} of {t.corpus.name}; the last good checkpoint "
             f"is {good}: resume it with a lower --lr"
         )
 
@@ -449,74 +556,68 @@ def ill_layers(rates):
             )
 
 
-def sample(raw, tokenizer, c, run):
+def sample(t):
     """What the model writes by itself: documents, one after the other."""
-    generator = torch.Generator(device=run.device).manual_seed(c.seed)
-    start = torch.tensor([[tokenizer.end]], device=run.device)
-    stream = raw.generate(
-        start, temperature=0.7, top_p=0.95, generator=generator, vocab=tokenizer.vocab_size
-    )
+    c, end, decode = t.c, t.corpus.tokenizer.end, t.corpus.tokenizer.decode
+    generator = torch.Generator(device=t.run.device).manual_seed(c.seed)
+    stream = t.model.generate(
+        torch.tensor([[end]], device=t.run.device),
+        temperature=0.7, top_p=0.95, generator=generator, vocab=t.corpus.tokenizer.vocab_size,
+    )  # fmt: skip
     documents, size = [[]], 0
     while size < c.sample_tokens:
         token, size = next(stream)[0].item(), size + 1
-        if token != tokenizer.end:
+        if token != end:
             documents[-1].append(token)
         elif size > c.sample_tokens / 3:
             break
         else:
             documents.append([])
-    return [text for ids in documents if (text := tokenizer.decode(ids).strip())]
+    return [text for ids in documents if (text := decode(ids).strip())]
 
 
-# ---- what a result records --------------------------------------------------------------------
+LEGEND = """
+train, valid  loss in nats per token; valid is held-out text, cut as the phase cuts it
+valid b/B     the same in bits per byte; text b/B: of whole held-out texts, which the early phases
+              have not seen yet
+firing        spikes per neuron and token, mean of all layers (log.jsonl has each layer's)
+"""
 
 
-def environment(device, seed):
-    """Where, when and with what a number was measured, as a dictionary for JSON.
-
-    Paths in the command are cut to file names: a result says nothing of somebody's folders.
-    """
-    gpu = torch.cuda.get_device_properties(device).name if device.type == "cuda" else None
-    here = Path(__file__).parent
-    private = r"(=|^(?=[/~]|\.\.)).*/"  # of --key=PATH, and of a PATH of its own
-    command = [Path(sys.argv[0]).name, *(re.sub(private, r"\1", x) for x in sys.argv[1:])]
-
-    def line_of(path, start):
-        lines = Path(path).read_text().splitlines() if Path(path).exists() else []
-        return next((x.split(":")[1].strip() for x in lines if x.startswith(start)), None)
-
-    def version(package):
-        try:
-            return str(torch.__version__) if package == "torch" else metadata.version(package)
-        except metadata.PackageNotFoundError:
-            return None
-
-    def git(*arguments):
-        done = subprocess.run(["git", *arguments], cwd=here, capture_output=True, text=True)
-        return done.stdout.strip()
-
-    packages = "torch numpy tiktoken triton snntorch spikingjelly norse".split()
-    return {
-        "command": " ".join(["python", *command]),
-        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-        "cpu": line_of("/proc/cpuinfo", "model name") or platform.processor(),
-        "cores": os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "gpu": gpu,
-        "system": f"{platform.system()} {platform.machine()}, Python {platform.python_version()}",
-        "versions": {p: version(p) for p in packages if version(p)},
-        "commit": git("rev-parse", "HEAD") if shutil.which("git") else None,
-        "uncommitted": shutil.which("git") and git("status", "--porcelain", "--", "*.py"),
-        "seed": seed,
-    }
+def table(line, c):
+    """[(head, text)] of an evaluation; a column is as wide as its head."""
+    rate, synapses = line["rate"], line["synapses"]
+    frames = [x for name, x in line["log"].items() if name.startswith("E[K]")]  # per layer
+    is_first = line["train"] is None
+    left = line["minutes"] / max(1, line["step"]) * (c.max_steps - line["step"])
+    return [
+        ("  step", f"{line['step']}"),
+        ("phase        ", f"{line['phase']:13}"),
+        (" train", "-" if is_first else f"{line['train']:.3f}"),
+        (" valid", f"{line['valid']:.3f}"),
+        ("valid b/B", f"{line['valid_bpb']:.3f}"),
+        ("text b/B", f"{line['bpb']:.3f}"),
+        *([("firing", f"{100 * sum(rate) / len(rate):.1f}%")] if rate else []),
+        *([("SynOps", f"{100 * line['synops'] / synapses:.0f}%")] if synapses else []),
+        *([("  E[K]", f"{sum(frames) / len(frames):.1f}")] if frames else []),
+        ("tokens/s", "-" if is_first else f"{line['tokens_per_s']:.0f}"),
+        ("  left", "-" if is_first else f"{left:.0f} min"),
+    ]
 
 
-def write_result(path, result):
-    """Write a result, a dictionary, as JSON."""
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
-    with whole_file(path) as file:
-        file.write((json.dumps(result, indent=1) + "\n").encode())
-    print(f"wrote {path}")
+def show(t, line):
+    """Print an evaluation: a row of the table, what the model writes by itself, dead layers."""
+    if not t.run.main:
+        return
+    cells = table(line, t.c)
+    if not t.run.has_header:
+        t.run.say(LEGEND + "\n" + "  ".join(head for head, _ in cells))
+        t.run.has_header = True
+    t.run.say("  ".join(text.rjust(len(head)) for head, text in cells))
+    for text in "  ".join(f'"{document}"' for document in sample(t)).splitlines():
+        t.run.say(textwrap.fill(text, 98, initial_indent=" " * 8, subsequent_indent=" " * 8))
+    for warning in ill_layers(line["rate"]):
+        t.run.say(warning)
 
 
 # ---- the run ----------------------------------------------------------------------------------
@@ -557,23 +658,28 @@ def open_curriculum(corpus, c, run):
     return [(phase, length) for phase, length in wanted if phase in enough]
 
 
-def had_its_share(position, c):
-    """Whether a phase, not the last one, has taken its share of the steps."""
-    is_last = position.phase + 1 == len(position.curriculum)
-    return position.phase_step >= c.phase_share * c.max_steps and not is_last
+def set_threads(t):
+    """Take the threads that the user or the resumed run chose, else those that prove fastest.
 
+    Sums are rounded differently with another number: a resumed run keeps its own.
+    """
+    c, most = t.c, torch.get_num_threads()
+    if t.run.device.type != "cpu" or c.threads:
+        t.position.threads = most
+    elif not t.position.threads:
+        _, length = t.position.curriculum[-1]
+        x = torch.randint(c.vocab_size, (max(1, c.micro_tokens // length), length + 1))
 
-def advance(position, valid, c, run):
-    """Go on to the next phase if this one, by its valid losses, has converged or had its share."""
-    position.history.append(valid)
-    is_converged = converged(position.history, c)
-    has_next = position.phase + 1 < len(position.curriculum)
-    if (is_converged or had_its_share(position, c)) and has_next:
-        why = "converged" if is_converged else "its share of the steps is over"
-        old, new = (position.curriculum[position.phase + i][0] for i in (0, 1))
-        run.say(f"        {old} -> {new}: {why}")
-        position.phase, position.phase_step, position.history = position.phase + 1, 0, []
-        position.best = math.inf  # losses of two phases are not one scale
+        def step():
+            with t.run.autocast:
+                logits, _, report = t.model(x[:, :-1])
+                nats, others = t.model.loss(logits, x[:, 1:], report)
+            (nats + sum(others.values())).backward()
+            t.model.zero_grad(set_to_none=True)
+
+        with torch.random.fork_rng(devices=[]):  # the trial leaves nothing behind
+            t.position.threads = fastest_threads(step)
+    torch.set_num_threads(min(t.position.threads, most))
 
 
 def fastest_threads(step):
@@ -585,97 +691,59 @@ def fastest_threads(step):
     while counts[-1] > 1:
         counts.append(counts[-1] // 2)
     times, start = {n: [] for n in counts}, time.perf_counter()
-    for turn in range(4 if len(counts) > 1 else 0):  # the first turn warms up
-        for n in counts if turn < 2 or time.perf_counter() - start < 10 else ():
+    for n in counts * 4 if len(counts) > 1 else []:
+        if len(times[n]) < 2 or time.perf_counter() - start < 10:
             torch.set_num_threads(n)
-            begin = time.perf_counter()
+            began = time.perf_counter()
             step()
-            times[n].append(time.perf_counter() - begin)
-    return min(counts, key=lambda n: statistics.median(times[n][1:] or [0]))
+            times[n].append(time.perf_counter() - began)
+    return min(counts, key=lambda n: statistics.median(times[n][1:] or [0]))  # the first warms up
 
 
-def set_threads(raw, position, c, run):
-    """Take the threads that the user or the resumed run chose, else those that prove fastest.
-
-    Sums are rounded differently with another number: a resumed run keeps its own.
-    """
-    most = torch.get_num_threads()
-    if run.device.type != "cpu" or c.threads:
-        position.threads = most
-    elif not position.threads:
-        _, length = position.curriculum[-1]
-        x = torch.randint(c.vocab_size, (max(1, c.micro_tokens // length), length + 1))
-        random = torch.get_rng_state()
-
-        def step():
-            with run.autocast:
-                logits, _, report = raw(x[:, :-1])
-                nats, others = raw.loss(logits, x[:, 1:], report)
-            (nats + sum(others.values())).backward()
-            raw.zero_grad(set_to_none=True)
-
-        position.threads = fastest_threads(step)
-        torch.set_rng_state(random)  # the trial leaves nothing behind
-    torch.set_num_threads(min(position.threads, most))
-
-
-def columns(line, minutes_left):
-    """Column -> text of one evaluation, for the table that a run prints."""
-    rate, synapses = line["rate"], line["synapses"]
-    frames = [x for name, x in line["log"].items() if name.startswith("E[K]")]  # per layer
-    is_first = line["train"] is None
-    return {
-        "step": f"{line['step']}",
-        "phase": f"{line['phase']}",
-        "train": "-" if is_first else f"{line['train']:.3f}",
-        "valid": f"{line['valid']:.3f}",
-        "valid b/B": f"{line['valid_bpb']:.3f}",
-        "text b/B": f"{line['bpb']:.3f}",
-        **({"firing": f"{100 * sum(rate) / len(rate):.1f}%"} if rate else {}),
-        **({"SynOps": f"{100 * line['synops'] / synapses:.0f}%"} if synapses else {}),
-        **({"E[K]": f"{sum(frames) / len(frames):.1f}"} if frames else {}),
-        "tokens/s": "-" if is_first else f"{line['tokens_per_s']:.0f}",
-        "left": "-" if is_first else f"{minutes_left:.0f} min",
-    }
+def begin(c, run):
+    """A new run, one that begins with the weights of a checkpoint, or one that goes on."""
+    out = Path(c.out_dir)
+    checkpoint = newest(out, c, run)
+    resuming = checkpoint is not None
+    if c.init_from not in ("scratch", "resume") and not resuming:
+        checkpoint = load_checkpoint(c.init_from)
+    corpus = open_corpus(c, run, checkpoint, resuming)
+    torch.manual_seed(c.seed)
+    model = SpikingLM(c)
+    if c.cell:
+        model.adopt(load_cell(c.cell)[0])
+    if checkpoint and not resuming:
+        check_weights(checkpoint["model"], model)
+        model.load_state_dict(checkpoint["model"])
+    model = model.to(run.device)
+    optimizers = make_optimizers(c, model, run.device)
+    torch.manual_seed(c.seed + 1 + run.rank)  # each process has dropout and noise of its own
+    t = Training(c, run, out, corpus, model, optimizers, Position(open_curriculum(corpus, c, run)))
+    if resuming:
+        restore(t, checkpoint, {o.kind: o.kept for o in OPTIMIZERS.values()})
+    if run.main and resuming:
+        rewind_log(out, t.position.step)
+    elif run.main and (aside := set_aside(out)):
+        run.say(f"the run that was in {out} is kept in {aside}")
+    set_threads(t)
+    t.feed = Feed(
+        corpus, t.position.curriculum, c.tokens_per_step, c.rehearse, c.answers_only, c.seed,
+        run.rank, run.world, t.position.stream,
+    )  # fmt: skip
+    t.record = environment(run.device, c.seed)  # now: the commit may be another one at the end
+    return t
 
 
-LEGEND = """
-train, valid  loss in nats per token; valid is held-out text, cut as the phase cuts it
-valid b/B     the same in bits per byte; text b/B: of whole held-out texts, which the early phases
-              have not seen yet
-firing        spikes per neuron and token, mean of all layers (log.jsonl has each layer's)
-"""
-
-
-def in_row(cells, texts):
-    """A row of the table: a text for each cell, as wide as the cell's name asks for."""
-    step, phase, *rest = texts
-    widths = [max(8, len(name) + 2) for name in list(cells)[2:]]
-    return f"{step:>6}  {phase:13}" + "".join(f"{t:>{w}}" for t, w in zip(rest, widths))
-
-
-def show(line, documents, c, run):
-    """Print an evaluation: a row of the table, what the model writes by itself, dead layers."""
-    cells = columns(line, line["minutes"] / max(1, line["step"]) * (c.max_steps - line["step"]))
-    if not run.has_header:
-        run.say(LEGEND + "\n" + in_row(cells, cells))
-        run.has_header = True
-    run.say(in_row(cells, cells.values()))
-    for text in "  ".join(f'"{document}"' for document in documents).splitlines():
-        run.say(textwrap.fill(text, 98, initial_indent=" " * 8, subsequent_indent=" " * 8))
-    for warning in ill_layers(line["rate"]):
-        run.say(warning)
-
-
-def introduce(corpus, raw, position, c, run):
+def introduce(t):
     """Print what is about to be trained, on what."""
+    c, run, model, corpus, position = t.c, t.run, t.model, t.corpus, t.position
     with torch.no_grad():
-        raw.eval()(torch.zeros(1, 1, dtype=torch.long, device=run.device))  # for `backends`
-        raw.train()
+        model.eval()(torch.zeros(1, 1, dtype=torch.long, device=run.device))  # for `backends`
+        model.train()
     threads = f", threads: {position.threads}" * (run.device.type == "cpu")
     threads += " (fastest in a trial)" * (bool(threads) and not c.threads and not position.step)
     run.say(
-        f"{sum(p.numel() for p in raw.parameters()) / 1e6:.2f}M parameters on {run.device}"
+        f"{sum(p.numel() for p in model.parameters()) / 1e6:.2f}M parameters on {run.device}"
         f"{f' x {run.world}' * (run.world > 1)}{threads} | "
         + " | ".join(filter(None, (kernels.backends(), f"files: {c.out_dir}")))
     )
@@ -686,33 +754,13 @@ def introduce(corpus, raw, position, c, run):
         run.say(f"already at {position.step} of {c.max_steps} steps")
 
 
-def begin(c, run, out, checkpoint, resuming):
-    """Corpus, model, optimisers and position: new, of a checkpoint's weights, or resumed."""
-    corpus = open_corpus(c, run, checkpoint, resuming)
-    torch.manual_seed(c.seed)
-    raw = SpikingLM(c)
-    if c.cell:
-        raw.adopt(load_scores(c.cell)[0])
-    if checkpoint and not resuming:
-        check_weights(checkpoint["model"], raw)
-        raw.load_state_dict(checkpoint["model"])
-    raw = raw.to(run.device)
-    optimizers = make_optimizers(c, raw, run.device)
-    torch.manual_seed(c.seed + 1 + run.rank)  # each process has dropout and noise of its own
-    position = Position(open_curriculum(corpus, c, run))
-    if resuming:
-        position = restore(checkpoint, raw, optimizers, position, c, corpus, run)
-    if run.main and resuming:
-        rewind_log(out, position.step)
-    elif run.main and (aside := set_aside(out)):
-        run.say(f"the run that was in {out} is kept in {aside}")
-    return corpus, raw, optimizers, position
-
-
-def finish(corpus, raw, position, record, c, run, out):
+def finish(t):
     """Say how the run ended and what to type next; write the result."""
-    log = [json.loads(text) for text in (out / "log.jsonl").read_text().splitlines()]
-    line, speak = log[-1], f"python sample.py --ckpt={out / 'best.pt'}"
+    c, run, corpus, position, record = t.c, t.run, t.corpus, t.position, t.record
+    log = [json.loads(text) for text in (t.out / "log.jsonl").read_text().splitlines()]
+    if not log:
+        return run.say(f"{t.out / 'log.jsonl'} was removed: there is nothing to report")
+    line, speak = log[-1], f"python sample.py --ckpt={t.out / 'best.pt'}"
     entropy = line.get("entropy_bpb")
     run.say(
         f"\n{line['bpb']:.3f} bits per byte of held-out text"
@@ -720,93 +768,68 @@ def finish(corpus, raw, position, record, c, run, out):
         + f", {position.step} steps, {position.tokens:,} tokens, {position.minutes:.1f} minutes"
     )
     if corpus.name == "nursery":
-        record["exam"] = judge(told_by(raw, corpus.tokenizer, seed=c.seed))
+        record["exam"] = judge(told_by(t.model, corpus.tokenizer, seed=c.seed))
         run.say(VERDICT.format(**record["exam"]))
     run.say(f'next: {speak} --prompt="Once upon a time"\n      {speak} --chat')
     if c.result:
         record["data"] = {"name": corpus.name, "sha256": corpus.sha256}
         record["config"] = {k: v for k, v in asdict(c).items() if not k.endswith("_dir")}
         record["config"] |= {"dataset": corpus.name, "result": ""}  # nobody's paths
-        record["parameters"] = sum(p.numel() for p in raw.parameters())
+        record["parameters"] = sum(p.numel() for p in t.model.parameters())
         write_result(c.result, record | {"log": log})
 
 
 def train(c, run):
-    """Train as the settings say: data, model, steps, evaluations; everything is in c.out_dir."""
-    out = Path(c.out_dir)
-    checkpoint = newest(out, c, run)
-    resuming = checkpoint is not None
-    if c.init_from not in ("scratch", "resume") and not resuming:
-        checkpoint = load_checkpoint(c.init_from)
-    corpus, raw, optimizers, position = begin(c, run, out, checkpoint, resuming)
-    set_threads(raw, position, c, run)
-    stream = open_stream(corpus, position, c, run)
-    model = torch.compile(raw) if c.compile else raw
+    """Train as the settings say. Everything that a run leaves behind is in c.out_dir."""
+    t = begin(c, run)
+    model = torch.compile(t.model) if c.compile else t.model
     if run.world > 1:
         model = DistributedDataParallel(model)
-    record = environment(run.device, c.seed)  # now: the commit may be another one at the end
-    introduce(corpus, raw, position, c, run)
-
-    hidden = None if run.main else True  # None: in a terminal only, so that logs stay clean
-    form = "{desc}{bar:40} {n_fmt}/{total_fmt} steps, loss {postfix}"
+    introduce(t)
+    position = t.position
     bar = tqdm(
-        total=c.max_steps, initial=position.step, disable=hidden, bar_format=form, leave=False
+        total=c.max_steps, initial=position.step, leave=False,
+        bar_format="{desc}{bar:40} {n_fmt}/{total_fmt} steps, loss {postfix}",
+        disable=None if run.main else True,  # None: in a terminal only, so that logs stay clean
     )  # fmt: skip
     start = time.time() - 60 * position.minutes
-    mark, tokens = time.time(), 0  # since the last evaluation
+    mark, tokens = time.time(), position.tokens  # of the last evaluation
     run.listen()
     while True:
-        step, (phase, length) = position.step, position.curriculum[position.phase]
         position.minutes = (time.time() - start) / 60
-        stopped = run.any_stopping()
-        is_due = step % c.eval_interval == 0 or step == c.max_steps or had_its_share(position, c)
-        if stream and (is_due or stopped):
-            position.stream = run.of_all(stream.position)
-        if is_due and step != position.evaluated and not stopped:
-            losses = position.losses
-            line = {"step": step, "phase": phase, "tokens": position.tokens}
-            line["tokens_per_s"] = tokens / max(1e-9, time.time() - mark)
-            line["train"] = sum(losses) / len(losses) if losses else None
-            line |= evaluate(raw, corpus, phase, length, c, run, step == c.max_steps)
-            check_finite("held-out loss", line["heldout"], position, corpus, out)
-            line["minutes"] = position.minutes
-            show(line, sample(raw, corpus.tokenizer, c, run) if run.main else [], c, run)
-            is_best = line["valid"] < position.best
-            position.best = min(position.best, line["valid"])
-            position.evaluated, position.losses = step, []
-            if step < c.max_steps:
-                advance(position, line["valid"], c, run)
-            if run.main:
-                with open(out / "log.jsonl", "a") as log:
-                    log.write(json.dumps(line) + "\n")
-            save(out, is_best, raw, optimizers, c, corpus, position, record, run)
-            mark, tokens = time.time(), 0
-        elif stopped:
-            save(out, False, raw, optimizers, c, corpus, position, record, run)
+        if run.any_stopping():
+            save(t, is_best=False)
             bar.close()
-            run.say(f"stopped at step {step}, saved; go on with --init_from=resume")
+            run.say(f"stopped at step {position.step}, saved; go on with --init_from=resume")
             raise SystemExit(130)
-        if step >= c.max_steps:
+        if position.is_due(c):
+            rate = (position.tokens - tokens) / max(1e-9, time.time() - mark)
+            line = evaluate(t) | {"tokens_per_s": rate}
+            check_finite(t, "held-out loss", line["heldout"])
+            show(t, line)
+            is_best = position.noted(line["valid"])
+            if position.step < c.max_steps:
+                advance(t, line["valid"])
+            if run.main:
+                write_log(t.out, line)
+            save(t, is_best)
+            mark, tokens = time.time(), position.tokens
+        if position.step >= c.max_steps:
             break
 
-        for group in (group for optimizer in optimizers for group in optimizer.param_groups):
-            group["lr"] = group["peak"] * schedule(c, step)
-        x, y = next_batch(corpus, stream, position, c, run)
-        nats, norm, rates = train_step(model, raw, optimizers, x, y, c, run)
-        for name, value in (("loss", nats), ("gradient", norm)):
-            check_finite(name, value, position, corpus, out)
-        raw.observe(nats, rates)
-        position.losses.append(nats)
-        tokens += x.numel() * run.world
-        position.tokens += x.numel() * run.world
-        position.step += 1
-        position.phase_step += 1
+        set_lr(t.optimizers, schedule(c, position.step))
+        x, y = t.feed.next(position.phase, position.phase_step)
+        nats, norm, rates = train_step(model, t.optimizers, x, y, c, run)
+        check_finite(t, "loss", nats)
+        check_finite(t, "gradient", norm)
+        t.model.observe(nats, rates)
+        position.trained(nats, x.numel() * run.world)
         bar.set_postfix_str(f"{nats:.3f}", refresh=False)
         bar.update()
 
     bar.close()
     if run.main:
-        finish(corpus, raw, position, record, c, run, out)
+        finish(t)
     if run.world > 1:
         dist.barrier()  # a process that left while another still listens would make it abort
 

@@ -56,7 +56,7 @@ def teach(c, run):
         _, length = phases[step * len(phases) // c.max_steps]
         text = documents(rng, c.tokens_per_step // length, length + 1)
         x, y = text[:, :-1], text[:, 1:].masked_fill(text[:, :-1] != WHO, -100)  # -100: no target
-        nats, _, rates = train_step(model, model, optimizers, x, y, c, run)
+        nats, _, rates = train_step(model, optimizers, x, y, c, run)
         model.observe(nats, rates)
         if step % c.eval_interval == 0:
             print(f"step {step}: {nats:.3f} nats per name", flush=True)

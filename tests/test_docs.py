@@ -34,8 +34,8 @@ MAY_IMPORT = {
     "blocks": {"cell_bridge", "kernels", "lif"},
     "spark": {"blocks", "kernels", "lif"},
     "model": {"blocks", "cell_bridge", "lif", "spark", "traits"},
-    "checkpoint": {"model"},
-    "train": {"cell_bridge", "checkpoint", "config", "data", "kernels", "model", "sources"}
+    "checkpoint": {"cell_bridge", "config", "model"},
+    "train": {"checkpoint", "config", "data", "kernels", "model", "sources"}
     | {"tokenizer", "traits"},
     "report": {"cell_bridge", "checkpoint", "model"},
     "sample": {"checkpoint", "config", "data", "kernels", "model", "report", "sources"}

@@ -9,6 +9,7 @@ import gzip
 import io
 import json
 import math
+import multiprocessing
 import os
 import pickle
 import random
@@ -27,7 +28,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from test_train import ROOT, STORIES, TORCHRUN, losses, read_log
+from test_train import ROOT, STORIES, losses, mistake, outcome, read_log, run_two
 from test_train import settings as arguments
 from test_train import text  # noqa: F401, a fixture
 
@@ -35,46 +36,12 @@ import data
 import model
 import sample
 import train
-from checkpoint import load_checkpoint, whole_file
+from cell_bridge import PROGRAMS
+from checkpoint import load_cell, load_checkpoint, locked
+from config import whole_file
 from sample import SampleConfig
 from tokenizer import Chars
 from train import TrainConfig
-
-
-class Hang(Exception):
-    pass
-
-
-def outcome(main, *argv, seconds=60):
-    """(exit code, stdout, stderr) of main(argv) in this process; other errors are raised."""
-
-    def give_up(*_):
-        raise Hang(argv)
-
-    handlers = {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM, signal.SIGALRM)}
-    out, err = io.TextIOWrapper(io.BytesIO(), "utf-8", write_through=True), io.StringIO()
-    signal.signal(signal.SIGALRM, give_up)
-    signal.alarm(seconds)
-    code = 0
-    try:
-        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-            main(list(argv))
-    except SystemExit as stopped:
-        code = stopped.code
-    finally:
-        signal.alarm(0)
-        for s, handler in handlers.items():
-            signal.signal(s, handler)
-        torch.set_num_threads(1)
-    return code, out.buffer.getvalue().decode(), err.getvalue()
-
-
-def mistake(main, *argv):
-    """The one line in which main(argv) has to end."""
-    code, _, err = outcome(main, *argv)
-    lines = [line for line in err.splitlines() if line.startswith("error: ")]
-    assert code == 2 and len(lines) == 1 and "Traceback" not in err, err
-    return lines[0]
 
 
 def success_or_one_line(main, *argv):
@@ -169,17 +136,22 @@ def test_new_runs_set_older_ones_aside(run, again):
     }  # fmt: skip
 
 
+def hold(out, is_held):
+    with locked(out):
+        is_held.set()
+        time.sleep(60)
+
+
 def test_one_process_at_a_time(run, again):
     argv, out = again
-    hold = "import sys, time, checkpoint\nwith checkpoint.locked(sys.argv[1]):\n"
-    hold += "    print(1, flush=True)\n    time.sleep(60)"
-    other = subprocess.Popen(
-        [sys.executable, "-c", hold, out], cwd=ROOT, stdout=subprocess.PIPE, text=True
-    )
-    other.stdout.readline()
+    context = multiprocessing.get_context("forkserver")
+    is_held = context.Event()
+    other = context.Process(target=hold, args=(out, is_held), daemon=True)
+    other.start()
+    assert is_held.wait(60)
     assert "another process is training in" in mistake(train.main, *argv)
     other.kill()  # and what it held is free
-    other.wait()
+    other.join()
     assert losses(read_log(out)) == losses(read_log(run[1]))  # nothing was touched
     assert outcome(train.main, *argv, "--init_from=resume")[0] == 0
 
@@ -191,6 +163,13 @@ def test_a_log_that_ran_ahead_is_cut(again):
     (out / "log.jsonl").write_text(log + '{"step": 9, "tr')
     assert outcome(train.main, *argv, "--init_from=resume")[0] == 0
     assert [line["step"] for line in read_log(out)] == list(range(9))
+
+
+def test_a_log_that_was_removed_is_one_line(again):
+    argv, out = again
+    (out / "log.jsonl").unlink()
+    code, said, _ = outcome(train.main, *argv, "--init_from=resume")
+    assert code == 0 and "log.jsonl was removed" in said
 
 
 @pytest.mark.parametrize("moment", ["tmp", "best", "log"])
@@ -314,6 +293,30 @@ def test_a_pickle_that_would_run_code_is_refused_and_not_run(again, kind, tmp_pa
     assert (tmp_path / "ran").exists()
 
 
+@pytest.mark.parametrize(
+    "content, says",
+    [
+        (None, "there is no cell"),
+        (b"no cell", "cannot read the cell"),
+        ({"model": {}}, "is no cell of"),
+        ([1], "is no cell of"),
+        ({"programs": list(PROGRAMS)[::-1]}, "is no cell of"),
+        ({"programs": list(PROGRAMS), "scores": Evil("ran")}, "cannot read the cell"),
+    ],
+)
+def test_what_is_no_cell_is_refused(content, says, tmp_path, monkeypatch):
+    path = tmp_path / "cell.pt"
+    if isinstance(content, bytes):
+        path.write_bytes(content)
+    elif content is not None:
+        torch.save(content, path)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match=says) as refused:
+        load_cell(path)
+    assert str(path) in str(refused.value) and "\n" not in str(refused.value)
+    assert not Path("ran").exists()
+
+
 def test_another_version_is_refused(again):
     _, out = again
     checkpoint = torch.load(out / "best.pt", weights_only=True)
@@ -324,28 +327,22 @@ def test_another_version_is_refused(again):
 # ---- killed ------------------------------------------------------------------------------------
 
 
-def wait_for(path, process):
-    while not path.exists():
-        assert process.poll() is None
-        time.sleep(0.01)
-
-
-def test_torchrun_recovers_from_a_killed_worker(run, tmp_path):
+def test_torchrun_recovers_from_a_killed_worker(run, text, tmp_path):  # noqa: F811
     """The same command, nothing added: torchrun starts its workers again, and they resume."""
-    argv, _ = run
-    argv = [*argv, "--max_steps=30", "--sample_tokens=0"]
-    command = [sys.executable, *TORCHRUN[:-1], "--max-restarts=3", TORCHRUN[-1], *argv]
-    quiet = {"cwd": ROOT, "stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE, "text": True}
-    calm = subprocess.Popen([*command, f"--out_dir={tmp_path / 'calm'}"], **quiet)
-    hit = subprocess.Popen([*command, f"--out_dir={tmp_path / 'hit'}"], **quiet)
-    wait_for(tmp_path / "hit" / "step_00000003.pt", hit)
+    more = [STORIES, "--eval_interval=1", "--max_steps=20", "--sample_tokens=0"]
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone"]
+    command += ["--max-restarts=3", "train.py", *arguments(text, tmp_path / "hit", *more)]
+    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE, "text": True}
+    hit = subprocess.Popen(command, cwd=ROOT, **quiet)
+    while not (tmp_path / "hit" / "step_00000003.pt").exists():
+        assert hit.poll() is None
+        time.sleep(0.01)
     workers = subprocess.run(["pgrep", "-P", str(hit.pid)], capture_output=True, text=True)
     os.kill(int(workers.stdout.split()[-1]), signal.SIGKILL)
-    for process in (calm, hit):
-        errors = process.communicate(timeout=300)[1]
-        assert process.returncode == 0, errors
-    calm, hit = (losses(read_log(tmp_path / name)) for name in ("calm", "hit"))
-    assert [x[0] for x in calm] == list(range(31)) and hit == calm
+    errors = hit.communicate(timeout=300)[1]
+    assert hit.returncode == 0, errors
+    calm, hit = run_two(text, tmp_path / "calm", *more), read_log(tmp_path / "hit")
+    assert [x["step"] for x in hit] == list(range(21)) and losses(hit) == losses(calm)
 
 
 # ---- the machine -------------------------------------------------------------------------------
@@ -588,8 +585,8 @@ def test_prompts(run, monkeypatch):
     assert "temperature must be finite" in said
 
 
-def test_a_prompt_of_100_000_tokens(run):
-    ckpt, prompt = f"--ckpt={run[1] / 'best.pt'}", "The cat. " * 11_112
+def test_a_prompt_of_30_000_tokens(run):
+    ckpt, prompt = f"--ckpt={run[1] / 'best.pt'}", "The cat. " * 3_334
     code, out, _ = outcome(sample.main, ckpt, f"--prompt={prompt}", "--max_new_tokens=3")
     assert code == 0 and out.startswith(prompt)
 
@@ -601,19 +598,16 @@ def test_a_character_that_the_tokenizer_never_saw(run, tmp_path):
     assert "'é'" in mistake(sample.main, f"--ckpt={tmp_path / 'char.pt'}", "--prompt=é")
 
 
-def test_a_closed_pipe_is_silent(run, tmp_path):
-    (tmp_path / "a.txt").write_text("The cat sat.")
-    endless = ["--max_new_tokens=100000", "--stop_at_end=False"]
-    for more in (endless, [f"--eval={tmp_path / 'a.txt'}"]):
-        process = subprocess.Popen(
-            [sys.executable, "sample.py", f"--ckpt={run[1] / 'best.pt'}", *more],
-            cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-        )  # fmt: skip
-        if more is endless:
-            process.stdout.read(1)
-        process.stdout.close()
-        err = process.stderr.read().decode()
-        assert process.wait(60) == 141 and "rror" not in err and "Traceback" not in err
+def test_a_closed_pipe_is_silent(run):
+    command = [sys.executable, "sample.py", f"--ckpt={run[1] / 'best.pt'}"]
+    process = subprocess.Popen(
+        [*command, "--max_new_tokens=100000", "--stop_at_end=False"],
+        cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+    )  # fmt: skip
+    process.stdout.read(1)
+    process.stdout.close()
+    err = process.stderr.read().decode()
+    assert process.wait(60) == 141 and "rror" not in err and "Traceback" not in err
 
 
 def test_ctrl_c_in_a_chat_is_silent(run, monkeypatch):

@@ -665,7 +665,7 @@ def test_a_new_block_needs_an_entry_and_nothing_else(block, more, monkeypatch):
     for group in optimizers[0].param_groups:
         group["lr"] = 0.01
     x = torch.arange(8).expand(2, 8)
-    nats = [train_step(model, model, optimizers, x, x + 1, c, run) for _ in range(9)]
+    nats = [train_step(model, optimizers, x, x + 1, c, run) for _ in range(9)]
     assert nats[-1][0] < nats[0][0] - 0.1 and nats[0][2].shape == model.rate.shape
     model.observe(nats[-1][0], nats[-1][2])
     if model.head is not None:

@@ -1,14 +1,23 @@
-"""Training: golden losses, one process = two, resume, Ctrl-C, curriculum, sampling, mistakes."""
+"""Training: golden losses, one process = two, resume, Ctrl-C, curriculum, sampling, mistakes.
 
+Runs are calls of train.main in this process, or processes forked from one that has imported torch,
+which takes seconds. Only what needs `python train.py` or torchrun itself starts that.
+"""
+
+import contextlib
+import io
 import json
 import math
+import multiprocessing
 import os
 import random
 import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -20,11 +29,12 @@ import torch
 import config
 import data
 import sample
+import train
 from model import SpikingLM
 from tokenizer import Bytes
 from train import (
-    Position, Run, TrainConfig, advance, converged, evaluate, fastest_threads, make_optimizers,
-    next_batch, schedule, show, train_step,
+    Feed, Position, Run, TrainConfig, Training, advance, converged, evaluate, fastest_threads,
+    make_optimizers, schedule, show, train_step,
 )  # fmt: skip
 from traits import IGNORED
 
@@ -57,14 +67,74 @@ def settings(text, out, *more, config="configs/sam_6m.py"):
     ]  # fmt: skip
 
 
-def run(text, out, *more, start=("train.py",), code=0, **config):
-    """A run in processes of its own; returns its log, a dictionary per evaluation."""
-    done = subprocess.run(
-        [sys.executable, *start, *settings(text, out, *more, **config)],
-        cwd=ROOT, capture_output=True, text=True, timeout=200,
-    )  # fmt: skip
-    assert done.returncode == code, done.stdout + done.stderr
-    return read_log(out) if code == 0 else done.stderr
+class Hang(Exception):
+    pass
+
+
+def outcome(main, *argv, seconds=60):
+    """(exit code, stdout, stderr) of main(argv) in this process; other errors are raised."""
+
+    def give_up(*_):
+        raise Hang(argv)
+
+    handlers = {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM, signal.SIGALRM)}
+    out, err = io.TextIOWrapper(io.BytesIO(), "utf-8", write_through=True), io.StringIO()
+    signal.signal(signal.SIGALRM, give_up)
+    signal.alarm(seconds)
+    code = 0
+    try:
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+            main(list(argv))
+    except SystemExit as stopped:
+        code = stopped.code
+    finally:
+        signal.alarm(0)
+        for s, handler in handlers.items():
+            signal.signal(s, handler)
+        torch.set_num_threads(1)
+    return code, out.buffer.getvalue().decode(), err.getvalue()
+
+
+def mistake(main, *argv):
+    """The one line in which main(argv) has to end."""
+    code, _, err = outcome(main, *argv)
+    lines = [line for line in err.splitlines() if line.startswith("error: ")]
+    assert code == 2 and len(lines) == 1 and "Traceback" not in err, err
+    return lines[0]
+
+
+def run(text, out, *more, **config):
+    """The log of a run, a dictionary per evaluation."""
+    code, said, err = outcome(train.main, *settings(text, out, *more, **config))
+    assert code == 0, said + err
+    return read_log(out)
+
+
+def work(argv, environment):
+    os.environ.update(environment)
+    sys.stdout = open(os.devnull, "w")
+    train.main(argv)
+
+
+def start(argv, **environment):
+    """A process of its own that trains."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["train"])
+    process = context.Process(target=work, args=(argv, environment), daemon=True)
+    process.start()
+    return process
+
+
+def run_two(text, out, *more, **config):
+    """The log of a run in two processes."""
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
+    argv = settings(text, out, *more, **config)
+    two = [start(argv, WORLD_SIZE="2", RANK=r, LOCAL_RANK=r, **shared) for r in "01"]
+    for process in two:
+        process.join(120)
+    assert [process.exitcode for process in two] == [0, 0]
+    return read_log(out)
 
 
 def read_log(out):
@@ -75,7 +145,11 @@ def losses(log):
     return [(x["step"], x["train"], x["valid"], x["heldout"]) for x in log]
 
 
-TORCHRUN = ("-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone", "train.py")
+def assert_near(one, other, near):
+    for a, b in zip(losses(one), losses(other), strict=True):
+        assert all(x == y or x == pytest.approx(y, abs=near) for x, y in zip(a, b)), (a, b)
+
+
 STORIES = "--phases=stories:16"
 
 
@@ -112,44 +186,47 @@ GOLDEN = [5.7039, 5.5265, 5.4425]
 
 
 def test_two_processes_equal_one(text, one, tmp_path):
-    two = run(text, tmp_path, STORIES, start=TORCHRUN)
-    print(losses(one[1]), losses(two))
-    for a, b in zip(losses(one[1]), losses(two)):
-        assert a[0] == b[0]
-        for x, y in zip(a[1:], b[1:]):
-            assert x == y or x == pytest.approx(y, abs=1e-4)
+    assert_near(one[1], run_two(text, tmp_path, STORIES), 1e-4)
+    # dropout and noise of each are its own
+    mine, other = torch.load(tmp_path / "step_00000008.pt", weights_only=True)["random"]
+    assert not torch.equal(mine[0], other[0])
 
 
 def test_accumulation_changes_nothing(text, one, tmp_path):
-    log = run(text, tmp_path, STORIES, "--micro_tokens=64")
-    print(losses(one[1]), losses(log))
-    for a, b in zip(losses(one[1]), losses(log)):
-        assert all(x == y or x == pytest.approx(y, abs=1e-4) for x, y in zip(a, b))
+    assert_near(one[1], run(text, tmp_path, STORIES, "--micro_tokens=64"), 1e-4)
 
 
 def test_resume_goes_on_bit_for_bit(text, one, tmp_path):
-    process = subprocess.Popen(
-        [sys.executable, "train.py", *settings(text, tmp_path, STORIES, "--eval_interval=1")],
-        cwd=ROOT, stdout=subprocess.PIPE, text=True,
-    )  # fmt: skip
-    for line in process.stdout:  # Ctrl-C in the middle
-        if re.match(r" +3 ", line):
-            process.send_signal(signal.SIGINT)
-    assert process.wait(60) == 130
+    process = start(settings(text, tmp_path, STORIES, "--eval_interval=1"))
+    while not (tmp_path / "step_00000003.pt").exists():
+        assert process.is_alive()
+        time.sleep(0.001)
+    os.kill(process.pid, signal.SIGINT)  # Ctrl-C in the middle
+    process.join(60)
+    assert process.exitcode == 130
     newest = max(tmp_path.glob("step_*.pt"))
     assert 3 <= torch.load(newest, weights_only=True)["position"]["step"] < 8
     log = run(text, tmp_path, STORIES, "--init_from=resume")
     assert losses(log)[-1][3] == losses(one[1])[-1][3]
 
 
+@pytest.mark.parametrize("script", ["train.py"])
+def test_ctrl_c_while_torch_is_imported_is_silent(script):
+    process = subprocess.Popen([sys.executable, script], cwd=ROOT, stderr=subprocess.PIPE)
+    while "libtorch" not in Path(f"/proc/{process.pid}/maps").read_text():
+        assert process.poll() is None
+    process.send_signal(signal.SIGINT)
+    assert process.communicate(timeout=60)[1] == b"" and process.returncode == -signal.SIGINT
+
+
 def test_resume_drops_what_it_would_have_dropped(text, tmp_path):
     drop = (STORIES, "--dropout=0.3")
     whole = run(text, tmp_path / "whole", *drop)
-    run(text, tmp_path / "halves", *drop)
-    (tmp_path / "halves" / "step_00000008.pt").unlink()
-    (tmp_path / "halves" / "best.pt").unlink()
-    resumed = run(text, tmp_path / "halves", *drop, "--init_from=resume")
-    assert losses(resumed)[-1] == losses(whole)[-1]
+    shutil.copytree(tmp_path / "whole", tmp_path / "half")
+    (tmp_path / "half" / "step_00000008.pt").unlink()
+    (tmp_path / "half" / "best.pt").unlink()
+    resumed = run(text, tmp_path / "half", *drop, "--init_from=resume")
+    assert losses(resumed) == losses(whole)
 
 
 @pytest.mark.parametrize(
@@ -162,23 +239,26 @@ def test_resume_drops_what_it_would_have_dropped(text, tmp_path):
 )
 def test_resume_of_another_run_is_refused(text, one, tmp_path, more, message):
     shutil.copytree(one[0], tmp_path / "copy")
-    err = run(text, tmp_path / "copy", STORIES, "--init_from=resume", more, code=2)
-    assert message in err and "Traceback" not in err
+    argv = settings(text, tmp_path / "copy", STORIES, "--init_from=resume", more)
+    assert message in mistake(train.main, *argv)
 
 
-def test_a_new_run_begins_a_new_log(text, tmp_path):
-    run(text, tmp_path, STORIES, "--max_steps=1")
-    assert [x["step"] for x in run(text, tmp_path, STORIES, "--max_steps=2")] == [0, 2]
+def test_a_finished_run_says_so_and_can_go_on(text, one, tmp_path):
+    """It evaluates nothing twice."""
+    out = shutil.copytree(one[0], tmp_path / "out")
+    code, said, _ = outcome(train.main, *settings(text, out, STORIES, "--init_from=resume"))
+    assert code == 0 and "already at 8 of 8 steps" in said and "--chat" in said
+    assert losses(read_log(out)) == losses(one[1])
+    log = run(text, out, STORIES, "--max_steps=10", "--init_from=resume")
+    assert [x["step"] for x in log] == [0, 4, 8, 10]
 
 
-def test_a_finished_run_goes_on_and_evaluates_nothing_twice(text, tmp_path):
-    run(text, tmp_path, STORIES, "--max_steps=4")
-    log = run(text, tmp_path, STORIES, "--max_steps=8", "--init_from=resume")
-    assert [x["step"] for x in log] == [0, 4, 8]
-
-
-def test_result_says_where_it_comes_from(text, tmp_path):
-    run(text, tmp_path, STORIES, "--max_steps=2", f"--result={tmp_path / 'result.json'}")
+def test_result_says_where_it_comes_from(text, tmp_path, monkeypatch):
+    argv = settings(
+        text, tmp_path, STORIES, "--max_steps=2", f"--result={tmp_path / 'result.json'}"
+    )
+    monkeypatch.setattr(sys, "argv", ["train.py", *argv])
+    assert outcome(train.main, *argv)[0] == 0
     content = (tmp_path / "result.json").read_text()
     result = json.loads(content)
     assert [x["step"] for x in result["log"]] == [0, 2] and result["seed"] == 1
@@ -189,11 +269,11 @@ def test_result_says_where_it_comes_from(text, tmp_path):
 def test_curriculum_goes_through_its_phases(text, tmp_path):
     log = run(
         text, tmp_path, "--phases=words:4 sentences:8 conversations:16", "--eval_interval=1",
-        "--max_steps=30", "--phase_share=0.2", "--rehearse=0.25",
+        "--max_steps=20", "--phase_share=0.2", "--rehearse=0.25", "--sample_tokens=0",
     )  # fmt: skip
     phases = [x["phase"] for x in log]
     assert sorted(set(phases), key=phases.index) == ["words", "sentences", "conversations"]
-    assert phases.count("words") <= 7 and phases.count("sentences") <= 7
+    assert phases.count("words") <= 5 and phases.count("sentences") <= 5
     for phase in set(phases):
         valid = [x["valid"] for x in log if x["phase"] == phase]
         assert valid[-1] < valid[0]
@@ -203,7 +283,7 @@ def test_curriculum_goes_through_its_phases(text, tmp_path):
 def test_converged_phase_ends_early(text, tmp_path):
     log = run(
         text, tmp_path, "--phases=words:4 stories:16", "--eval_interval=1", "--phase_share=0.9",
-        "--phase_gain=10.0", "--phase_patience=2",
+        "--phase_gain=10.0", "--phase_patience=2", "--max_steps=4",
     )  # fmt: skip
     assert [x["phase"] for x in log].count("words") == 3  # every gain is too small: two in a row
 
@@ -223,24 +303,22 @@ def test_fine_tuning(text, one, tmp_path, chats):
     """Weights, tokenizer and model settings come from the file, everything else from the user."""
     base = torch.load(one[0] / "best.pt", weights_only=True)
     asked = [
-        f"--init_from={one[0] / 'best.pt'}", "--answers_only=True", f"--dataset={chats}", "--seed=2",
+        f"--init_from={one[0] / 'best.pt'}", "--answers_only=True", f"--dataset={chats}",
         f"--data_dir={tmp_path / 'cache'}", f"--out_dir={tmp_path / 'chat'}", "--threads=1",
-        "--tokens_per_step=256", "--phases=words:8 conversations:16", "--eval_interval=20",
+        "--seed=2", "--tokens_per_step=256", "--phases=words:8 conversations:16", "--eval_interval=20",
         "--lr=0.01", "--sample_tokens=0", "--eval_tokens=500", "--device=cpu", "--dtype=float32",
     ]  # fmt: skip
 
     def tuned(*more):
-        done = subprocess.run(
-            [sys.executable, "train.py", *asked, *more],
-            cwd=ROOT, capture_output=True, text=True, timeout=200,
-        )  # fmt: skip
-        assert done.returncode == 0, done.stdout + done.stderr
+        code, said, err = outcome(train.main, *asked, *more)
+        assert code == 0, said + err
         return torch.load(tmp_path / "chat" / "best.pt", weights_only=True)
 
     start = tuned("--max_steps=0")
     assert all(torch.equal(w, base["model"][name]) for name, w in start["model"].items())
     assert start["tokenizer"] == base["tokenizer"] and start["config"]["n_hidden"] == 32
-    assert start["config"]["seed"] == 2 and start["position"]["curriculum"] == [("conversations", 16)]
+    assert start["config"]["seed"] == 2
+    assert start["position"]["curriculum"] == [("conversations", 16)]
     tuned("--max_steps=40")
     first, _, last = read_log(tmp_path / "chat")
     assert last["valid"] < 0.8 * first["valid"]
@@ -265,19 +343,9 @@ def test_resume_knows_its_dataset_and_tokenizer(text, tmp_path):
     assert after["data"] != before["data"]
 
 
-def test_a_finished_run_says_so(one, text, tmp_path):
-    out = shutil.copytree(one[0], tmp_path / "out")
-    done = subprocess.run(
-        [sys.executable, "train.py", *settings(text, out, STORIES, "--init_from=resume")],
-        cwd=ROOT, capture_output=True, text=True,
-    )  # fmt: skip
-    assert "already at 8 of 8 steps" in done.stdout and "--chat" in done.stdout
-    assert losses(read_log(out)) == losses(one[1])
-
-
 def test_a_model_that_explodes_stops(text, tmp_path):
-    err = run(text, tmp_path, STORIES, "--lr=1e30", "--grad_clip=0.0", code=2)
-    assert "the loss became" in err and "--lr" in err
+    said = mistake(train.main, *settings(text, tmp_path, STORIES, "--lr=1e30", "--grad_clip=0.0"))
+    assert "the loss became" in said and "--lr" in said
 
 
 @pytest.mark.parametrize(
@@ -296,12 +364,10 @@ def test_a_model_that_explodes_stops(text, tmp_path):
         (["--out_dir=README.md"], "README.md"),
     ],
 )
-def test_mistakes_are_one_line(text, tmp_path, more, message, capsys):
+def test_mistakes_are_one_line(text, tmp_path, more, message):
     if "cuda" in message and torch.cuda.is_available():
         pytest.skip("there is a CUDA device")
-    err = run(text, tmp_path, *more, code=2)
-    last = [line for line in err.splitlines() if line.startswith("error: ")]
-    assert len(last) == 1 and message in last[0] and "Traceback" not in err
+    assert message in mistake(train.main, *settings(text, tmp_path, *more))
 
 
 # ---- sample.py on that run -----------------------------------------------------------------------
@@ -359,31 +425,26 @@ BIG = (
     "--n_embd=32 --n_layer=2 --attention=1 --attention_every=2 --d_ff=64"
     " --phases=stories:16 --dtype=float32 --tokenizer=byte"
 )
-ONE = ("train.py",)
+SNN_1B = "configs/snn_1b.py"
 
 
-@pytest.mark.parametrize(
-    "near, before, after",
-    [
-        (1e-5, (ONE, "--checkpointing=False"), (ONE, "--checkpointing=True")),
-        (1e-5, (TORCHRUN, "--shard=False"), (TORCHRUN, "--shard=True")),
-        # sums over two processes round otherwise, and a spike may flip: the twin has none
-        (1e-4, (ONE, "--spikes=False"), (TORCHRUN, "--spikes=False --shard=True")),
-    ],
-)
-def test_neither_processes_nor_sharding_nor_checkpointing_change_the_losses(
-    text, tmp_path, near, before, after
-):
-    def losses_of(out, start, more, *others):
-        more = [*BIG.split(), *more.split(), *others]
-        return losses(run(text, out, *more, start=start, config="configs/snn_1b.py"))
+def test_checkpointing_does_not_change_the_losses(text, tmp_path):
+    logs = [
+        run(text, tmp_path / again, *BIG.split(), f"--checkpointing={again}", config=SNN_1B)
+        for again in ("False", "True")
+    ]
+    assert_near(*logs, 1e-5)
 
-    one, other = losses_of(tmp_path / "one", *before), losses_of(tmp_path / "other", *after)
-    for a, b in zip(one, other, strict=True):
-        assert all(x == y or x == pytest.approx(y, abs=near) for x, y in zip(a, b)), (a, b)
-    (tmp_path / "other" / "step_00000008.pt").unlink()  # as if killed before the last save
-    (tmp_path / "other" / "best.pt").unlink()
-    assert losses_of(tmp_path / "other", *after, "--init_from=resume") == other
+
+def test_neither_processes_nor_sharding_change_the_losses(text, tmp_path):
+    # sums over two processes round otherwise, and a spike may flip: the twin has none
+    more, two = [*BIG.split(), "--spikes=False"], tmp_path / "two"
+    sharded = run_two(text, two, *more, "--shard=True", config=SNN_1B)
+    assert_near(run(text, tmp_path / "one", *more, config=SNN_1B), sharded, 1e-4)
+    (two / "step_00000008.pt").unlink()  # as if killed before the last save
+    (two / "best.pt").unlink()
+    resumed = run_two(text, two, *more, "--shard=True", "--init_from=resume", config=SNN_1B)
+    assert losses(resumed) == losses(sharded)
 
 
 # ---- optimisers ----------------------------------------------------------------------------------
@@ -429,19 +490,22 @@ def test_muon_moves_a_synapse_as_it_would_the_transposed_linear():
         torch.testing.assert_close(of_synapse, of_linear, rtol=0, atol=3e-4)  # Muon is bfloat16
 
 
-def test_each_process_drops_entries_of_its_own(text, tmp_path):
-    # no sample: the one process that prints it would draw more than the other
-    short = ("--dropout=0.1", "--max_steps=1", "--sample_tokens=0")
-    run(text, tmp_path, STORIES, *short, start=TORCHRUN)
-    saved = torch.load(tmp_path / "step_00000001.pt", weights_only=True)["random"]
-    assert len(saved) == 2 and not torch.equal(saved[0][0], saved[1][0])
-
-
 def test_muon_learns_and_is_not_resumed_as_adamw(text, tmp_path):
     log = run(text, tmp_path, STORIES, "--optimizer=muon")
     assert log[-1]["heldout"] < log[0]["heldout"]
-    stopped = run(text, tmp_path, STORIES, "--init_from=resume", code=2)
-    assert "optimizer='muon'" in stopped
+    argv = settings(text, tmp_path, STORIES, "--init_from=resume")
+    assert "optimizer='muon'" in mistake(train.main, *argv)
+
+
+def test_a_new_optimiser_needs_an_entry_and_nothing_else(text, tmp_path, monkeypatch):
+    new = train.Optimizer(torch.optim.Adagrad, "lr", "muon_decay", ("step", "sum"))
+    monkeypatch.setitem(train.OPTIMIZERS, "new", new)
+    more = (STORIES, "--optimizer=new", "--eval_interval=1")
+    log = run(text, tmp_path, *more)
+    assert log[-1]["heldout"] < log[0]["heldout"]
+    (tmp_path / "step_00000008.pt").unlink()
+    (tmp_path / "best.pt").unlink()
+    assert losses(run(text, tmp_path, *more, "--init_from=resume")) == losses(log)
 
 
 # ---- the picture ---------------------------------------------------------------------------------
@@ -519,7 +583,7 @@ class Watch:
 
 def gradients(model, x, y, c):
     watch = Watch(model)
-    nats, norm, _ = train_step(model, model, [watch], x, y, c, Run(c))
+    nats, norm, _ = train_step(model, [watch], x, y, c, Run(c))
     return nats, norm, torch.cat([grad.flatten() for grad in watch.grads])
 
 
@@ -556,21 +620,18 @@ def corpus_of(**phases):
 
 
 def test_a_batch_rehearses_the_phase_before():
-    c = tiny("--rehearse=0.25", "--tokens_per_step=128")
-    corpus, alone = corpus_of(words=900, stories=900), SimpleNamespace(rank=0, world=1)
-    position = Position([("words", 8), ("stories", 16)])
-    x, y = next_batch(corpus, None, position, c, alone)
+    corpus, phases = corpus_of(words=900, stories=900), [("words", 8), ("stories", 16)]
+    feed = Feed(corpus, phases, 128, rehearse=0.25)
+    x, y = feed.next(0, 0)
     assert x.shape == (16, 8) and x.max() < 1000  # nothing is before the first phase
-    position.phase = 1
-    x, y = next_batch(corpus, None, position, c, alone)
+    x, y = feed.next(1, 0)
     assert x.shape == (8, 16) and torch.equal(y, x + 1)
     assert (x[:, 0] < 1000).tolist() == [False] * 6 + [True] * 2
-    halves = [next_batch(corpus, None, position, c, SimpleNamespace(rank=r, world=2))[0] for r in (0, 1)]
+    halves = [Feed(corpus, phases, 128, 0.25, rank=r, world=2).next(1, 0)[0] for r in (0, 1)]
     assert sorted(map(tuple, torch.cat(halves).tolist())) == sorted(map(tuple, x.tolist()))
     corpus.answers = {"train": (np.arange(900) % 3 == 0).astype(np.uint8)}
     corpus.train["conversations"] = corpus.train["stories"]
-    position = Position([("conversations", 16)])
-    x, y = next_batch(corpus, None, position, replace(c, answers_only=True), alone)
+    x, y = Feed(corpus, [("conversations", 16)], 128, answers_only=True).next(0, 0)
     assert torch.equal(y == IGNORED, (x + 1) % 3 != 1000 % 3)
     assert torch.equal(y[y != IGNORED], (x + 1)[y != IGNORED])
 
@@ -583,17 +644,21 @@ def test_a_phase_has_converged_when_several_gains_in_a_row_are_small():
 
 
 def test_a_phase_ends_when_it_had_its_share():
-    c, run = tiny("--phase_share=0.25", "--max_steps=40"), SimpleNamespace(say=lambda text: None)
     position = Position([("words", 8), ("stories", 16)], phase_step=9, best=1.0)
-    advance(position, 3.0, c, run)
+    t = training(tiny("--phase_share=0.25", "--max_steps=40"), position=position)
+    advance(t, 3.0)
     assert (position.phase, position.best, position.history) == (0, 1.0, [3.0])
     position.phase_step = 10
-    advance(position, 2.0, c, run)
+    advance(t, 2.0)
     assert (position.phase, position.phase_step, position.history) == (1, 0, [])
     assert position.best == math.inf  # best.pt is the best of the running phase
     position.phase_step = 40
-    advance(position, 1.0, c, run)
+    advance(t, 1.0)
     assert position.phase == 1  # the last one stays
+
+
+def training(c, corpus=None, model=None, position=None):
+    return Training(c, Run(c), Path("nowhere"), corpus, model, [], position)
 
 
 def test_evaluation_is_exact():
@@ -604,16 +669,19 @@ def test_evaluation_is_exact():
     corpus = SimpleNamespace(
         valid={"stories": tokens}, heldout=tokens, tokenizer=Bytes(), entropy_bits=None
     )
-    lines = [evaluate(raw, corpus, "stories", 8, c, Run(c)) for _ in range(2)]
+    t = training(c, corpus, raw, Position([("stories", 8)]))
+    lines = [evaluate(t) for _ in range(2)]
     assert lines[0] == lines[1] and raw.training
     assert lines[0]["bpb"] == pytest.approx(lines[0]["heldout"] / math.log(2))  # 40 bytes
     assert lines[0]["valid_bpb"] == pytest.approx(lines[0]["valid"] / math.log(2))
-    last = evaluate(raw, corpus, "stories", 8, c, Run(c), is_last=True)  # all 108 bytes and END
+    t.position.step = c.max_steps
+    last = evaluate(t)  # all 108 bytes and END
     assert last["bpb"] == pytest.approx(last["heldout"] * 109 / 108 / math.log(2))
     answers = np.zeros(len(tokens), np.uint8)
     answers[5:9] = 1
     corpus.answers = {"valid": answers}
-    some = evaluate(raw, corpus, "stories", 8, replace(c, answers_only=True), Run(c))
+    t.c, t.position.step = replace(c, answers_only=True), 0
+    some = evaluate(t)
     assert some["valid_bpb"] == pytest.approx(some["valid"] / math.log(2))
     assert some["valid"] != lines[0]["valid"] and some["bpb"] == lines[0]["bpb"]
 
@@ -628,16 +696,17 @@ def test_the_training_loss_is_that_since_the_last_evaluation(text, one, tmp_path
 
 
 @pytest.mark.parametrize("block", ["sam", "snn", "spark", "gpt"])
-def test_the_table_fits_and_explains_itself(block, capsys):
+def test_the_table_fits_and_explains_itself(block, capsys, monkeypatch):
     log = {"E[K] 0": torch.tensor(3.5)} if block == "spark" else {}
     line = {"step": 123456, "phase": "conversations", "train": 11.123, "valid": 11.123}
     line |= {"valid_bpb": 12.345, "bpb": 11.234, "rate": [0.25, 0.35], "synops": 20.0, "log": log}
     line |= {"synapses": 100, "tokens_per_s": 123456.7, "minutes": 10.0}
     line |= {"rate": [], "synapses": 0} if block == "gpt" else {}
-    watch = SimpleNamespace(say=print, has_header=False)
-    c = tiny("--max_steps=200000")
-    show(line, ["One.", "Two words\nand a line " * 9], c, watch)
-    show(line | {"train": None}, [], c, watch)
+    t = training(tiny("--max_steps=200000"))
+    documents = iter([["One.", "Two words\nand a line " * 9], []])
+    monkeypatch.setattr(train, "sample", lambda _: next(documents))
+    show(t, line)
+    show(t, line | {"train": None})
     printed = capsys.readouterr().out
     assert max(map(len, printed.splitlines())) <= 100
     header, first, *texts, second = printed.strip("\n").split("step  phase")[1].splitlines()
