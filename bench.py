@@ -42,7 +42,6 @@ from kernels import lif
 from lif import lif_torch
 from model import SpikingLM
 from report import write as write_report
-from tokenizer import DataError
 from train import Run, TrainConfig, environment, make_optimizers, train_step, write_result
 
 
@@ -444,7 +443,7 @@ def settings_of(command, argv):
 
 
 def main(argv):
-    with config.one_line(DataError):
+    with config.one_line():
         name, *argv = argv or [""]
         if name in ("-h", "--help"):
             return print(__doc__)

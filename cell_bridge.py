@@ -137,18 +137,6 @@ class Modulation(nn.Module):
         return theta.clamp(0.25, 3), beta.clamp(0.5, 0.97), gain.clamp(0.3, 3)
 
 
-def load_scores(path):
-    """(scores (pool, 6), genes of the pool) of a file that `python cell_bridge.py` wrote."""
-    try:
-        file = torch.load(path, map_location="cpu", weights_only=True)  # so it can run no code
-    except Exception as error:  # missing, or damaged in any of many ways
-        reason = str(error).partition("\n")[0]
-        raise ValueError(f"cannot read the cell {path}: {reason}") from None
-    if type(file) is not dict or file.get("programs") != list(PROGRAMS):
-        raise ValueError(f"{path} is no cell of cell_bridge.py with these six programs")
-    return file["scores"], file["genes"]
-
-
 # ---- screens ---------------------------------------------------------------------------------
 
 

@@ -25,9 +25,9 @@ def stop(message):
 
 
 @contextmanager
-def one_line(*mistakes):
-    """Inside it, what the user or the machine got wrong ends in `stop`: ValueError, OSError, the
-    caller's own `mistakes`, lack of memory. Ctrl-C and a closed pipe end without a word."""
+def one_line():
+    """Inside it, what the user or the machine got wrong ends in `stop`: ValueError, OSError, lack
+    of memory. Ctrl-C and a closed pipe end without a word."""
     sys.stdout.reconfigure(errors="replace")  # a terminal may lack a character
     if signal.getsignal(signal.SIGINT) == signal.SIG_DFL:  # set while torch was imported
         signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -39,7 +39,7 @@ def one_line(*mistakes):
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # or Python would complain once more at exit
         raise SystemExit(141) from None
-    except (*mistakes, ValueError, OSError) as error:
+    except (ValueError, OSError) as error:
         stop(error)
     except (MemoryError, RuntimeError) as error:
         said = str(error)

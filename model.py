@@ -235,7 +235,7 @@ class SpikingLM(nn.Module):
 
     def adopt(self, scores):
         """Take the identities of the neurons from a virtual cell: scores (perturbations, programs)
-        as cell_bridge.load_scores returns them, in place of the synthetic screen's."""
+        as checkpoint.load_cell returns them, in place of the synthetic screen's."""
         if self.identity is None:
             raise ValueError(
                 "a cell needs neurons set by gene programs: block=whale, modulation=program"

@@ -227,7 +227,7 @@ def draw(path, name, checkpoint):
 
 
 def main(argv):
-    with config.one_line(DataError):
+    with config.one_line():
         # --eval without a text is short for --eval=nursery
         bare = [a == "--eval" and b.startswith("--") for a, b in zip(argv, [*argv[1:], "--"])]
         c = config.load(SampleConfig, [a + "=nursery" * is_bare for a, is_bare in zip(argv, bare)])

@@ -45,7 +45,7 @@ from checkpoint import (
 )  # fmt: skip
 from model import ModelConfig, SpikingLM, Synapse, find_device
 from sources import VERDICT, judge, told_by
-from tokenizer import DataError, tokenizer_from_state
+from tokenizer import tokenizer_from_state
 from traits import IGNORED
 
 
@@ -398,50 +398,6 @@ def train_step(model, optimizers, x, y, c, run):
     return run.mean(nats_mean).item(), norm.item(), run.mean(rates)
 
 
-class Feed:
-    """The batches of one process: windows of stored text, or a stream that is fetched."""
-
-    def __init__(
-        self, corpus, curriculum, tokens_per_step, rehearse=0.0, answers_only=False, seed=0,
-        rank=0, world=1, position=None,
-    ):  # fmt: skip
-        self.corpus, self.curriculum, self.tokens_per_step = corpus, curriculum, tokens_per_step
-        self.rehearse, self.answers_only, self.seed = rehearse, answers_only, seed
-        self.rank, self.world, self.stream = rank, world, None
-        if corpus.mixture:
-            places = position or [None] * world
-            if len(places) != world:
-                raise ValueError(f"the checkpoint has {len(places)} processes: resume with as many")
-            seat = rank, world, places[rank]
-            self.stream = data.Stream(corpus.mixture, corpus.tokenizer, seed, *seat)
-
-    @property
-    def position(self):
-        """Where the stream stands, for a checkpoint; None if the text is stored."""
-        return self.stream.position if self.stream else None
-
-    def next(self, phase, step):
-        """Rows x, y of a step: text of the curriculum's phase, and some of the one before."""
-        phases, train, world = self.curriculum, self.corpus.train, self.world
-        name, length = phases[phase]
-        rows = self.tokens_per_step // length // world * world
-        if self.stream and name not in data.CUTS:  # words, phrases, sentences: from its sample
-            return self.stream.batch(rows // world, length)
-
-        def draw(tokens, rows, seed):
-            return data.batch(tokens, step, rows, length, seed, self.rank, world)
-
-        old = int(rows * self.rehearse) // world * world if phase else 0
-        x, y = draw(train[name], rows - old, self.seed)
-        if self.answers_only:
-            counts = draw(self.corpus.answers["train"], rows, self.seed)[1]
-            y = y.masked_fill(counts == 0, IGNORED)
-        if old:
-            before = draw(train[phases[phase - 1][0]], old, self.seed + 1)
-            x, y = (torch.cat(z) for z in zip((x, y), before))
-        return x, y
-
-
 @dataclass
 class Training:
     """What a run consists of."""
@@ -453,7 +409,7 @@ class Training:
     model: SpikingLM  # neither compiled nor distributed
     optimizers: list
     position: Position
-    feed: Feed = None
+    feed: data.Feed = None
     record: dict = None  # where, when and with what it is trained
     sizes: dict = field(default_factory=dict)  # bytes of the held-out text, by its tokens
 
@@ -726,7 +682,7 @@ def begin(c, run):
     elif run.main and (aside := set_aside(out)):
         run.say(f"the run that was in {out} is kept in {aside}")
     set_threads(t)
-    t.feed = Feed(
+    t.feed = data.Feed(
         corpus, t.position.curriculum, c.tokens_per_step, c.rehearse, c.answers_only, c.seed,
         run.rank, run.world, t.position.stream,
     )  # fmt: skip
@@ -835,7 +791,7 @@ def train(c, run):
 
 
 def main(argv):
-    with config.one_line(DataError):
+    with config.one_line():
         try:
             c = config.load(TrainConfig, argv)
             if c.result:

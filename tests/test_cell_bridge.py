@@ -12,9 +12,10 @@ import torch
 
 import cell_bridge
 from cell_bridge import (
-    DRAWS, MARKERS, PROGRAMS, CellConfig, Modulation, Screen, VirtualCell, identity, load_scores,
+    DRAWS, MARKERS, PROGRAMS, CellConfig, Modulation, Screen, VirtualCell, identity,
     main, measure, membership, synthetic_scores, synthetic_screen, validate,
 )  # fmt: skip
+from checkpoint import load_cell
 
 CONTROL = CellConfig.control
 NEURON = [draw * 6 + 1 for draw in range(3)]  # columns of neuron_identity
@@ -580,7 +581,7 @@ def test_synthetic_scores_are_those_of_the_screen():
 # ---- the command and its file ----------------------------------------------------------------
 
 
-def test_command_writes_one_file_that_load_scores_reads(tmp_path, monkeypatch, capsys):
+def test_command_writes_one_file_that_load_cell_reads(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(cell_bridge, "MOST_STEPS", 9)
     np.savez(tmp_path / "a.npz", **small_screen(40))
     argv = [f"--data={tmp_path}/a.npz", f"--out={tmp_path}/new/cell.pt"]
@@ -590,7 +591,7 @@ def test_command_writes_one_file_that_load_scores_reads(tmp_path, monkeypatch, c
     assert list(result) == ["what", "data", "seed", "table"] and result["seed"] == 5
     assert result["data"]["name"] == "a.npz" and len(result["data"]["sha256"]) == 64
     assert all(row in printed for row in ("cell", "no change", "mean delta", "ridge"))
-    scores, genes = load_scores(tmp_path / "new" / "cell.pt")
+    scores, genes = load_cell(tmp_path / "new" / "cell.pt")
     assert genes == MARKERS[:40] and scores.shape == (40, 6)
     file = torch.load(tmp_path / "new" / "cell.pt", weights_only=True)
     assert file["table"] == result["table"] and file["data"] == result["data"]
@@ -605,7 +606,7 @@ class Evil:
         return print, ("run",)
 
 
-def test_load_scores_refuses_what_is_no_cell(tmp_path, capsys):
+def test_load_cell_refuses_what_is_no_cell(tmp_path, capsys):
     (tmp_path / "damaged.pt").write_bytes(b"no cell")
     torch.save({"model": {}}, tmp_path / "foreign.pt")
     torch.save([1], tmp_path / "list.pt")
@@ -617,7 +618,7 @@ def test_load_scores_refuses_what_is_no_cell(tmp_path, capsys):
     }  # fmt: skip
     for name, message in names.items():
         with pytest.raises(ValueError, match=message) as caught:
-            load_scores(tmp_path / f"{name}.pt")
+            load_cell(tmp_path / f"{name}.pt")
         assert "\n" not in str(caught.value)
     assert capsys.readouterr().out == ""
 
