@@ -110,6 +110,10 @@ def run(text, out, *more, **config):
     return read_log(out)
 
 
+FORKS = multiprocessing.get_context("forkserver")
+FORKS.set_forkserver_preload(["train"])
+
+
 def work(argv, environment):
     os.environ.update(environment)
     sys.stdout = open(os.devnull, "w")
@@ -118,9 +122,7 @@ def work(argv, environment):
 
 def start(argv, **environment):
     """A process of its own that trains."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["train"])
-    process = context.Process(target=work, args=(argv, environment), daemon=True)
+    process = FORKS.Process(target=work, args=(argv, environment), daemon=True)
     process.start()
     return process
 
@@ -197,7 +199,8 @@ def test_accumulation_changes_nothing(text, one, tmp_path):
 
 
 def test_resume_goes_on_bit_for_bit(text, one, tmp_path):
-    process = start(settings(text, tmp_path, STORIES, "--eval_interval=1"))
+    slow = ("--eval_interval=1", "--sample_tokens=200")
+    process = start(settings(text, tmp_path, STORIES, *slow))
     while not (tmp_path / "step_00000003.pt").exists():
         assert process.is_alive()
         time.sleep(0.001)
@@ -212,7 +215,7 @@ def test_resume_goes_on_bit_for_bit(text, one, tmp_path):
 
 @pytest.mark.parametrize("script", ["train.py"])
 def test_ctrl_c_while_torch_is_imported_is_silent(script):
-    process = subprocess.Popen([sys.executable, script], cwd=ROOT, stderr=subprocess.PIPE)
+    process = subprocess.Popen([sys.executable, script, "--help"], cwd=ROOT, stderr=subprocess.PIPE)
     while "libtorch" not in Path(f"/proc/{process.pid}/maps").read_text():
         assert process.poll() is None
     process.send_signal(signal.SIGINT)
