@@ -21,11 +21,11 @@ result, with machine, versions and git commit, to results/<sub-command>_<config>
 
 import inspect
 import json
-import math
 import os
 import statistics
 import sys
 import time
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, make_dataclass, replace
 from functools import partial
 from importlib import import_module
@@ -35,11 +35,10 @@ from pathlib import Path
 import torch
 
 import config
-import lif as lif_module
 from checkpoint import build, load_checkpoint
 from experiments.peers import BETA, PEERS, SLOPE, THETA, Contestant, SnnTorchSam, check_spikes
 from kernels import lif
-from lif import lif_torch
+from lif import event_rate, lif_reference, lif_torch
 from model import SpikingLM
 from report import write as write_report
 from train import Run, TrainConfig, environment, make_optimizers, train_step, write_result
@@ -133,20 +132,6 @@ def parameters_of(settings):
 # it likes, contiguous: (B, T, N) ours, (T, B, N) the peers. Only the spikes enter the loss.
 
 
-class PlainSpike(torch.autograd.Function):
-    """1 if u >= 0 else 0, with the atan surrogate as its derivative."""
-
-    @staticmethod
-    def forward(ctx, u):
-        ctx.save_for_backward(u)
-        return (u >= 0).to(u.dtype)
-
-    @staticmethod
-    def backward(ctx, d_s):
-        (u,) = ctx.saved_tensors
-        return d_s * (SLOPE / 2) / (1 + (math.pi / 2 * SLOPE * u) ** 2)
-
-
 def _ours(scan, N, device):
     beta = torch.full((N,), BETA, device=device, requires_grad=True)
     theta = torch.full((N,), THETA, device=device)
@@ -154,27 +139,12 @@ def _ours(scan, N, device):
     return lambda x: scan(x, beta, theta, **options)[0], beta
 
 
-def _plain(N, device):
-    beta = torch.full((N,), BETA, device=device, requires_grad=True)
-
-    def forward(x):
-        v, spikes = torch.zeros_like(x[0]), []
-        for I_t in x.unbind(0):
-            pre = beta * v + I_t  # charge
-            s = PlainSpike.apply(pre - THETA)  # fire
-            v = pre - THETA * s  # reset
-            spikes.append(s)
-        return torch.stack(spikes)
-
-    return forward, beta
-
-
 OURS = "ours"
 CONTESTANTS = {
     OURS: Contestant(partial(_ours, lif), time_major=False),
     "ours, plain torch": Contestant(partial(_ours, lif_torch), time_major=False),
     **PEERS,
-    "plain autograd, unbind": Contestant(_plain),
+    "plain autograd, unbind": Contestant(partial(_ours, lif_reference), time_major=False),
 }
 
 
@@ -354,7 +324,8 @@ def triggered_share(model, drawn):
     """The share of synaptic operations triggered by these tokens, as `generate` yielded them."""
     tokens, state = torch.cat([token for token, _ in drawn], 1), drawn[0][1]
     report = model(tokens, state)[2]
-    return float(sum(report.synops)) / sum(report.synapses)
+    triggered, every = map(sum, zip(*report.synapses))
+    return float(triggered) / every
 
 
 def memory_mb():
@@ -366,9 +337,8 @@ def memory_mb():
 
 def draw(stream, n, events):
     """The next n tokens of a stream, its synapses driven by events or dense."""
-    rate, lif_module.EVENT_RATE = lif_module.EVENT_RATE, lif_module.EVENT_RATE * events
-    list(islice(stream, n))
-    lif_module.EVENT_RATE = rate
+    with nullcontext() if events else event_rate(0):
+        list(islice(stream, n))
 
 
 def trained_rates(path):
@@ -398,16 +368,16 @@ def set_rates(model, rates):
     Small steps, because at low rates the rate is very sensitive to the gain. Each step continues
     the same text, because membranes need about 100 tokens to fill.
     """
-    sites = [(block, site) for block in model.blocks for site in "aoh" if hasattr(block, site)]
-    sites += [(model, "head")] if model.head is not None else []
-    if lacking := {site for _, site in sites} - set(rates):
+    sites = [site for block in model.blocks for site in block.populations.items()]
+    sites += [("head", model.head)] if model.head is not None else []
+    if lacking := {name for name, _ in sites} - set(rates):
         raise ValueError(f"the model of --rates has no neurons called {', '.join(sorted(lacking))}")
     state = None
     for _ in range(20):
         tokens = torch.randint(model.config.vocab_size, (4, 64), device=model.rate.device)
         _, state, report = model(tokens, state)
-        for (part, site), rate in zip(sites, report.rate):
-            getattr(part, site).gain *= (rates[site] / rate.mean()).clamp(0.1, 10) ** 0.25
+        for (name, population), rate in zip(sites, report.rates):
+            population.gain *= (rates[name] / rate.mean()).clamp(0.1, 10) ** 0.25
 
 
 # ---- command line -----------------------------------------------------------------------------

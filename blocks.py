@@ -1,7 +1,8 @@
 """The blocks of the language models, side by side: Real Sam, SpikeWhale, SNN and the GPT control.
 
-A block is a part: `forward(x, state, report) -> (x, state)`, with x (B, T, D) the residual stream,
-state a tuple of tensors or None for silence, report a lif.Report. NeuronSpark's stands in spark.py.
+A block is a part: `forward(x, state, seen, report) -> (x, state)`, with x (B, T, D) the residual
+stream, state what it returned after the tokens before or None for silence, seen and report the
+lif.Seen that it may read and the lif.Report that it writes. NeuronSpark's stands in spark.py.
 B sequences, T tokens, D width of the residual stream, N neurons.
 """
 
@@ -41,6 +42,18 @@ def heads(w):
     return w.view(-1, w.shape[1], w.shape[1]).to(dtype)
 
 
+def run_neurons(c, current, beta, theta, w_rec, state, report, **options):
+    """`lif` as the config c has it; counts the spikes and what they trigger through w_rec."""
+    s, membrane, state = lif(
+        current, beta, theta, heads(w_rec), state,
+        surrogate=c.surrogate, slope=c.slope, reset=c.reset, reset_grad=c.reset_grad, **options,
+    )  # fmt: skip
+    rate = report.fired(s)
+    if w_rec is not None:
+        report.fed_by_spikes(rate, w_rec.shape[1])
+    return s, membrane, state
+
+
 class SamBlock(nn.Module):
     """Real Sam: recurrent spiking neurons of diverse temper, added to the stream through a gate.
 
@@ -64,21 +77,16 @@ class SamBlock(nn.Module):
         normal = torch.randn(D)  # mean of the factor exp(sigma n - sigma^2/2) is 1
         self.register_buffer("temper", torch.exp(c.diversity * normal - c.diversity**2 / 2))
 
-    def forward(self, x, state, report):  # (B, T, D) -> (B, T, D)
+    def forward(self, x, state, seen, report):  # (B, T, D) -> (B, T, D)
         c = self.config
         h = self.norm(x)
-        gain = 1 + c.stress_gain * report.stress * self.temper
+        gain = 1 + c.stress_gain * seen.stress * self.temper
         bias = self.b_rec if c.rec_heads else gain.new_zeros(())
         current = torch.addcmul(bias, self.fc_in(h, report), gain)
-        s, _, state = lif(
-            current, torch.sigmoid(self.beta_logit), self.theta,
-            heads(self.w_rec), state,
-            surrogate=c.surrogate, slope=c.slope, reset=c.reset, reset_grad=c.reset_grad,
-            backend=c.backend, return_membrane=False,
-        )  # fmt: skip
-        rate = report.fired(s)
-        if c.rec_heads:
-            report.fed_by_spikes(rate, c.n_hidden // c.rec_heads)
+        beta = torch.sigmoid(self.beta_logit)
+        s, _, state = run_neurons(
+            c, current, beta, self.theta, self.w_rec, state, report, return_membrane=False
+        )
         if c.residual == "gated":
             return torch.addcmul(x, torch.sigmoid(self.gate(h, report)), s), state
         return (x + s if c.residual == "plain" else s), state
@@ -116,18 +124,14 @@ class WhaleBlock(nn.Module):
                 P = identity(synthetic_scores(), N, index, shuffle=c.modulation == "shuffled")
             self.modulation = Modulation(P.to(beta.device), c.theta, beta)
 
-    def forward(self, x, state, report):  # (B, T, n_embd or N) -> spikes (B, T, N)
+    def forward(self, x, state, seen, report):  # (B, T, n_embd or N) -> spikes (B, T, N)
         c = self.config
         theta, beta, gain = self.modulation() if self.modulation else (self.theta, self.beta, 1.0)
-        s, membrane, state = lif(
-            gain * self.w_in(self.norm(x), report), beta, theta, heads(self.w_rec), state,
-            surrogate=c.surrogate, slope=c.slope, reset=c.reset, reset_grad=c.reset_grad,
-            clamp=c.clamp, backend=c.backend,
-        )  # fmt: skip
-        rate = report.fired(s)
-        if c.rec_heads:
-            report.fed_by_spikes(rate, c.n_hidden // c.rec_heads)
-        report.membrane.append(membrane)
+        current = gain * self.w_in(self.norm(x), report)
+        s, membrane, state = run_neurons(
+            c, current, beta, theta, self.w_rec, state, report, clamp=c.clamp
+        )
+        report.shown["membranes"] = (*seen.membranes, membrane)
         return s, state
 
 
@@ -138,8 +142,8 @@ class MembraneReadout(nn.Module):
         super().__init__()
         self.mix = Linear(config.n_layer * config.n_hidden, config.n_embd)
 
-    def forward(self, x, state, report):  # -> (B, T, n_embd)
-        return self.mix(torch.tanh(torch.cat(report.membrane, -1)), report), None
+    def forward(self, x, state, seen, report):  # -> (B, T, n_embd)
+        return self.mix(torch.tanh(torch.cat(seen.membranes, -1)), report), None
 
 
 class Population(nn.Module):
@@ -160,73 +164,94 @@ class Population(nn.Module):
             middle = (self.theta + c.theta / 2).repeat_interleave(n)  # of each interval of v
             self.levels = nn.Parameter(torch.cat([middle, -middle]) if signed else middle)
 
-    def forward(self, z, state, report):  # (B, T, n) -> (B, T, n); state of `lif`: s is not read
+    def forward(self, z, v, report):  # (B, T, n), v (B, n) or None -> (B, T, n), v
         c = self.config
         beta = torch.sigmoid(self.beta_logit)
         current = (1 - beta**2).sqrt() * torch.addcmul(self.bias, self.gain, z)
         if z.shape[1] == 1 and not torch.is_grad_enabled():  # one token: the scan is one operation
-            v = current if state is None else torch.addcmul(current, beta, state[0][:, None])
-            state = v[:, 0], v[:, 0]
+            v_all = current if v is None else torch.addcmul(current, beta, v[:, None])
+            v = v_all[:, 0]
         else:
-            _, v, state = lif(
-                current, beta, torch.ones_like(beta), state=state, reset="none", backend=c.backend
-            )
+            state = None if v is None else (v, v)  # the second are the spikes, which nothing reads
+            _, v_all, (v, _) = lif(current, beta, torch.ones_like(beta), state=state, reset="none")
         if not c.spikes:
-            return (v if self.signed else F.relu(v)).to(z.dtype), state
+            return (v_all if self.signed else F.relu(v_all)).to(z.dtype), v
         if self.training and c.noise:
-            v = v + c.noise * c.theta * (torch.rand_like(v) - 0.5)
+            v_all = v_all + c.noise * c.theta * (torch.rand_like(v_all) - 0.5)
         levels = self.levels.view(1 + self.signed, c.levels, -1)
-        sent, rate = population(v, self.theta, levels, c.surrogate, c.slope, z.dtype)
-        report.rate.append(rate)
-        report.spikes = sent
-        return sent, state
+        sent, rate = population(v_all, self.theta, levels, c.surrogate, c.slope, z.dtype)
+        report.fired(sent, rate)
+        return sent, v
 
 
 class SNNBlock(nn.Module):
     """Fully spike-driven: floats live in membranes, norms and the stream, spikes cross matrices.
 
-    a = population(x / rms(x));  h = population(W_in a);  x + W_out h
-    With attention, + W_o population(o / rms(o)), o = look_back(q / rms(q), k / rms(k), x / rms(x))
-    and (q, k) = W_qk a: floats that neurons keep to themselves, no matrix is fed by them.
-    State, flat: two tensors of each population (a, h, with attention o), then look_back's three.
+    a = population(x / rms(x));  h = population(W_in a);  x + W_out h + mix(a)
+    mix, in the last of every attention_every blocks, is SpikingAttention.
     """
 
     def __init__(self, config, index):
         super().__init__()
         c, D, N = config, config.n_hidden, config.d_ff
-        self.heads = c.attention if (index + 1) % c.attention_every == 0 else 0
-        M = 32 * self.heads
-        self.config, self.sites = c, [D, *[D] * (M > 0), N] if c.spikes else []
-        self.fan_out = [2 * M + N, *[D] * (M > 0), D]  # synapses of a neuron of each site
+        self.config = c
         self.a = Population(D, c, True, c.beta_high)
         self.h = Population(N, c, False, c.beta_high)
-        matrix = Synapse if c.spikes else Linear
-        self.w_in, self.w_out = matrix(D, N, bias=False), matrix(N, D, bias=False)
+        self.w_in, self.w_out = matrix(c, D, N), matrix(c, N, D)
         nn.init.normal_(self.w_in.weight, std=D**-0.5)
         nn.init.normal_(self.w_out.weight, std=0.5 / math.sqrt(c.n_layer * N))
-        if M:
-            self.o = Population(D, c, True, c.beta_low)  # what was found is not smeared over time
-            self.w_qk, self.w_o = matrix(D, 2 * M, bias=False), matrix(D, D, bias=False)
-            nn.init.normal_(self.w_qk.weight, std=D**-0.5)
-            nn.init.normal_(self.w_o.weight, std=0.5 / math.sqrt(c.n_layer * D))
+        has_mix = c.attention and (index + 1) % c.attention_every == 0
+        self.mix = SpikingAttention(c) if has_mix else None
+        self.sites = [len(p.gain) for p in self.populations.values()] if c.spikes else []
+        of_a, *of_mix = self.mix.fan_out if self.mix else [0]
+        self.fan_out = [of_a + N, *of_mix, D]  # synapses of a neuron of each site
 
-    def forward(self, x, state, report):  # (B, T, D) -> (B, T, D)
-        of_a, of_h, of_o, seen = [None] * 4
-        if state is not None:
-            of_a, of_h, of_o, seen = state[:2], state[2:4], state[4:6], state[6:]
+    @property
+    def populations(self):
+        """All of them, in the order in which they fire."""
+        return {"a": self.a} | ({"o": self.mix.o} if self.mix else {}) | {"h": self.h}
+
+    def forward(self, x, state, seen, report):  # (B, T, D) -> (B, T, D)
+        state, now = state or {}, {}
         z = F.rms_norm(x, x.shape[-1:])
-        a, of_a = self.a(z, of_a, report)
-        if not self.heads:
-            h, of_h = self.h(self.w_in(a, report), of_h, report)
-            return x + self.w_out(h, report), of_a + of_h
-        q, k = in_heads(self.w_qk(a, report), self.heads, 2)
+        a, now["a"] = self.a(z, state.get("a"), report)
+        if self.mix:
+            found, now["mix"] = self.mix(a, z, state.get("mix"), report)
+        h, now["h"] = self.h(self.w_in(a, report), state.get("h"), report)
+        x = x + self.w_out(h, report)
+        return (x + found if self.mix else x), now
+
+
+def matrix(c, fan_in, fan_out):
+    """A matrix of block snn: fed by spikes, in the float twin by floats."""
+    return (Synapse if c.spikes else Linear)(fan_in, fan_out, bias=False)
+
+
+class SpikingAttention(nn.Module):
+    """W_o population(o / rms(o)), o = look_back(q / rms(q), k / rms(k), z), (q, k) = W_qk a.
+
+    q, k and o are floats that neurons keep to themselves: no matrix is fed by them.
+    """
+
+    def __init__(self, config):
+        super().__init__()
+        c, D, M = config, config.n_hidden, 32 * config.attention
+        self.config, self.fan_out = c, [2 * M, D]  # of the neurons that feed it, and of its own
+        self.o = Population(D, c, True, c.beta_low)  # what was found is not smeared over time
+        self.w_qk, self.w_o = matrix(c, D, 2 * M), matrix(c, D, D)
+        nn.init.normal_(self.w_qk.weight, std=D**-0.5)
+        nn.init.normal_(self.w_o.weight, std=0.5 / math.sqrt(c.n_layer * D))
+
+    def forward(self, a, z, state, report):  # spikes a, floats z (B, T, D) -> (B, T, D)
+        heads, state, now = self.config.attention, state or {}, {}
+        q, k = in_heads(self.w_qk(a, report), heads, 2)
         q, k = (F.rms_norm(y, y.shape[-1:]) for y in (q, k))
-        (v,) = in_heads(z, self.heads, 1)
-        # 2: sharp enough to single out
-        o, seen = look_back(2 * q, k, v, seen, self.config.window, report)
-        o, of_o = self.o(F.rms_norm(o, o.shape[-1:]), of_o, report)
-        h, of_h = self.h(self.w_in(a, report), of_h, report)
-        return x + self.w_out(h, report) + self.w_o(o, report), of_a + of_h + of_o + seen
+        (v,) = in_heads(z, heads, 1)
+        o, now["kept"] = look_back(  # 2: sharp enough to single out
+            2 * q, k, v, state.get("kept"), self.config.window, report
+        )
+        o, now["o"] = self.o(F.rms_norm(o, o.shape[-1:]), state.get("o"), report)
+        return self.w_o(o, report), now
 
 
 def in_heads(x, heads, parts):
@@ -243,7 +268,8 @@ def look_back(q, k, v, state, window, report):
     """
     B, _, T, _ = q.shape
     past = 0 if state is None else state[0].shape[2]
-    pairs = sum(min(past + t + 1, window) for t in range(T))  # of floats, whatever fed q and k
+    n = max(0, min(past + T, window) - past)  # tokens before the window is full see 1 more each
+    pairs = n * past + n * (n + 1) // 2 + (T - n) * window  # of floats, whatever fed q and k
     report.macs += round(pairs / T * q.shape[1] * (q.shape[3] + v.shape[3]))
     first = q.new_zeros(B, dtype=torch.long) if state is None else state[2]
     position = first[:, None] + torch.arange(T, device=q.device)  # (B, T)
@@ -291,7 +317,7 @@ class GPTBlock(nn.Module):
         for w in (self.out, self.down):
             w.weight.data /= math.sqrt(2 * config.n_layer)
 
-    def forward(self, x, state, report):  # (B, T, D) -> (B, T, D)
+    def forward(self, x, state, seen, report):  # (B, T, D) -> (B, T, D)
         q, k, v = in_heads(self.qkv(self.norm_a(x), report), self.n_head, 3)
         y, state = look_back(q, k, v, state, self.window, report)
         x = x + self.out(y, report)

@@ -74,9 +74,8 @@ def load_checkpoint(path):
 
 def shape_of(checkpoint):
     """The settings of a checkpoint's model, for a run that begins with its weights."""
-    free = ("backend", "checkpointing")  # these change no result
-    names = [f.name for f in fields(ModelConfig) if f.name not in free]
-    return {name: checkpoint["config"][name] for name in names}
+    names = {f.name for f in fields(ModelConfig)} - {"checkpointing"}  # which changes no result
+    return {name: checkpoint["config"][name] for name in sorted(names)}
 
 
 def check_weights(saved, model):
@@ -100,7 +99,7 @@ def build(checkpoint):
         settings[f.name] = checkpoint["config"].get(f.name)
         if type(settings[f.name]) is not f.type:
             raise ValueError(f"the checkpoint's setting {f.name} is missing or of a wrong type")
-    c = ModelConfig(**settings | {"backend": "auto"})
+    c = ModelConfig(**settings)
     try:
         with torch.device("meta"):
             outline = SpikingLM(c)

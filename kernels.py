@@ -14,6 +14,7 @@ A pointer is called p_x, and x is the tile it holds at this step. TRITON_INTERPR
 Python starts, runs the kernels on the CPU, slowly; the tests do that.
 """
 
+import os
 from types import SimpleNamespace
 
 import torch
@@ -32,6 +33,7 @@ except ImportError:  # as with PyTorch for CPU and Mac; to be read, the kernels 
 else:
     HAS_TRITON, INTERPRETED = True, triton.knobs.runtime.interpret
 
+BACKEND = os.environ.get("LIF_BACKEND", "auto")  # auto | triton | torch: what all scans run on
 NEURONS = 128  # neurons of a tile without recurrent synapses: one per thread of four warps
 STEPS = 16  # and steps whose loads it starts together
 SEQUENCES = 16  # sequences of a tile with them: the fewest that tl.dot takes
@@ -450,27 +452,28 @@ def backends():
     return "; ".join(_taken)
 
 
-def lif(current, beta, theta, w_rec=None, state=None, *, backend="auto", **options):
+def lif(current, beta, theta, w_rec=None, state=None, **options):
     """The scan of lif.py on the backend that suits: see lif.lif_reference for all else.
 
-    backend: 'triton' (lif_triton) or 'torch' (lif_torch), or 'auto': Triton for tensors on a GPU
-    wherever it can, else PyTorch. `backends` tells what it took, and for a GPU without Triton why.
-    A backend asked for by name that cannot run raises (see lif_triton); it is never replaced.
+    BACKEND, which the variable LIF_BACKEND of the environment sets, is 'triton' (lif_triton) or
+    'torch' (lif_torch), or 'auto': Triton for tensors on a GPU wherever it can, else PyTorch.
+    `backends` tells what it took, and for a GPU without Triton why. A backend asked for by name
+    that cannot run raises (see lif_triton); it is never replaced.
     """
-    scan, taken = choose(lif_triton, lif_torch, backend, current, w_rec, **options)
+    scan, taken = choose(lif_triton, lif_torch, current, w_rec, **options)
     result = scan(current, beta, theta, w_rec, state, **options)
     note(taken)
     return result
 
 
-def choose(in_triton, in_torch, backend, x, w_rec=None, **options):
+def choose(in_triton, in_torch, x, w_rec=None, **options):
     """One of the two scans, and a line that says which."""
-    if backend not in ("auto", "triton", "torch"):
-        raise ValueError(f"unknown backend {backend!r}; choose auto, triton or torch")
+    if BACKEND not in ("auto", "triton", "torch"):
+        raise ValueError(f"unknown LIF_BACKEND {BACKEND!r}; choose auto, triton or torch")
     device = x.device.type
-    auto_gpu = backend == "auto" and device == "cuda"
+    auto_gpu = BACKEND == "auto" and device == "cuda"
     obstacle = obstacle_to(x, w_rec, **options) if auto_gpu else None
-    if backend == "triton" or auto_gpu and not obstacle:
+    if BACKEND == "triton" or auto_gpu and not obstacle:
         return in_triton, "lif: triton"
     return in_torch, f"lif: torch ({device})" + (f", as {obstacle}" if obstacle else "")
 
@@ -483,19 +486,19 @@ def note(line):
 def obstacle_to(current, w_rec=None, **options):
     """The exception that says why Triton cannot run this and how to fix it; None if it can."""
     if not HAS_TRITON:
-        return ValueError("Triton is not installed: pip install triton, or take backend='torch'")
+        return ValueError("Triton is not installed: pip install triton, or set LIF_BACKEND=torch")
     if not (current.is_cuda or INTERPRETED):
         return ValueError(
-            f"Triton cannot run on {current.device.type}: move the tensors to a GPU, take"
-            " backend='torch', or set TRITON_INTERPRET=1 before Python starts (slow, for tests)"
+            f"Triton cannot run on {current.device.type}: move the tensors to a GPU, set"
+            " LIF_BACKEND=torch, or set TRITON_INTERPRET=1 before Python starts (slow, for tests)"
         )
     if current.dtype not in (torch.float32, torch.bfloat16, torch.float16):
         return ValueError(f"no kernel takes {current.dtype}: take float32, or backend='torch'")
     for kind, known in (("surrogate", KERNEL_SURROGATES), ("reset", KERNEL_RESETS)):
         if options.get(kind, known[0]) not in known:
-            return ValueError(f"the {kind} {options[kind]!r} has no kernel: take backend='torch'")
+            return ValueError(f"the {kind} {options[kind]!r} has no kernel: set LIF_BACKEND=torch")
     if w_rec is not None and w_rec.shape[-1] > MAX_HEAD:
         return ValueError(
             f"a head of {w_rec.shape[-1]} neurons is over the kernel's {MAX_HEAD}: split the"
-            " recurrent synapses into more heads, or take backend='torch'"
+            " recurrent synapses into more heads, or set LIF_BACKEND=torch"
         )

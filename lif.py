@@ -34,7 +34,7 @@ binary spikes, a `Linear` floats. Both count into the `Report` of the forward pa
 
 import math
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Callable, NamedTuple
 
 import torch
@@ -501,51 +501,49 @@ def population(v, theta, levels, surrogate="triangle", slope=None, dtype=None):
 # ---- synapses ---------------------------------------------------------------------------------
 
 
+class Seen(NamedTuple):
+    """What a part of the model may read beside its input."""
+
+    tokens: torch.Tensor  # (B, T)
+    stress: torch.Tensor = None  # () of the environment (Real Sam)
+    spikes: torch.Tensor = None  # (B, T, N) of the layer that fired last
+    membranes: tuple = ()  # of the blocks so far that show theirs, (B, T, N) each
+
+
 @dataclass
 class Report:
-    """What one forward pass is about, and what its parts show and count on the way.
+    """What a part of the model records; that of a whole forward pass is the sum over its parts."""
 
-    Every block and trait gets it; train.py and sample.py --eval print it.
-    """
-
-    tokens: torch.Tensor = None  # (B, T)
-    stress: torch.Tensor = None  # () strain of the environment (Real Sam)
-    spikes: torch.Tensor = None  # (B, T, N) of the layer that fired last
-    membrane: list = field(default_factory=list)  # per block that shows it: (B, T, N), for readouts
-    stream: torch.Tensor = None  # (B, T, D) what the last part leaves to the readout
-    rate: list = field(default_factory=list)  # per spiking layer: (N,) spikes per neuron and token
-    synops: list = field(default_factory=list)  # per spike-fed matrix: triggered by a token
-    synapses: list = field(default_factory=list)  # per spike-fed matrix: of a token if all fired
+    rates: list = field(default_factory=list)  # per spiking layer: (N,) spikes per neuron and token
+    synapses: list = field(default_factory=list)  # per spike-fed matrix: (operations that a token
+    #                                               triggers, the same if all neurons fired)
     macs: int = 0  # multiplications per token that floats feed: matrices, attention
     losses: dict = field(default_factory=dict)  # name -> scalar that training adds to the loss
     log: dict = field(default_factory=dict)  # name -> scalar that is worth a look
-
-    def fresh(self):
-        """A report for one part: what the pass is about is here, nothing is counted yet."""
-        empty = dict(rate=[], synops=[], synapses=[], macs=0, losses={}, log={})
-        return replace(self, membrane=list(self.membrane), **empty)
+    shown: dict = field(default_factory=dict)  # what the parts that follow get as their Seen
+    hidden: torch.Tensor = None  # (B, T, D) what the last part leaves to the readout
 
     def add(self, part):
-        """Count what a part has counted in a fresh report."""
-        self.spikes, self.membrane = part.spikes, part.membrane
-        self.rate += part.rate
-        self.synops += part.synops
+        """Count what a part has recorded, too."""
+        self.rates += part.rates
         self.synapses += part.synapses
         self.macs += part.macs
         self.log |= part.log
-        for name, loss in part.losses.items():
-            self.losses[name] = self.losses.get(name, 0.0) + loss
+        for name, value in part.losses.items():
+            self.add_loss(name, value)
 
-    def fired(self, spikes):
-        """Note the spikes (B, T, N) of a layer; returns its rate (N,), gradient included."""
-        self.spikes = spikes
-        self.rate.append(spikes.float().mean((0, 1)))
-        return self.rate[-1]
+    def add_loss(self, name, value):
+        self.losses[name] = self.losses.get(name, 0.0) + value
+
+    def fired(self, spikes, rate=None):
+        """Note the spikes (B, T, N) of a layer; returns their rate (N,), gradient included."""
+        self.shown["spikes"] = spikes
+        self.rates.append(spikes.float().mean((0, 1)) if rate is None else rate)
+        return self.rates[-1]
 
     def fed_by_spikes(self, rate, fan_out):
         """Count a matrix fed by spikes of these rates (N,): a spike triggers fan_out additions."""
-        self.synops.append(rate.detach().sum() * fan_out)
-        self.synapses.append(rate.numel() * fan_out)
+        self.synapses.append((rate.detach().sum() * fan_out, rate.numel() * fan_out))
 
 
 def rms(x):
@@ -584,8 +582,8 @@ def deliver(s, weight, report):
     """
     if s.numel() == len(weight) and not torch.is_grad_enabled():
         active = (s.flatten() != 0).nonzero()[:, 0]
-        report.synops.append(active.new_tensor(len(active) * weight.shape[1]))
-        report.synapses.append(weight.numel())
+        triggered = active.new_tensor(len(active) * weight.shape[1])
+        report.synapses.append((triggered, weight.numel()))
         if len(active) < EVENT_RATE * len(weight) or weight.dtype != s.dtype:
             bags = torch.get_num_threads() if len(active) >= 64 else 1
             start = active.new_tensor([len(active) * i // bags for i in range(bags)])

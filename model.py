@@ -17,7 +17,7 @@ from torch.utils.checkpoint import checkpoint
 
 from blocks import BLOCKS, MembraneReadout, Population
 from cell_bridge import identity
-from lif import RESETS, SURROGATES, Linear, Report, Synapse, deliver
+from lif import RESETS, SURROGATES, Linear, Report, Seen, Synapse, deliver
 from spark import SparkOutput
 from traits import (
     HRM, IGNORED, JEPA, MTP, Engram, Kuramoto, Memory, MoE, ProgSem, SpikeAttn, cross_entropy,
@@ -46,7 +46,6 @@ class ModelConfig:
     slope: float = 1.0  # its slope
     reset: str = "soft"  # sam, whale: what a spike does to the membrane: a name in lif.py
     reset_grad: bool = True  # let the gradient flow through the reset too
-    backend: str = "auto"  # the scan: auto | triton | torch
     checkpointing: bool = False  # backward computes a part's inner values again: less memory
     # neuron diversity and environment (Real Sam)
     diversity: float = 0.4  # sigma of the log-normal factor that each neuron answers stress with
@@ -101,7 +100,6 @@ class ModelConfig:
             ("modulation", ("program", "shuffled", "none")),
             ("surrogate", tuple(SURROGATES)),
             ("reset", tuple(RESETS)),
-            ("backend", ("auto", "triton", "torch")),
         ):
             if getattr(self, name) not in allowed:
                 raise ValueError(
@@ -147,23 +145,21 @@ def spike_encode(x):
     return (x > 0).to(x.dtype) + (p - p.detach())  # p - p is exactly 0: the spikes stay binary
 
 
-def recomputed(part, x, state, report):
-    """part(x, state, report) that keeps none of its inner values: backward computes them again."""
-    before = report.fresh()  # as it is now, when the part runs again too
+def run(part, x, state, seen, recompute=False):
+    """What a part returns, and a Report of its own. With `recompute` it keeps none of its inner
+    values: backward runs it again."""
 
-    def run(x, state):
-        own = before.fresh()  # so that a second run counts into nothing
-        return *part(x, state, own), own
+    def once(x, state):
+        report = Report()
+        return *part(x, state, seen, report), report
 
-    y, state, own = checkpoint(run, x, state, use_reentrant=False)
-    report.add(own)
-    return y, state
+    return checkpoint(once, x, state, use_reentrant=False) if recompute else once(x, state)
 
 
 class SpikingLM(nn.Module):
     """Embedding, blocks and tied readout around whichever block the config names, and its traits.
 
-    Everything between embedding and readout is a part: (x, state, report) -> (x, state).
+    Everything between embedding and readout is a part: (x, state, seen, report) -> (x, state).
     """
 
     def __init__(self, config):
@@ -199,16 +195,16 @@ class SpikingLM(nn.Module):
         if c.hrm:
             self.parts["hrm"] = HRM(D, c.hrm)
         if c.spike_attn:
-            self.parts["spike_attn"] = SpikeAttn(D, c.spike_attn, backend=c.backend)
+            self.parts["spike_attn"] = SpikeAttn(D, c.spike_attn)
         if c.progsem:
             self.parts["progsem"] = ProgSem(D, c.progsem, P=self.identity)
         if c.kuramoto:
             self.parts["kuramoto"] = Kuramoto(D, c.kuramoto)
         if c.moe:
             neurons = self.sites[-1] if self.sites and c.block != "spark" else D
-            self.parts["moe"] = MoE(D, c.moe, c.moe_width, last=neurons, backend=c.backend)
+            self.parts["moe"] = MoE(D, c.moe, c.moe_width, last=neurons)
         if c.memory:
-            self.parts["memory"] = Memory(D, c.memory, backend=c.backend)
+            self.parts["memory"] = Memory(D, c.memory)
         if c.block == "spark":
             self.parts["output"] = SparkOutput(c)
             self.sites += self.parts["output"].sites
@@ -258,31 +254,31 @@ class SpikingLM(nn.Module):
     def forward(self, tokens, state=None):
         """tokens (B, T) int64; state as returned by an earlier call, or None for silence.
 
-        Returns logits (B, T, vocabulary), the state after the last token (a list, an entry per
-        part and one for the readout) and a Report.
+        Returns logits (B, T, vocabulary), the state after the last token, a dictionary of those of
+        the parts by their names and the readout's, and a Report.
         """
         x, report = self.embed(tokens)
-        state, after, updates = state or [None] * (len(self.parts) + 1), [], {}
-        for (name, part), before in zip(self.parts.items(), state):
-            if self.config.checkpointing and torch.is_grad_enabled():
-                y, now = recomputed(part, x, before, report)
-            else:
-                y, now = part(x, before, report)
+        seen, updates = Seen(tokens, self.stress), {}
+        state, after = state or {}, {}
+        recompute = self.config.checkpointing and torch.is_grad_enabled()
+        for name, part in self.parts.items():
+            y, after[name], own = run(part, x, state.get(name), seen, recompute)
             if name.startswith("block") and not hasattr(part, "sites"):
-                report.rate.clear()  # of neurons that `sites` does not name: nobody asks for them
+                own.rates.clear()  # of neurons that `sites` does not name: nobody asks for them
+            report.add(own)
+            seen = seen._replace(**own.shown)
             if tokens.shape[1] > 1 and not torch.is_grad_enabled() and x.shape == y.shape:
                 updates[name] = (y - x).norm(dim=-1).mean()
             x = y
-            after.append(now)
         for name, norm in updates.items():  # a part's share of all that is added to the stream
             report.log[f"share {name}"] = norm / sum(updates.values())
-        report.stream = x
-        logits, now = self.readout(x, state[-1], report)
-        return logits, after + [now], report
+        report.hidden = x
+        logits, after["readout"] = self.readout(x, state.get("readout"), report)
+        return logits, {name: x for name, x in after.items() if x is not None}, report
 
     def embed(self, tokens):
         """tokens (B, T) -> what enters the first part (B, T, D), and a fresh Report."""
-        report = Report(tokens, self.stress)
+        report = Report()
         x = self.embedding(tokens).to(self.stress.dtype)  # (B, T, E)
         if self.config.encoder == "spikes":
             x = spike_encode(x)
@@ -293,7 +289,7 @@ class SpikingLM(nn.Module):
 
     def readout(self, x, state, report):
         """What leaves the last part (..., D) -> logits (..., vocabulary) and the state."""
-        x, now = self.norm(x), ()
+        x, now = self.norm(x), None
         if self.head is not None:
             x, now = self.head(x, state, report)
             if self.config.spikes:
@@ -307,33 +303,39 @@ class SpikingLM(nn.Module):
         """Cross-entropy in nats per token (alone the basis of bits per byte), and a dictionary of
         what training adds to it.
 
-        rates: the penalty of rate_penalty. Its gradient is that of rate_weight * (rate - target)^2,
-        with the rate of the step before in the outer derivative: that makes it linear in the
-        rate, hence the same however a step is cut into micro-batches and processes.
+        A training step that calls this also calls `observe`, which it depends on.
         """
-        nats = cross_entropy(logits, targets)
-        c, losses = self.config, dict(report.losses)
-        if report.rate and c.rate_weight and c.rate_penalty == "work":
-            pressure = (self.work(self.rate.split(self.sites)) - c.rate_target).clamp(min=0)
-            losses["rates"] = 2 * c.rate_weight * pressure * self.work(report.rate)
-        elif report.rate and c.rate_weight:
-            losses["rates"] = 0.0
-            for rate, before in zip(report.rate, self.rate.split(self.sites)):
-                if c.rate_penalty == "below":  # per neuron (SpikeWhale): none may die
-                    pressure = (before - c.rate_target).clamp(max=0)
-                else:  # of the layer (Real Sam)
-                    pressure = before.mean() - c.rate_target
-                    pressure = pressure.clamp(min=0) if c.rate_penalty == "above" else pressure
-                losses["rates"] += 2 * c.rate_weight * (pressure * rate).mean()
+        losses = dict(report.losses)
+        if report.rates and self.config.rate_weight:
+            losses["rates"] = self.rate_loss(report.rates)
         if self.mtp:
             losses["mtp"] = self.mtp.loss(
                 report, targets, lambda h: self.readout(h, None, Report())[0]
             )
         if self.jepa:
             losses["jepa"] = self.jepa.loss(report)
-        return nats, losses
+        return cross_entropy(logits, targets), losses
 
-    def work(self, rates):
+    def rate_loss(self, rates):
+        """The penalty of rate_penalty on rates, one (N,) per spiking layer.
+
+        Its gradient is that of rate_weight * (rate - target)^2, with the rate of the step before in
+        the outer derivative: that makes it linear in the rate, hence the same however a step is cut
+        into micro-batches and processes.
+        """
+        c, before, total = self.config, self.rate.split(self.sites), 0.0
+        if c.rate_penalty == "work":  # of the whole model
+            before, rates = [self.synop_share(before)], [self.synop_share(rates)]
+        for old, rate in zip(before, rates):
+            if c.rate_penalty == "below":  # per neuron (SpikeWhale): none may die
+                pressure = (old - c.rate_target).clamp(max=0)
+            else:  # of the layer (Real Sam)
+                pressure = old.mean() - c.rate_target
+                pressure = pressure if c.rate_penalty == "both" else pressure.clamp(min=0)
+            total = total + 2 * c.rate_weight * (pressure * rate).mean()
+        return total
+
+    def synop_share(self, rates):
         """The share of all synapses that spike-fed matrices have which is triggered at such rates,
         one (N,) per spiking layer: what is spared is the optimiser's to choose."""
         fan_out = [n for block in self.blocks for n in getattr(block, "fan_out", [])]
@@ -352,8 +354,8 @@ class SpikingLM(nn.Module):
         """
         c = self.config
         self.rate.copy_(rates)
-        strain = min(max(nats / math.log(c.vocab_size), 0.0), 1.0)
-        self.stress.mul_(c.stress_decay).add_((1 - c.stress_decay) * strain)
+        normalised = min(max(nats / math.log(c.vocab_size), 0.0), 1.0)
+        self.stress.mul_(c.stress_decay).add_((1 - c.stress_decay) * normalised)
         if c.homeostasis:
             for block, rate in zip(self.blocks, rates.split(self.sites)):
                 block.adapt(rate)
@@ -378,31 +380,28 @@ class SpikingLM(nn.Module):
         n_counted = (targets[1:] != IGNORED).sum().item()
         if not n_counted:
             raise ValueError("nothing to score: no token counts")
-        whole = n // length * length
-        batches = []  # of rows of the full length, then the rest as a row of its own
-        if whole:
-            x, y = tokens[:whole].view(-1, length), targets[1 : whole + 1].view(-1, length)
-            batches += zip(x.split(max(1, 8192 // length)), y.split(max(1, 8192 // length)))
-        if whole < n:
-            batches.append((tokens[None, whole:-1], targets[None, whole + 1 :]))
+        x, y, whole = tokens[:-1], targets[1:], n // length * length
+        batches = [(x[None, whole:], y[None, whole:])]  # the rest, a row of its own, may be empty
+        rows = [z[:whole].view(-1, length).split(max(1, 8192 // length)) for z in (x, y)]
         nats, rate, synops, macs, log = 0.0, 0, 0.0, 0, {}
-        for x, y in batches:
+        for x, y in (pair for pair in [*zip(*rows), *batches] if pair[0].numel()):
             logits, _, report = self(x)
             nats += F.cross_entropy(
                 logits.flatten(0, 1).float(), y.flatten(), reduction="sum"
             ).item()
-            rate = rate + x.numel() * torch.tensor([r.mean().item() for r in report.rate])
-            synops += x.numel() * sum(s.item() for s in report.synops)
-            macs += x.numel() * report.macs
+            share = x.numel() / n
+            rate = rate + share * torch.tensor([r.mean().item() for r in report.rates])
+            synops += share * sum(triggered.item() for triggered, _ in report.synapses)
+            macs += share * report.macs
             for name, value in report.log.items():
-                log[name] = log.get(name, 0.0) + float(value) * x.numel() / n
+                log[name] = log.get(name, 0.0) + share * float(value)
         return {
             "nats": nats,
             "tokens": n_counted,
-            "rate": (rate / n).tolist(),
-            "synops": synops / n,
-            "synapses": sum(report.synapses),
-            "macs": round(macs / n),
+            "rate": rate.tolist(),
+            "synops": synops,
+            "synapses": sum(every for _, every in report.synapses),
+            "macs": round(macs),
             "log": log,
         }
 

@@ -414,9 +414,9 @@ def plif_triton(x, b, t, a=None, v=None, *, frames, slope=4.0):
     return _PlifTriton.apply(x, b, t, a, v, frames, float(slope))
 
 
-def plif(x, b, t, a=None, v=None, *, backend="auto", **options):
+def plif(x, b, t, a=None, v=None, **options):
     """The neurons of plif_torch on the backend that suits, chosen as for `lif`."""
-    scan, taken = choose(plif_triton, plif_torch, backend, x)
+    scan, taken = choose(plif_triton, plif_torch, x)
     result = scan(x, b, t, a, v, **options)
     note(taken)
     return result
@@ -428,15 +428,14 @@ def plif(x, b, t, a=None, v=None, *, backend="auto", **options):
 class PLIF(nn.Module):
     """Parametric LIF neurons, theirs the decay and the threshold; they pass on their leak."""
 
-    def __init__(self, n, theta, config):
+    def __init__(self, n, theta):
         super().__init__()
-        self.backend = config.backend
         self.w = nn.Parameter(0.5 * torch.randn(n))  # decay sigmoid(w)
         self.theta = nn.Parameter(theta * (0.5 + torch.rand(n)))
 
     def forward(self, x, v, frames, report):  # (B, T or F, n) -> (B, F, n)
-        leak, rate, v = plif(x, self.w, self.theta, v=v, frames=frames, backend=self.backend)
-        report.rate.append(rate)
+        leak, rate, v = plif(x, self.w, self.theta, v=v, frames=frames)
+        report.rates.append(rate)
         return leak, v
 
 
@@ -449,7 +448,7 @@ class SelectiveNeurons(nn.Module):
     def __init__(self, config):
         super().__init__()
         c, D, N = config, config.n_hidden, config.n_state
-        self.backend, self.sites = c.backend, D * N
+        self.sites = D * N
         self.w_in, self.w_out = Linear(D, D * N, bias=False), Linear(D * N, D, bias=False)
         self.w_beta, self.w_alpha, self.w_theta = (Linear(D, D * N) for _ in range(3))
         self.w_gate, self.w_skip = Linear(D, D, bias=False), Linear(D, D, bias=False)
@@ -469,9 +468,9 @@ class SelectiveNeurons(nn.Module):
         k = frames.per_token
         v_all, rate, v = plif(
             self.w_in(z, report, k), self.w_beta(z, report, k), self.w_theta(z, report, k),
-            self.w_alpha(z, report, k), v, frames=frames, backend=self.backend,
+            self.w_alpha(z, report, k), v, frames=frames,
         )  # fmt: skip
-        report.rate.append(rate)
+        report.rates.append(rate)
         y = self.w_out(v_all, report, k) * torch.sigmoid(self.w_gate(z, report, k))
         return frames.pool(y, weight) + self.w_skip(frames.pool(z, weight), report), v
 
@@ -485,7 +484,7 @@ class SpikingFFN(nn.Module):
         self.sites = 2 * H
         self.w_gate, self.w_up = Linear(D, H, bias=False), Linear(D, H, bias=False)
         self.w_down, self.w_skip = Linear(H, D, bias=False), Linear(D, D, bias=False)
-        self.neurons = PLIF(2 * H, 0.15, config)
+        self.neurons = PLIF(2 * H, 0.15)
 
     def forward(self, z, v, frames, weight, report):  # (B, F, D) -> (B, T, D)
         k = frames.per_token
@@ -514,7 +513,7 @@ class Pondered(nn.Module):
         D = config.n_hidden
         self.config = config
         self.norm = nn.RMSNorm(D, eps=1e-6)
-        self.neurons = PLIF(D, 0.5, config)
+        self.neurons = PLIF(D, 0.5)
         self.inner = inner(config)
         self.sites = [D, self.inner.sites]
         self.w_halt = nn.Parameter(torch.empty(D).uniform_(-1, 1))
@@ -549,7 +548,7 @@ class SparkBlock(nn.Module):
     """NeuronSpark (arXiv 2603.16148): selective neurons, then a spiking feed-forward part.
 
     Neurons run several frames within each token; the residual stream, the same in all of them, is
-    kept per token. State: membranes of (input, hidden) neurons of both parts, 4 x (B, n).
+    kept per token. State: of both parts the membranes (input, hidden), (B, n) each.
     """
 
     def __init__(self, config, index):
@@ -558,17 +557,16 @@ class SparkBlock(nn.Module):
         self.halves = nn.ModuleList(Pondered(config, f) for f in (SelectiveNeurons, SpikingFFN))
         self.sites = [n for half in self.halves for n in half.sites]
 
-    def forward(self, x, state, report):  # (B, T, D) -> (B, T, D)
+    def forward(self, x, state, seen, report):  # (B, T, D) -> (B, T, D)
         after, expected, run = [], 0.0, 0.0
-        for half, before in zip(self.halves, (state[:2], state[2:]) if state else (None, None)):
+        for half, before in zip(self.halves, state or (None, None)):
             x, now, e, k = half(x, before, report)
-            after += now
+            after.append(now)
             expected, run = expected + e.mean() / 2, run + k / 2
-        ponder = report.losses.get("ponder", 0.0)
-        report.losses["ponder"] = ponder + self.weight * expected  # E[K], mean over layers
+        report.add_loss("ponder", self.weight * expected)  # E[K], mean over layers
         report.log[f"E[K] {self.index}"] = expected.detach()
         report.log[f"frames {self.index}"] = run  # E[K], rounded up token by token
-        return x, tuple(after)
+        return x, after
 
 
 class SparkOutput(nn.Module):
@@ -579,15 +577,15 @@ class SparkOutput(nn.Module):
         D = config.n_hidden
         self.k_max, self.sites = config.k_max, [D]
         self.norm, self.inhibit = nn.RMSNorm(D, eps=1e-6), nn.RMSNorm(D, eps=1e-6)
-        self.neurons = PLIF(D, 0.3, config)
+        self.neurons = PLIF(D, 0.3)
         self.w = Linear(D, D)
 
-    def forward(self, x, state, report):  # (B, T, D) -> (B, T, D)
+    def forward(self, x, v, seen, report):  # (B, T, D), v (B, D) or None -> (B, T, D), v
         B, T, D = x.shape
         frames = Frames(torch.full((B, T), self.k_max, device=x.device), self.k_max)
-        leak, v = self.neurons(self.norm(x), state and state[0], frames, report)
+        leak, v = self.neurons(self.norm(x), v, frames, report)
         y = self.w(leak.view(B, T, -1, D).mean(2), report)
-        return self.inhibit(y.to(x.dtype)), (v,)  # a norm likes the precision of the stream
+        return self.inhibit(y.to(x.dtype)), v  # a norm likes the precision of the stream
 
 
 BLOCKS["spark"] = SparkBlock

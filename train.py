@@ -371,7 +371,7 @@ def train_step(model, optimizers, x, y, c, run):
                 nats, others = raw.loss(logits, y_now, report)
             (nats * share_of_nats + sum(others.values()) * share).backward()
         nats_mean += nats.detach() * share_of_nats
-        rates += torch.cat(report.rate or [rates]).detach() * share
+        rates += torch.cat(report.rates or [rates]).detach() * share
     norm = torch.nn.utils.clip_grad_norm_(raw.parameters(), c.grad_clip or math.inf)
     for optimizer in optimizers:
         optimizer.step()

@@ -1,8 +1,8 @@
 """Traits: what may be added before, between or after the blocks of any model here, one class each.
 
-`forward(x, state, report) -> (x, state)`, as the blocks of model.py: x (B, T, d) is the residual
-stream, never spikes; state a tuple of tensors, () if there is nothing to remember, None for
-silence; report a lif.Report. MTP and JEPA, used in training only, have instead
+`forward(x, state, seen, report) -> (x, state)`, as the blocks of blocks.py: x (B, T, d) is the
+residual stream, never spikes; a state of None is silence, or says that there is nothing to
+remember. MTP and JEPA, used in training only, have instead
 `loss(report, targets, readout) -> scalar`. A constructor takes d, sizes, then by name what it needs
 of the model. B sequences, T tokens, d width of the stream.
 
@@ -71,15 +71,15 @@ class Engram(nn.Module):
 
     def rows_of(self, tokens, state=None):
         """tokens (B, T) int64 -> rows of the embedding (B, T, 2 heads), pairs first; the state."""
-        past = tokens.new_full((len(tokens), 2), self.pad) if state is None else state[0]
+        past = tokens.new_full((len(tokens), 2), self.pad) if state is None else state
         tokens = torch.cat([past, tokens], 1)
         a, b, c = (tokens[:, 2 - k : tokens.shape[1] - k] * self.multiplier[k] for k in range(3))
         mix = torch.stack([a ^ b, a ^ b ^ c], -1).repeat_interleave(self.heads, -1)
         first = self.prime.cumsum(0) - self.prime  # where each table begins
-        return first + mix % self.prime, (tokens[:, -2:],)  # % is never negative, unlike in C
+        return first + mix % self.prime, tokens[:, -2:]  # % is never negative, unlike in C
 
-    def forward(self, x, state, report):  # (B, T, d) -> (B, T, d)
-        rows, state = self.rows_of(report.tokens, state)
+    def forward(self, x, state, seen, report):  # (B, T, d) -> (B, T, d)
+        rows, state = self.rows_of(seen.tokens, state)
         e = self.table(rows).flatten(2)
         z = (rms(self.key(e, report)) * rms(x)).sum(-1, keepdim=True) / math.sqrt(x.shape[-1])
         return x + self.out(self.gate(z) * self.value(e, report), report), state
@@ -96,11 +96,11 @@ class HRM(nn.Module):
         self.down, self.up = Linear(2 * d, width), matrix(width, d, 0.02 * width**0.5)
         self.gate = nn.Parameter(torch.zeros(steps))
 
-    def forward(self, x, state, report):  # (B, T, d) -> (B, T, d)
+    def forward(self, x, state, seen, report):  # (B, T, d) -> (B, T, d)
         h = x
         for gate in self.gate.tanh():
             h = h + gate * self.up(F.silu(self.down(torch.cat([rms(h), x], -1), report)), report)
-        return h, ()
+        return h, None
 
 
 class SpikeAttn(nn.Module):
@@ -113,28 +113,25 @@ class SpikeAttn(nn.Module):
     spikes and grows without bound, hence rms. State: S (B, heads, width, width), float32.
     """
 
-    def __init__(self, d, heads, width=32, chunk=64, *, backend="auto"):
+    def __init__(self, d, heads, width=32, chunk=64):
         super().__init__()
-        self.heads, self.width, self.chunk, self.backend = heads, width, chunk, backend
+        self.heads, self.width, self.chunk = heads, width, chunk
         self.query_key = matrix(d, 2 * heads * width, 1)  # 16% fire: theta is one deviation
         self.value, self.out = matrix(d, heads * width, 1), matrix(heads * width, d, 0)
 
-    def forward(self, x, state, report):  # (B, T, d) -> (B, T, d)
+    def forward(self, x, state, seen, report):  # (B, T, d) -> (B, T, d)
         h, B, T = rms(x), *x.shape[:2]
         current = self.query_key(h, report).view(B * T, 1, -1)  # all tokens in one step of lif
         one = torch.ones_like(current[0, 0])
-        s, _, _ = lif(
-            current, 0 * one, one,
-            surrogate="triangle", backend=self.backend, return_membrane=False,
-        )  # fmt: skip
+        s, _, _ = lif(current, 0 * one, one, surrogate="triangle", return_membrane=False)
         report.log["attention_rate"] = s.detach().float().mean()
         q, k, v = (
             y.float().reshape(B, T, self.heads, self.width).transpose(1, 2)
             for y in (*s.chunk(2, -1), self.value(h, report))
         )
         start = q.new_zeros(B, self.heads, self.width, self.width)
-        o, S = self.attend(q, k, v, start if state is None else state[0], self.chunk)
-        return x + self.out(rms(o).transpose(1, 2).flatten(2).to(x.dtype), report), (S,)
+        o, S = self.attend(q, k, v, start if state is None else state, self.chunk)
+        return x + self.out(rms(o).transpose(1, 2).flatten(2).to(x.dtype), report), S
 
     @staticmethod
     def attend(q, k, v, S, chunk):
@@ -159,7 +156,7 @@ class ProgSem(nn.Module):
 
         a = f P / sqrt(F)               f (.., F) features of the neurons, P (F, slots) programs
         x + W_out W_slots Derf(a)       a learned vector per program; W_out starts at 0
-    With P, the virtual cell's identity matrix, f = tanh of all the report's membranes, side by
+    With P, the virtual cell's identity matrix, f = tanh of the membranes of all blocks, side by
     side; without it f = rms(x), and P is learned. No equations were published; these are ours.
     """
 
@@ -173,14 +170,14 @@ class ProgSem(nn.Module):
         self.gate = Derf(slots)
         self.slots, self.out = matrix(slots, width, 1), matrix(width, d, 0)
 
-    def activity(self, x, report):
+    def activity(self, x, seen, report):
         """Of each program at each token, in 0..1 (B, T, slots)."""
-        f = torch.cat(report.membrane, -1).tanh().to(x.dtype) if self.reads_membranes else rms(x)
+        f = torch.cat(seen.membranes, -1).tanh().to(x.dtype) if self.reads_membranes else rms(x)
         report.macs += self.P.numel()
         return self.gate(f @ self.P / math.sqrt(len(self.P)))
 
-    def forward(self, x, state, report):  # (B, T, d) -> (B, T, d)
-        return x + self.out(self.slots(self.activity(x, report), report), report), ()
+    def forward(self, x, state, seen, report):  # (B, T, d) -> (B, T, d)
+        return x + self.out(self.slots(self.activity(x, seen, report), report), report), None
 
 
 class Kuramoto(nn.Module):
@@ -201,7 +198,7 @@ class Kuramoto(nn.Module):
         self.K = nn.Parameter(torch.tensor(0.8))
         self.out = matrix(2 * oscillators, d, 0)
 
-    def forward(self, x, state, report):  # (B, T, d) -> (B, T, d)
+    def forward(self, x, state, seen, report):  # (B, T, d) -> (B, T, d)
         phase, K = self.phase(rms(x), report), self.K.clamp(-1.5, 1.5)
         for _ in range(self.steps):
             cos, sin = phase.cos(), phase.sin()
@@ -209,7 +206,7 @@ class Kuramoto(nn.Module):
             phase = phase + self.omega + K * pull  # pull = r sin(psi - phase)
         cos, sin = phase.cos(), phase.sin()
         report.log["kuramoto_r"] = torch.hypot(cos.mean(-1), sin.mean(-1)).detach().mean()
-        return x + self.out(torch.cat([cos, sin], -1), report), ()
+        return x + self.out(torch.cat([cos, sin], -1), report), None
 
 
 class MoE(nn.Module):
@@ -223,26 +220,24 @@ class MoE(nn.Module):
     last: neurons of the layer that fired last, if not d. State: (trace, no spikes), (B, last) each.
     """
 
-    def __init__(self, d, experts, width, top=2, balance=0.01, *, last=None, backend="auto"):
+    def __init__(self, d, experts, width, top=2, balance=0.01, *, last=None):
         super().__init__()
-        self.experts, self.top, self.balance, self.backend = experts, top, balance, backend
+        self.experts, self.top, self.balance = experts, top, balance
         self.router = Linear(last or d, experts)
         self.up = nn.Parameter(torch.randn(experts * width, d) * d**-0.5)
         # one tensor for all experts, so that one nobody chose still gets a (zero) gradient
         self.down = nn.Parameter(torch.zeros(experts * width, d))
 
-    def forward(self, x, state, report):  # (B, T, d) -> (B, T, d)
-        s = (x > 0).to(x.dtype) if report.spikes is None else report.spikes
+    def forward(self, x, state, seen, report):  # (B, T, d) -> (B, T, d)
+        s = (x > 0).to(x.dtype) if seen.spikes is None else seen.spikes
         ones = torch.ones_like(s[0, 0], dtype=torch.float32)
-        _, trace, state = lif(  # a neuron whose threshold is out of reach only decays
-            0.1 * s, 0.9 * ones, 2 * ones, state=state, reset="none", backend=self.backend
-        )
+        # a neuron whose threshold is out of reach only decays
+        _, trace, state = lif(0.1 * s, 0.9 * ones, 2 * ones, state=state, reset="none")
         p = self.router(rms(trace).to(x.dtype), report).float().softmax(-1).flatten(0, 1)
         share, chosen = p.topk(self.top)  # (B T, top)
         share = share / share.sum(-1, keepdim=True)
         load = F.one_hot(chosen, self.experts).float().mean((0, 1))
-        loss = self.balance * self.experts * (load * p.mean(0)).sum()
-        report.losses["moe"] = report.losses.get("moe", 0.0) + loss
+        report.add_loss("moe", self.balance * self.experts * (load * p.mean(0)).sum())
 
         h, y = rms(x).flatten(0, 1), torch.zeros_like(x).flatten(0, 1)
         up, down = self.up.chunk(self.experts), self.down.chunk(self.experts)
@@ -264,21 +259,20 @@ class Memory(nn.Module):
     every token while v stays above threshold. State: (v, s), each (B, neurons). This trait is ours.
     """
 
-    def __init__(self, d, neurons, *, backend="auto"):
+    def __init__(self, d, neurons):
         super().__init__()
-        self.write, self.gate, self.backend = matrix(d, neurons, 1), Linear(d, neurons), backend
+        self.write, self.gate = matrix(d, neurons, 1), Linear(d, neurons)
         self.gate.bias.data = torch.linspace(-2, -6, neurons)
         self.beta_logit = nn.Parameter(torch.logit(torch.linspace(0.99, 0.999, neurons)))
         self.read = Synapse(neurons, d, bias=False)
         nn.init.zeros_(self.read.weight)
 
-    def forward(self, x, state, report):  # (B, T, d) -> (B, T, d)
+    def forward(self, x, state, seen, report):  # (B, T, d) -> (B, T, d)
         h, beta = rms(x), torch.sigmoid(self.beta_logit.float())  # bfloat16 has no 0.999
         gate = torch.sigmoid(self.gate(h, report).float())
         s, _, state = lif(
             gate * self.write(h, report), beta * (1 - gate), torch.full_like(beta, 0.05),
-            state=state, surrogate="triangle", reset="none", backend=self.backend,
-            return_membrane=False,
+            state=state, surrogate="triangle", reset="none", return_membrane=False,
         )  # fmt: skip
         report.log["memory_rate"] = s.detach().mean()
         return x + self.read(s.to(x.dtype), report), state
@@ -304,8 +298,8 @@ class MTP(nn.Module):
 
     def loss(self, report, targets, readout):
         """weight * mean over k of the cross-entropy of token t+1+k, in nats. h (B, T, d) is
-        report.stream; targets (B, T), [t] is token t+1; readout (B, *, d) -> logits."""
-        h, n, T = report.stream, len(self.ahead), targets.shape[1]
+        report.hidden; targets (B, T), [t] is token t+1; readout (B, *, d) -> logits."""
+        h, n, T = report.hidden, len(self.ahead), targets.shape[1]
         if T <= n:
             raise ValueError(f"to predict {n} more tokens takes sequences longer than {n}, not {T}")
         nats = 0.0
@@ -324,9 +318,9 @@ class JEPA(nn.Module):
         self.weight, self.gate = weight, nn.Parameter(torch.zeros(()))
 
     def loss(self, report, targets=None, readout=None):
-        """weight * mean of 1 - cos(pred_t, h_{t+1}). h (B, T, d) is report.stream; as a target it
+        """weight * mean of 1 - cos(pred_t, h_{t+1}). h (B, T, d) is report.hidden; as a target it
         gets no gradient. Logs its deviation over positions: near 0 if all became alike."""
-        h = report.stream
+        h = report.hidden
         if h.shape[1] < 2:
             raise ValueError("to predict the next position takes sequences of 2 tokens or more")
         report.log["jepa_std"] = h.detach().float().std((0, 1)).mean()

@@ -42,7 +42,7 @@ def params(
         if c.block == "gpt" or c.block == "snn" and c.attention:  # a token before costs as much
             per_token = model(token, state)[2].macs - report.macs  # as any other one before
             report.macs += (min(c.window, c.longest()) - 1) * per_token
-    spike_fed = sum(report.synapses)
+    spike_fed = sum(every for _, every in report.synapses)
     print(f"per token: {spike_fed:,d} spike-fed synapses, {report.macs:,d} float multiplications")
     result = {"parameters": total, "groups": groups, "synapses": spike_fed, "macs": report.macs}
     if gpus:

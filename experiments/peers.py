@@ -153,5 +153,5 @@ class SnnTorchSam(SpikingLM):
                 gate = F.linear(h, block.gate.weight, block.gate.bias)
                 x = x + torch.sigmoid(gate) * s
             logits.append(self.readout(x, None, report)[0])
-        report.rate = [torch.stack(spikes[i :: c.n_layer]).mean((0, 1)) for i in range(c.n_layer)]
+        report.rates = [torch.stack(spikes[i :: c.n_layer]).mean((0, 1)) for i in range(c.n_layer)]
         return torch.stack(logits, 1), state, report

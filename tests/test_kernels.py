@@ -295,10 +295,11 @@ def test_compile_does_not_break_the_graph(heads, fresh, capsys):
 
     def loss(scan, current, beta, theta, w, state, return_membrane):
         *results, state = scan(
-            2 * current, beta, theta, w, state, backend="triton", return_membrane=return_membrane
+            2 * current, beta, theta, w, state, return_membrane=return_membrane
         )
         return sum(x.cumsum(1).square().sum() for x in (*results, *state) if x is not None)
 
+    fresh.setattr(kernels, "BACKEND", "triton")
     compiled = torch.compile(loss, backend="aot_eager", fullgraph=True)
     for return_membrane in (True, False):
         gradients = []
@@ -366,15 +367,17 @@ def test_auto_on_cpu_is_torch_and_noted_once(fresh, capsys):
     for _ in range(2):
         spikes, membrane, (v, s) = kernels.lif(*small(), surrogate="atan")
     assert torch.equal(spikes, lif_torch(*small(), surrogate="atan")[0])
-    kernels.lif(*small(), backend="torch")  # the same choice, by name
+    fresh.setattr(kernels, "BACKEND", "torch")
+    kernels.lif(*small())  # the same choice, by name
     assert kernels.backends() == "lif: torch (cpu)"
     assert capsys.readouterr() == ("", "")  # nothing is printed into a sample, a bar or a chat
 
 
 @needs_triton
 def test_triton_by_name(fresh):
+    fresh.setattr(kernels, "BACKEND", "triton")
     for _ in range(2):
-        spikes, *_ = kernels.lif(*(x.to(DEVICE) for x in small()), backend="triton", slope=2)
+        spikes, *_ = kernels.lif(*(x.to(DEVICE) for x in small()), slope=2)
     assert torch.equal(spikes.cpu(), lif_torch(*small())[0])
     assert kernels.backends() == "lif: triton"
 
@@ -382,8 +385,9 @@ def test_triton_by_name(fresh):
 def test_triton_by_name_is_never_replaced(fresh):
     def refuses(error, match, *arguments):
         with pytest.raises(error, match=match):
-            kernels.lif(*arguments, backend="triton")
+            kernels.lif(*arguments)
 
+    fresh.setattr(kernels, "BACKEND", "triton")
     fresh.setattr(kernels, "HAS_TRITON", True)
     fresh.setattr(kernels, "INTERPRETED", False)
     refuses(ValueError, "cannot run on cpu.*TRITON_INTERPRET=1", *small())
@@ -397,8 +401,9 @@ def test_triton_by_name_is_never_replaced(fresh):
 
 
 def test_unknown_backend(fresh):
+    fresh.setattr(kernels, "BACKEND", "cuda")
     with pytest.raises(ValueError, match="'cuda'.*auto, triton or torch"):
-        kernels.lif(*small(), backend="cuda")
+        kernels.lif(*small())
 
 
 def test_auto_on_gpu(fresh):
@@ -418,10 +423,12 @@ def test_auto_on_gpu(fresh):
     assert re.fullmatch(noted, kernels.backends())
     for kind, known in (("surrogate", SURROGATES), ("reset", RESETS)):
         assert chosen(**{kind: "mine"}) == "torch"
-        reason = f"the {kind} 'mine' has no kernel: take backend='torch'"
+        reason = f"the {kind} 'mine' has no kernel: set LIF_BACKEND=torch"
         assert kernels.backends().endswith(f"; lif: torch (cuda), as {reason}")
         assert all(chosen(**{kind: name}) == "triton" for name in known)
-    assert chosen(backend="torch") == "torch" and kernels.backends().endswith("; lif: torch (cuda)")
+    fresh.setattr(kernels, "BACKEND", "torch")
+    assert chosen() == "torch" and kernels.backends().endswith("; lif: torch (cuda)")
+    fresh.setattr(kernels, "BACKEND", "auto")
     fresh.setattr(kernels, "HAS_TRITON", False)
     assert chosen() == "torch" and "Triton is not installed" in kernels.backends()
 
@@ -433,8 +440,9 @@ def test_a_surrogate_or_reset_without_a_kernel(kind, known, fresh):
     fresh.setitem(known, "mine", known[usual])
     spikes, *_ = kernels.lif(*small(), **{kind: "mine"})  # on a CPU it needs none
     assert torch.equal(spikes, lif_torch(*small(), **{kind: usual})[0])
+    fresh.setattr(kernels, "BACKEND", "triton")
     with pytest.raises(ValueError, match=f"the {kind} 'mine' has no kernel"):
-        kernels.lif(*(x.to(DEVICE) for x in small()), backend="triton", **{kind: "mine"})
+        kernels.lif(*(x.to(DEVICE) for x in small()), **{kind: "mine"})
 
 
 def test_import_without_triton():
