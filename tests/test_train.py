@@ -309,7 +309,8 @@ def test_fine_tuning(text, one, tmp_path, chats):
         f"--init_from={one[0] / 'best.pt'}", "--answers_only=True", f"--dataset={chats}",
         f"--data_dir={tmp_path / 'cache'}", f"--out_dir={tmp_path / 'chat'}", "--threads=1",
         "--seed=2", "--tokens_per_step=256", "--phases=words:8 conversations:16", "--lr=0.01",
-        "--eval_interval=20", "--sample_tokens=0", "--eval_tokens=500", "--device=cpu", "--dtype=float32",
+        "--eval_interval=20", "--sample_tokens=0", "--eval_tokens=500", "--device=cpu",
+        "--dtype=float32",
     ]  # fmt: skip
 
     def tuned(*more):
