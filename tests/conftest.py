@@ -37,7 +37,7 @@ def check_model(model, vocab=50):
     """Whole = split = token by token, over more than a window of 8; causal, by its gradient."""
     tokens, inputs = torch.randint(vocab, (2, 24)), []
     with torch.no_grad():
-        for rate in model(tokens)[2].rate:
+        for rate in model(tokens)[2].rates:
             assert 0.01 < rate.mean() < 0.99
         check_state(lambda at, state: model(tokens[:, at], state)[:2], 24, 3e-5)
     hook = model.embedding.register_forward_hook(lambda module, i, out: inputs.append(out))
@@ -51,7 +51,8 @@ def leaves(state):
     """The tensors of a state, however nested."""
     if torch.is_tensor(state):
         return [state]
-    return [x for part in state or () for x in leaves(part)]
+    parts = state.values() if isinstance(state, dict) else state or ()
+    return [x for part in parts for x in leaves(part)]
 
 
 def fire(u, smooth):

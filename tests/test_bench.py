@@ -15,6 +15,7 @@ import pytest
 import torch
 
 import bench
+import lif
 import config
 from checkpoint import VERSION
 from experiments import ablate, frames, params, recall
@@ -129,7 +130,7 @@ def test_random_weights_fire_at_trained_rates(tmp_path):
     torch.manual_seed(2)
     with torch.no_grad():  # once membranes have filled
         _, state, _ = model(torch.randint(400, (4, 300)))
-        fired = [r.mean().item() for r in model(torch.randint(400, (4, 64)), state)[2].rate]
+        fired = [r.mean().item() for r in model(torch.randint(400, (4, 64)), state)[2].rates]
     wanted = [rates[site] for site in ["a", "h"] * 5 + ["a", "o", "h", "head"]]
     assert fired == pytest.approx(wanted, abs=0.04)
     drawn = list(islice(model.generate(torch.zeros(1, 1, dtype=torch.long)), 164))[100:]
@@ -198,11 +199,11 @@ def test_the_transformer_beside_snn_has_its_size():
 
 
 def test_draw_takes_so_many_tokens_by_events_or_dense():
-    seen, usual = [], bench.lif_module.EVENT_RATE
-    stream = (seen.append(bench.lif_module.EVENT_RATE) for _ in itertools.count())
+    seen, usual = [], lif.EVENT_RATE
+    stream = (seen.append(lif.EVENT_RATE) for _ in itertools.count())
     bench.draw(stream, 2, True)
     bench.draw(stream, 3, False)
-    assert seen == [usual] * 2 + [0] * 3 and bench.lif_module.EVENT_RATE == usual > 0
+    assert seen == [usual] * 2 + [0] * 3 and lif.EVENT_RATE == usual > 0
 
 
 # ---- settings and mistakes ---------------------------------------------------------------------

@@ -296,9 +296,7 @@ def test_compile_does_not_break_the_graph(heads, fresh, capsys):
     """One graph around the scan, forward and backward; it says its backend there too."""
 
     def loss(scan, current, beta, theta, w, state, return_membrane):
-        *results, state = scan(
-            2 * current, beta, theta, w, state, return_membrane=return_membrane
-        )
+        *results, state = scan(2 * current, beta, theta, w, state, return_membrane=return_membrane)
         return sum(x.cumsum(1).square().sum() for x in (*results, *state) if x is not None)
 
     fresh.setattr(kernels, "BACKEND", "triton")

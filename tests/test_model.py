@@ -89,7 +89,8 @@ def test_golden_losses(name):
         logits, _, report = model(tokens[:, :-1])
         nats, others = model.loss(logits, tokens[:, 1:], report)
         losses += [nats.item(), sum(x.item() for x in others.values())]
-        model.observe(nats.item(), torch.cat([x.detach() for x in report.rate] or [model.rate]))
+        rates = torch.cat(report.rates or [model.rate]).detach()
+        model.observe(nats.item(), rates)
         parameters = list(model.parameters())
         for p, d in zip(parameters, torch.autograd.grad(nats + sum(others.values()), parameters)):
             p.data -= 0.1 * d
@@ -110,11 +111,13 @@ def test_snn_with_attention_keeps_its_word(spikes):
     with torch.no_grad():
         _, state, report = model(torch.randint(50, (1, 40)))
     half = model.config.n_hidden // 2
-    assert [z.shape for z in state[0][6:]] == [(1, 2, 7, 32), (1, 2, 7, half), (1,)]  # flat
+    kept = state["block0"]["mix"]["kept"]
+    assert [z.shape for z in kept] == [(1, 2, 7, 32), (1, 2, 7, half), (1,)]
     if spikes:  # floats cross no matrix but the embedding's, into the stream and out of it
         blocks = sum(p.numel() for b in model.blocks for n, p in b.named_parameters() if "w_" in n)
         ends = model.embedding.weight.numel()
-        assert sum(report.synapses) == blocks and report.macs == ends + of_attention(model, 40)
+        every = sum(every for _, every in report.synapses)
+        assert every == blocks and report.macs == ends + of_attention(model, 40)
 
 
 @torch.no_grad()
@@ -128,14 +131,14 @@ def reached(model, at, T):
 def test_attention_of_snn_finds_what_a_window_hides():
     near = model_of(shrunk("snn_6m.py", attention=2, n_layer=1, beta_low=0.01, beta_high=0.011))
     assert reached(near, 1, 9)[8] > 1e-3  # in a window of 8, and far beyond the leaks
-    near.blocks[0].config = replace(near.config, window=7)
+    near.blocks[0].mix.config = replace(near.config, window=7)
     change = reached(near, 1, 9)
     assert change[7] > 1e-3 and change[8] < 1e-6
 
 
 def test_attention_stands_in_every_so_manyth_block():
     model = model_of(shrunk("snn_6m.py", attention=1, attention_every=2, n_layer=5))
-    assert [hasattr(block, "w_qk") for block in model.blocks] == [False, True, False, True, False]
+    assert [block.mix is not None for block in model.blocks] == [False, True, False, True, False]
     assert len(model.sites) == 5 * 2 + 2
     check_model(model)
 
@@ -180,7 +183,7 @@ def test_generation_keeps_its_state_small_and_equals_the_forward(name):
 
     assert size(stream[12][1]) == size(stream[24][1])
     if name == "gpt_6m.py":
-        assert stream[24][1][0][0].shape[2] == model.config.window - 1
+        assert stream[24][1]["block0"][0].shape[2] == model.config.window - 1
     # the yielded state has seen all but the yielded token: going on from it changes nothing
     token, state = stream[9]
     again = [t.item() for t, _ in islice(model.generate(token, state, temperature=0), 15)]
@@ -201,7 +204,8 @@ def test_synapse_counts_what_its_spikes_trigger():
     synapse, report = Synapse(4, 3), Report()
     s = torch.tensor([[[1.0, 0, 0, 1], [0, 0, 0, 1]]])  # 3 spikes in 2 tokens
     y = synapse(s, report)
-    assert report.synops[0].item() == pytest.approx(1.5 * 3) and report.synapses == [12]
+    ((triggered, every),) = report.synapses
+    assert triggered.item() == pytest.approx(1.5 * 3) and every == 12
     torch.testing.assert_close(y[0, 1], synapse.weight[3] + synapse.bias)  # a row per presynaptic
 
 
@@ -211,9 +215,10 @@ def test_synops_of_the_model_are_counted_from_real_spikes():
     tokens = torch.randint(50, (2, 20))
     _, _, report = model(tokens)
     encoded = (model.embedding(tokens) > 0).float().sum(-1).mean() * 32
-    expected = [encoded] + [rate.sum() * 32 for rate in report.rate]
-    torch.testing.assert_close(torch.stack(report.synops), torch.stack(expected))
-    assert report.synapses == [16 * 32] + [32 * 32] * 2
+    expected = [encoded] + [rate.sum() * 32 for rate in report.rates]
+    triggered, every = zip(*report.synapses)
+    torch.testing.assert_close(torch.stack(triggered), torch.stack(expected))
+    assert every == (16 * 32, 32 * 32, 32 * 32)
     assert report.macs == 2 * 2 * 32 * 32 + 32 * 16 + 50 * 16  # per block in and gate; out; head
 
 
@@ -254,12 +259,12 @@ def test_snn_sends_at_most_one_spike_per_population_at_its_learned_level():
             p += torch.randn_like(p)
     sent = []
     for block in model.blocks:
-        ways = [(block.a, block.w_qk), (block.o, block.w_o)]
+        ways = [(block.a, block.mix.w_qk), (block.mix.o, block.mix.w_o)]
         for source, w in ways + [(block.a, block.w_in), (block.h, block.w_out)]:
             w.register_forward_pre_hook(lambda m, i, source=source: sent.append((source, m, i[0])))
     _, _, report = model(torch.randint(50, (4, 30)))
-    assert len(sent) == len(report.synops) == 4 * len(model.blocks)
-    for (source, w, q), synops, synapses in zip(sent, report.synops, report.synapses):
+    assert len(sent) == len(report.synapses) == 4 * len(model.blocks)
+    for (source, w, q), (synops, synapses) in zip(sent, report.synapses):
         levels = source.levels.view(-1, 1, 1, q.shape[-1])  # (neurons of a population, 1, 1, N)
         assert ((q == levels).any(0) | (q == 0)).all()
         spikes = (q != 0).float().mean((0, 1)).sum().item()
@@ -277,7 +282,7 @@ def test_twin_of_snn_is_the_same_block_with_floats():
     assert of_spiking == of_twin
     check_model(twin)
     _, _, report = twin(torch.randint(50, (1, 5)))
-    assert report.rate == report.synops == [] and report.macs > 0
+    assert report.rates == report.synapses == [] and report.macs > 0
     with torch.no_grad():  # and its populations send what the spikes stand for: v, or relu(v)
         for of_spikes, of_twin in zip(*((m.blocks[0].a, m.blocks[0].h) for m in (spiking, twin))):
             of_spikes.load_state_dict(of_twin.state_dict(), strict=False)
@@ -372,8 +377,7 @@ def test_events_equal_the_dense_product(dtype, near, fired):
     events, dense = synapse(s, report), synapse(s.expand(2, 1, 200), reports)[:1]
     torch.set_num_threads(threads)
     torch.testing.assert_close(events, dense, rtol=near, atol=near)
-    assert report.synops[0] == pytest.approx(fired * 31) == reports.synops[0]
-    assert report.synapses == reports.synapses == [200 * 31]
+    assert report.synapses == reports.synapses == [(pytest.approx(fired * 31), 200 * 31)]
     torch.testing.assert_close(
         events[0, 0], s[0, 0] @ synapse.weight.float() + synapse.bias.float(), rtol=near, atol=near
     )
@@ -387,7 +391,7 @@ def test_threads_share_the_rows(fired, starts, monkeypatch):
     monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
     with torch.no_grad():
         Synapse(200, 8)(s.float(), Report())
-    (rows, _, bags), = seen
+    ((rows, _, bags),) = seen
     assert rows.tolist() == list(range(fired)) and bags.tolist() == starts
 
 
@@ -404,7 +408,7 @@ def test_a_spiking_head_is_fed_by_spikes_and_tied():
     tokens = torch.randint(50, (2, 20))
     logits, _, report = model(tokens)
     assert report.macs == of_attention(model, tokens.shape[1])  # no matrix is fed by floats
-    assert len(report.rate) == len(model.sites) == 2 * 3 + 1  # a, o, h of two blocks
+    assert len(report.rates) == len(model.sites) == 2 * 3 + 1  # a, o, h of two blocks
     assert not any(p.shape == (16, 50) for p in model.parameters())
     assert model.embedding.weight.t().is_contiguous()  # what generation reads, row by row
     logits.square().sum().backward()
@@ -454,8 +458,8 @@ def test_homeostasis_moves_thresholds_towards_the_target_rate():
     tokens, off = torch.randint(50, (8, 40)), []
     for _ in range(60):
         _, _, report = model(tokens)
-        off.append((report.rate[0] - c.rate_target).abs().mean().item())
-        model.observe(1.0, torch.cat(report.rate))
+        off.append((report.rates[0] - c.rate_target).abs().mean().item())
+        model.observe(1.0, torch.cat(report.rates))
     assert off[0] > 0.15 and off[-1] < 0.5 * off[0]
     theta = model.blocks[0].theta
     assert theta.std() > 0 and theta.min() > 0.029 and theta.max() < 3.1
@@ -475,8 +479,8 @@ def test_penalty_pulls_the_rate_down():
         others["rates"].backward()
         optimizer.step()
         optimizer.zero_grad()
-        model.observe(1.0, torch.cat(report.rate).detach())
-        rates.append(report.rate[0].mean().item())
+        model.observe(1.0, torch.cat(report.rates).detach())
+        rates.append(report.rates[0].mean().item())
     assert abs(rates[-1] - 0.1) < 0.03 < abs(rates[0] - 0.1)
 
 
@@ -493,9 +497,9 @@ def test_penalty_presses_from_its_side(kind, of_0, of_1):
     last = [torch.zeros(32), torch.zeros(32)]
     last[0][16:] = 0.6
     model.observe(1.0, torch.cat(last))
-    report = Report(rate=[torch.full((32,), 0.5, requires_grad=True) for _ in range(2)])
+    report = Report(rates=[torch.full((32,), 0.5, requires_grad=True) for _ in range(2)])
     loss = model.loss(torch.zeros(1, 1, 50), torch.zeros(1, 1, dtype=torch.long), report)[1]
-    grads = torch.autograd.grad(loss["rates"], report.rate)
+    grads = torch.autograd.grad(loss["rates"], report.rates)
     for grad, halves in zip(grads, (of_0, of_1)):
         expected = 2 * 3.0 * torch.tensor(halves).repeat_interleave(16) / 32
         torch.testing.assert_close(grad, expected)
@@ -508,8 +512,9 @@ def test_a_budget_is_of_all_synaptic_operations(more):
     model = model_of(shrunk("snn_6m.py", **settings)).train()
     tokens = torch.randint(50, (2, 20))
     logits, _, report = model(tokens)
-    now = model.work(report.rate)
-    torch.testing.assert_close(now.detach(), sum(report.synops) / sum(report.synapses))
+    now = model.synop_share(report.rates)
+    triggered, every = map(sum, zip(*report.synapses))
+    torch.testing.assert_close(now.detach(), triggered / every)
     rates = [torch.full((n,), 0.5) for n in model.sites]
     model.observe(1.0, torch.cat(rates))
     torch.testing.assert_close(
@@ -540,7 +545,7 @@ def test_score_counts_every_token_once():
     for key, weight in (("nats", (1, 1)), ("synops", mean), ("rate", mean)):
         total = weight[0] * np.array(both[key]) + weight[1] * np.array(tail[key])
         assert short[key] == pytest.approx(total, rel=1e-4)
-    rate = [rate.mean().item() for rate in model(torch.from_numpy(tokens[None, :10]))[2].rate]
+    rate = [rate.mean().item() for rate in model(torch.from_numpy(tokens[None, :10]))[2].rates]
     assert model.score(tokens[:11], 10)["rate"] == pytest.approx(rate)
     assert short["macs"] == model(torch.zeros(1, 1, dtype=torch.long))[2].macs  # of any token
 
@@ -619,7 +624,7 @@ def test_noise_of_training_lets_neurons_near_their_threshold_fire_at_times():
     for training, share in ((False, 0.0), (True, 0.25)):  # of 0.7 to 1.1 theta
         report = Report()
         sent, _ = neurons.train(training)(z, None, report)
-        assert report.rate[0].mean().item() == pytest.approx(share, abs=0.01)
+        assert report.rates[0].mean().item() == pytest.approx(share, abs=0.01)
         assert (sent != 0).float().mean().item() == pytest.approx(share, abs=0.01)
 
 
@@ -642,12 +647,12 @@ class Plain(torch.nn.Module):
         super().__init__()
         self.w = Linear(config.n_hidden, config.n_hidden)
 
-    def forward(self, x, state, report):
+    def forward(self, x, state, seen, report):
         return x + torch.tanh(self.w(x, report)), state
 
 
 class Firing(Plain):
-    def forward(self, x, state, report):
+    def forward(self, x, state, seen, report):
         one = torch.ones(x.shape[-1])
         spikes, _, state = lif(self.w(x, report), 0.5 * one, 0.1 * one, state=state)
         report.fired(spikes)
@@ -669,5 +674,5 @@ def test_a_new_block_needs_an_entry_and_nothing_else(block, more, monkeypatch):
     assert nats[-1][0] < nats[0][0] - 0.1 and nats[0][2].shape == model.rate.shape
     model.observe(nats[-1][0], nats[-1][2])
     if model.head is not None:
-        assert model.work([torch.ones(16)]) == 1  # the head's synapses are all that are counted
+        assert model.synop_share([torch.ones(16)]) == 1  # of the head, all that are counted
     assert len(list(islice(model.generate(x[:1]), 3))) == 3

@@ -14,8 +14,8 @@ from conftest import check_state, fire
 import config
 import kernels
 import spark
-from lif import Report, lif_torch
-from model import SpikingLM, recomputed
+from lif import Report, Seen, lif_torch
+from model import SpikingLM, run
 from spark import Frames, SelectiveNeurons, plif_torch, plif_triton
 from train import TrainConfig
 
@@ -146,7 +146,7 @@ def test_equals_the_equations_frame_by_frame(adaptive):
         scale = p.grad.abs().max()
         assert scale > 1e-7, name
         torch.testing.assert_close(got[name] / scale, p.grad / scale, rtol=0, atol=1e-6, msg=name)
-    for rate in report.rate:
+    for rate in report.rates:
         assert 0.02 < rate.mean() < 0.9
     counts = torch.stack(expected).ceil()
     assert counts.unique().tolist() == [2, 3, 4, 5]  # tokens of all kinds
@@ -376,15 +376,16 @@ def test_errors(change):
             scan(**arguments | change)
 
 
-def test_a_model_on_kernels_equals_a_model_on_torch():
+def test_a_model_on_kernels_equals_a_model_on_torch(monkeypatch):
     tokens = torch.randint(30, (2, 4))
     c = settings(n_layer=1, k_max=3)
     if not kernels.HAS_TRITON:
         pytest.skip("Triton is not installed")
     grads = []
     for backend in ("torch", "triton"):
+        monkeypatch.setattr(kernels, "BACKEND", backend)
         torch.manual_seed(0)
-        model = SpikingLM(replace(c, backend=backend)).to(DEVICE)
+        model = SpikingLM(c).to(DEVICE)
         logits, _, _ = model(tokens.to(DEVICE))
         logits.square().sum().backward()
         grads.append([logits.detach()] + [p.grad for p in model.parameters()])
@@ -414,7 +415,7 @@ def test_structured_start():
     model = SpikingLM(replace(c, k_max=16, n_layer=2))
     with torch.no_grad():
         _, _, report = model(torch.randint(4096, (2, 32)))
-    rate = report.rate[5].view(-1, 8).mean(0)  # of the second block's hidden neurons
+    rate = report.rates[5].view(-1, 8).mean(0)  # of the second block's hidden neurons
     assert 0.2 < rate[0] < 0.3 and 0.05 < rate[-1] < 0.12 and (rate.diff() < 0.02).all()
 
 
@@ -432,18 +433,19 @@ def test_checkpointing_is_bit_identical_and_counts_once(name):
         nats, others = model.loss(logits, tokens, report)
         (nats + sum(others.values())).backward()
         assert len(times) == 1 + checkpointing
-        counted = [report.macs, *report.synapses, *report.log.values()]
-        runs.append([logits, nats, *report.rate, *report.synops, *others.values()])
+        counted = [report.macs, *sum(report.synapses, ()), *report.log.values()]
+        runs.append([logits, nats, *report.rates, *others.values()])
         runs[-1] += [*map(torch.as_tensor, counted), *(p.grad for p in model.parameters())]
     assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))
 
 
-def test_recomputation_sees_the_report_as_it_was():
-    def reads(x, state, report):
-        return (x * report.spikes).exp(), state
+def test_recomputation_reads_and_counts_as_the_first_time():
+    def part(x, state, seen, report):
+        report.macs += 1
+        return (x * seen.spikes).exp(), state
 
-    report, x = Report(spikes=torch.tensor(2.0)), torch.tensor(0.5, requires_grad=True)
-    y, _ = recomputed(reads, x, None, report)
-    report.spikes = torch.tensor(3.0)  # of a later part
+    x = torch.tensor(0.5, requires_grad=True)
+    y, _, report = run(part, x, None, Seen(None, spikes=torch.tensor(2.0)), recompute=True)
     y.backward()
+    assert report.macs == 1
     assert x.grad.item() == pytest.approx(2 * math.e)
