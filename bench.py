@@ -21,6 +21,7 @@ result, with machine, versions and git commit, to results/<sub-command>_<config>
 
 import inspect
 import json
+import math
 import os
 import statistics
 import sys
@@ -55,9 +56,11 @@ class BenchConfig:
     save: bool = False  # write the result to a file in results/
     dtype = "auto"  # no setting: a command without CONFIG measures in float32
 
+    RANGE = {"rounds": (1, math.inf), "seed": (0, math.inf)}
+    RANGE |= {"warmup": (0, math.inf), "threads": (0, 1024)}
+
     def __post_init__(self):
-        if self.rounds < 1 or min(self.warmup, self.threads, self.seed) < 0:
-            raise ValueError("rounds >= 1, warmup >= 0, threads >= 0 and seed >= 0 must hold")
+        config.check(self)
         if isinstance(self, TrainConfig):
             super().__post_init__()
 
@@ -397,7 +400,7 @@ def command_of(name):
 
 
 def settings_of(command, argv):
-    """All settings of a command, read from argv: its keyword arguments, those of BenchConfig and, if
+    """All settings of a command, read from argv: its keyword arguments, those of BenchConfig, and if
     its first parameter is `c`, those of train.py, from a CONFIG file or the command's own `preset`.
     """
     first, *more = inspect.signature(command).parameters.values()

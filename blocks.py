@@ -1,12 +1,11 @@
 """The blocks of the language models, side by side: Real Sam, SpikeWhale, SNN and the GPT control.
 
-A block is a part: `forward(x, state, seen, report) -> (x, state)`, with x (B, T, D) the residual
-stream, state what it returned after the tokens before or None for silence, seen and report the
-lif.Seen that it may read and the lif.Report that it writes. NeuronSpark's stands in spark.py.
+Each stands below its own settings. NeuronSpark's block is in spark.py.
 B sequences, T tokens, D width of the residual stream, N neurons.
 """
 
 import math
+from dataclasses import dataclass
 
 import torch
 import torch.nn as nn
@@ -14,7 +13,56 @@ import torch.nn.functional as F
 
 from cell_bridge import Modulation, identity, synthetic_scores
 from kernels import lif
-from lif import Linear, Synapse, population
+from lif import RESETS, SURROGATES, Linear, Synapse, population
+
+BLOCKS, SETTINGS = {}, []  # name -> class; what blocks add to model.ModelConfig
+
+
+def block(name, settings=None):
+    """Register a class as `--block=name`, and a dataclass of the settings that it brings."""
+
+    def register(cls):
+        BLOCKS[name] = cls
+        SETTINGS.extend([settings] if settings else [])
+        return cls
+
+    return register
+
+
+class Block(nn.Module):
+    """What all blocks have: `__init__(config, index)`, `forward(x, state, seen, report)`.
+
+    forward returns the new residual stream (B, T, D) and the state after the last token, which it
+    gets back with the next tokens; None is silence. It reads a lif.Seen and writes a lif.Report.
+    """
+
+    sites = ()  # neurons of each layer whose rates it reports, in that order
+    fan_out = ()  # synapses of a neuron of each site, for rate_penalty=synops
+    heads = None  # the setting that says into how many parts n_hidden is cut
+    width = "n_hidden"  # the setting that is the width of the stream
+    closing = None  # class of the part after the last block
+    has_norm = False  # whether what leaves the last part is normalised already
+    shows_spikes = True  # whether `report.fired` is called
+
+
+@dataclass(frozen=True)
+class NeuronSettings:
+    # neurons of sam, whale and snn
+    rec_heads: int = 1  # sam, whale: recurrent synapses: 1 full | h blocks of n_hidden/h | 0 none
+    beta_low: float = 0.01  # membrane decay per token: at the start spread over the neurons ...
+    beta_high: float = 0.6  # ... from low to high, then learned per neuron
+    theta: float = 1.0  # firing threshold
+    surrogate: str = "triangle"  # derivative put in place of the step's: a name in lif.py
+    slope: float = 1.0  # its slope
+    reset: str = "soft"  # sam, whale: what a spike does to the membrane: a name in lif.py
+    reset_grad: bool = True  # sam, whale: let the gradient flow through the reset too
+
+    CHOICES = {"surrogate": SURROGATES, "reset": RESETS}
+    RANGE = {"beta_low": (1e-6, 1 - 1e-6), "beta_high": (1e-6, 1 - 1e-6)}
+    RANGE |= {"theta": (1e-6, math.inf), "slope": (1e-6, math.inf), "rec_heads": (0, math.inf)}
+
+
+SETTINGS.append(NeuronSettings)
 
 
 def spread(n, low, high):
@@ -54,17 +102,31 @@ def run_neurons(c, current, beta, theta, w_rec, state, report, **options):
     return s, membrane, state
 
 
-class SamBlock(nn.Module):
+@dataclass(frozen=True)
+class SamSettings:
+    # sam
+    residual: str = "gated"  # gated | plain | none (every block replaces its input)
+    diversity: float = 0.4  # sigma of the log-normal factor that each neuron answers stress with
+    stress_gain: float = 0.3  # kappa: gain = 1 + kappa * stress * factor; 0 switches stress off
+    homeostasis: float = 0.0  # thresholds move by this * (rate - target) per step; 0 is off
+
+    CHOICES = {"residual": ("gated", "plain", "none")}
+
+
+@block("sam", SamSettings)
+class SamBlock(Block):
     """Real Sam: recurrent spiking neurons of diverse temper, added to the stream through a gate.
 
     current = gain * (W_in x + b) + W_rec s + b_rec;  s = lif(current);  x + sigmoid(W_g x) * s
     """
 
+    heads = "rec_heads"
+
     def __init__(self, config, index):
         super().__init__()
         c, D = config, config.n_hidden
         self.config, self.sites = config, [D]
-        self.norm = nn.LayerNorm(D) if c.norm else nn.Identity()
+        self.norm = nn.LayerNorm(D)
         self.fc_in = Linear(D, D)
         self.w_rec = recurrent(D, c.rec_heads)
         if c.rec_heads:
@@ -98,21 +160,47 @@ class SamBlock(nn.Module):
         self.theta.clamp_(0.1 * self.config.theta, 10 * self.config.theta)
 
 
-class WhaleBlock(nn.Module):
+class MembraneReadout(nn.Module):
+    """After SpikeWhale's blocks: W tanh(membranes before the reset), of all layers side by side."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.mix = Linear(config.n_layer * config.n_hidden, config.n_embd)
+
+    def forward(self, x, state, seen, report):  # -> (B, T, n_embd)
+        return self.mix(torch.tanh(torch.cat(seen.membranes, -1)), report), None
+
+
+SPIKE_INPUT_GAIN = 2.5  # starting scale of the synapses into layers fed by spikes
+CLAMP = 30.0  # bound of the soft clamp on the membrane
+
+
+@dataclass(frozen=True)
+class WhaleSettings:
+    # whale
+    modulation: str = "program"  # gene programs set neurons | shuffled: control | none: all equal
+
+    CHOICES = {"modulation": ("program", "shuffled", "none")}
+
+
+@block("whale", WhaleSettings)
+class WhaleBlock(Block):
     """SpikeWhale: recurrent neurons whose excitability gene programs set; its spikes go on alone.
 
     pre = beta v + gain * W_in x + W_rec s;  s = 1[pre >= theta];  v = softclamp(pre - theta s)
     The first layer reads floats, the others spikes. A MembraneReadout reads all of them.
     """
 
+    heads, width, closing = "rec_heads", "n_embd", MembraneReadout
+
     def __init__(self, config, index):
         super().__init__()
         c, N = config, config.n_hidden
         self.config, self.sites = config, [N]
-        self.norm = nn.LayerNorm(c.n_embd) if c.norm and index == 0 else nn.Identity()
+        self.norm = nn.Identity() if index else nn.LayerNorm(c.n_embd)
         self.w_in = Synapse(N, N, bias=False) if index else Linear(c.n_embd, N, bias=False)
         if index:
-            self.w_in.weight.data *= c.spike_input_gain
+            self.w_in.weight.data *= SPIKE_INPUT_GAIN
         self.w_rec = recurrent(N, c.rec_heads)
         beta = spread(N, c.beta_low, c.beta_high)
         self.modulation = None
@@ -129,21 +217,10 @@ class WhaleBlock(nn.Module):
         theta, beta, gain = self.modulation() if self.modulation else (self.theta, self.beta, 1.0)
         current = gain * self.w_in(self.norm(x), report)
         s, membrane, state = run_neurons(
-            c, current, beta, theta, self.w_rec, state, report, clamp=c.clamp
+            c, current, beta, theta, self.w_rec, state, report, clamp=CLAMP
         )
         report.shown["membranes"] = (*seen.membranes, membrane)
         return s, state
-
-
-class MembraneReadout(nn.Module):
-    """After SpikeWhale's blocks: W tanh(membranes before the reset), of all layers side by side."""
-
-    def __init__(self, config):
-        super().__init__()
-        self.mix = Linear(config.n_layer * config.n_hidden, config.n_embd)
-
-    def forward(self, x, state, seen, report):  # -> (B, T, n_embd)
-        return self.mix(torch.tanh(torch.cat(seen.membranes, -1)), report), None
 
 
 class Population(nn.Module):
@@ -184,12 +261,30 @@ class Population(nn.Module):
         return sent, v
 
 
-class SNNBlock(nn.Module):
+@dataclass(frozen=True)
+class SNNSettings:
+    # snn
+    levels: int = 3  # neurons of a population, at thresholds theta, 2 theta, ...; 1 is plain spikes
+    head: str = "float"  # what the readout's matrix is fed: float | spikes, of one more population
+    spikes: bool = True  # False: the float control, the same block with graded signals
+    noise: float = 0.0  # even noise on membranes in training, so many thetas wide; 0 is off
+    attention: int = 0  # heads of 32 that look back over the window, fed by spikes; 0 is none
+    attention_every: int = 1  # in the last of every so many blocks
+
+    CHOICES = {"head": ("float", "spikes")}
+    RANGE = {"levels": (1, math.inf), "noise": (0, math.inf)}
+    RANGE |= {"attention": (0, math.inf), "attention_every": (1, math.inf)}
+
+
+@block("snn", SNNSettings)
+class SNNBlock(Block):
     """Fully spike-driven: floats live in membranes, norms and the stream, spikes cross matrices.
 
     a = population(x / rms(x));  h = population(W_in a);  x + W_out h + mix(a)
     mix, in the last of every attention_every blocks, is SpikingAttention.
     """
+
+    heads = "attention"
 
     def __init__(self, config, index):
         super().__init__()
@@ -202,9 +297,10 @@ class SNNBlock(nn.Module):
         nn.init.normal_(self.w_out.weight, std=0.5 / math.sqrt(c.n_layer * N))
         has_mix = c.attention and (index + 1) % c.attention_every == 0
         self.mix = SpikingAttention(c) if has_mix else None
-        self.sites = [len(p.gain) for p in self.populations.values()] if c.spikes else []
-        of_a, *of_mix = self.mix.fan_out if self.mix else [0]
-        self.fan_out = [of_a + N, *of_mix, D]  # synapses of a neuron of each site
+        if c.spikes:
+            of_a, *of_mix = self.mix.fan_out if self.mix else [0]
+            self.sites = [len(p.gain) for p in self.populations.values()]
+            self.fan_out = [of_a + N, *of_mix, D]
 
     @property
     def populations(self):
@@ -302,8 +398,21 @@ def rotate(x, position):
     return torch.cat([a * cos - b * sin, a * sin + b * cos, x[..., 2 * half :]], -1)
 
 
-class GPTBlock(nn.Module):
+@dataclass(frozen=True)
+class GPTSettings:
+    # gpt
+    n_head: int = 8  # attention heads
+    window: int = 512  # tokens that attention sees, here and in snn: the present one and before it
+    d_ff: int = 1112  # width of the feed-forward part, here, in snn and in spark
+
+    RANGE = {name: (1, math.inf) for name in ("n_head", "window", "d_ff")}
+
+
+@block("gpt", GPTSettings)
+class GPTBlock(Block):
     """The control: causal attention, then GELU. State: as of look_back."""
+
+    heads = "n_head"
 
     def __init__(self, config, index):
         super().__init__()
@@ -322,6 +431,3 @@ class GPTBlock(nn.Module):
         y, state = look_back(q, k, v, state, self.window, report)
         x = x + self.out(y, report)
         return x + self.down(F.gelu(self.up(self.norm_f(x), report)), report), state
-
-
-BLOCKS = {"sam": SamBlock, "whale": WhaleBlock, "snn": SNNBlock, "gpt": GPTBlock}

@@ -26,7 +26,7 @@ from cell_bridge import PROGRAMS
 from config import whole_file
 from model import ModelConfig, SpikingLM
 
-VERSION = 2  # of checkpoints; raise it when the code can no longer use older ones
+VERSION = 3  # of checkpoints; raise it when the code can no longer use older ones
 
 
 # ---- reading ----------------------------------------------------------------------------------

@@ -82,6 +82,32 @@ def whole_file(path):
         temporary.unlink(missing_ok=True)
 
 
+def check(c):
+    """ValueError unless every setting is one of its CHOICES and within its RANGE; these stand in
+    the classes that declare the settings."""
+    for base in type(c).__mro__:
+        for name, choices in vars(base).get("CHOICES", {}).items():
+            if getattr(c, name) not in choices:
+                allowed, got = ", ".join(choices), getattr(c, name)
+                raise ValueError(f"{name} must be one of {allowed}, got {got!r}")
+        for name, (low, high) in vars(base).get("RANGE", {}).items():
+            if not low <= getattr(c, name) <= high:
+                limits = f"at least {low}" if high == math.inf else f"{low} to {high}"
+                raise ValueError(f"{name} must be {limits}, got {getattr(c, name)}")
+
+
+def pairs(text):
+    """[(name, [number, ...])] of a setting such as "words:8 engram:8192,2 jepa"."""
+    found = []
+    for word in text.split():
+        name, colon, numbers = word.partition(":")
+        try:
+            found.append((name, [int(n) for n in numbers.split(",")] if colon else []))
+        except ValueError:
+            raise ValueError(f"{word!r} must be name:number or name:number,number,...") from None
+    return found
+
+
 def load(cls, argv, given={}):
     """cls from argv = [CONFIG.py] [--key=value ...]: defaults < file < given < command line.
 
@@ -173,7 +199,8 @@ def checked(cls, key, value, where):
 
 
 def describe(cls):
-    """All settings of cls with default and comment, read from the source that declares them."""
+    """All settings of cls with default and comment, read from the source that declares them: those
+    named in cls.FIRST, then each under the comment above it."""
     lines = {}
     for base in reversed(cls.__mro__[:-1]):
         for line in inspect.getsource(base).splitlines():
@@ -181,4 +208,6 @@ def describe(cls):
                 lines[setting[1]] = "  --{}={}  # {}".format(*setting.groups())
             elif line.startswith("    # "):
                 lines[line] = f"\n{line.strip()}"
-    return "\n".join(lines.values())
+    first = [lines.pop(name) for name in getattr(cls, "FIRST", "").split()]
+    lines = ["# what people set most", *first, *lines.values()] if first else lines.values()
+    return "\n".join(lines)

@@ -15,17 +15,18 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
-from blocks import BLOCKS, MembraneReadout, Population
+import config
+import spark  # noqa: F401  registers its block
+from blocks import BLOCKS, SETTINGS, Population
 from cell_bridge import identity
-from lif import RESETS, SURROGATES, Linear, Report, Seen, Synapse, deliver
-from spark import SparkOutput
-from traits import (
-    HRM, IGNORED, JEPA, MTP, Engram, Kuramoto, Memory, MoE, ProgSem, SpikeAttn, cross_entropy,
-)  # fmt: skip
+from lif import Linear, Report, Seen, Synapse, deliver
+from traits import IGNORED, build, cross_entropy, numbers_of
+
+STRESS_DECAY = 0.99  # per step, of the moving average that is the environment's stress
 
 
 @dataclass(frozen=True)
-class ModelConfig:
+class ModelConfig(*reversed(SETTINGS)):  # what the blocks bring, then:
     # model
     block: str = "sam"  # sam: Real Sam | whale: SpikeWhale | spark: NeuronSpark | snn | gpt
     vocab_size: int = 4096  # tokens the embedding has room for; the tokenizer may use fewer
@@ -34,91 +35,23 @@ class ModelConfig:
     n_layer: int = 6  # blocks
     encoder: str = "spikes"  # spikes: 1[sigmoid(embedding) > 1/2] | float: the embedding as it is
     embed_gain: float = 1.0  # factor on a float embedding as it enters the stream, for Muon
-    dropout: float = 0.0  # training drops this share of what enters the stream; 0 is off
-    residual: str = "gated"  # sam: gated | plain | none (every block replaces its input)
-    norm: bool = True  # layer norm before each block and the readout
-    # neurons
-    rec_heads: int = 1  # recurrent synapses: 1 full matrix | h blocks of n_hidden/h | 0 none
-    beta_low: float = 0.01  # membrane decay per token: at the start spread over the neurons ...
-    beta_high: float = 0.6  # ... from low to high, then learned per neuron
-    theta: float = 1.0  # firing threshold
-    surrogate: str = "triangle"  # derivative put in place of the step's: a name in lif.py
-    slope: float = 1.0  # its slope
-    reset: str = "soft"  # sam, whale: what a spike does to the membrane: a name in lif.py
-    reset_grad: bool = True  # let the gradient flow through the reset too
+    traits: str = "none"  # of traits.py, name:numbers ..., such as engram:8192 memory:64 jepa
     checkpointing: bool = False  # backward computes a part's inner values again: less memory
-    # neuron diversity and environment (Real Sam)
-    diversity: float = 0.4  # sigma of the log-normal factor that each neuron answers stress with
-    stress_gain: float = 0.3  # kappa: gain = 1 + kappa * stress * factor; 0 switches stress off
-    stress_decay: float = 0.99  # stress is this moving average, per step, of loss / ln(vocabulary)
     # firing rate
-    rate_target: float = 0.1  # spikes per neuron and token; work: triggered share of synapses
+    rate_target: float = 0.1  # spikes per neuron and token; synops: triggered share of synapses
     rate_weight: float = 10.0  # weight of the penalty (rate - target)^2, summed over layers
-    rate_penalty: str = "both"  # both | above: a layer's | below: a neuron's | work: snn's, above
-    homeostasis: float = 0.0  # sam V3: thresholds move by this * (rate - target) per step; 0 is off
-    # snn
-    attention: int = 0  # heads of 32 that look back over the window, fed by spikes; 0 is none
-    attention_every: int = 1  # in the last of every so many blocks
-    levels: int = 3  # neurons of a population, at thresholds theta, 2 theta, ...; 1 is plain spikes
-    head: str = "float"  # what the readout's matrix is fed: float | spikes, of one more population
-    spikes: bool = True  # False: the float twin, the same block with graded signals
-    noise: float = 0.0  # even noise on membranes in training, so many thetas wide; 0 is off
-    # whale
-    modulation: str = "program"  # gene programs set neurons | shuffled: control | none: all equal
-    spike_input_gain: float = 2.5  # starting scale of the synapses into layers fed by spikes
-    clamp: float = 30.0  # bound of the soft clamp on the membrane; 0 is off
-    # traits: 0 or False is off
-    engram: int = 0  # rows per hash table of the n-gram memory
-    engram_heads: int = 2  # tables per order (2- and 3-grams)
-    engram_width: int = 64  # width of a row
-    hrm: int = 0  # steps of iterative refinement
-    spike_attn: int = 0  # heads of spiking linear attention
-    progsem: int = 0  # slots mixed by the activity of gene programs; 18 where the bridge has them
-    kuramoto: int = 0  # coupled oscillators
-    moe: int = 0  # spike-routed experts, two of them per token
-    moe_width: int = 256  # width of an expert
-    memory: int = 0  # slow neurons that persist from call to call
-    mtp: int = 0  # further tokens that training predicts
-    jepa: bool = False  # training predicts the next hidden state
-    # gpt
-    n_head: int = 8  # attention heads
-    d_ff: int = 1112  # width of the feed-forward part, here and in spark
-    window: int = 512  # tokens that attention sees, here and in snn: the present one and before it
-    # spark
-    n_state: int = 8  # hidden neurons per channel
-    k_max: int = 16  # frames within a token, at most
-    adaptive: bool = True  # a token runs as many frames as it expects to need; else always k_max
-    ponder_weight: float = 0.01  # weight of E[K], the frames that a token expects to run
+    rate_penalty: str = "both"  # both | above: a layer's | below: a neuron's | synops: all, above
+
+    CHOICES = {"block": BLOCKS, "encoder": ("spikes", "float")}
+    CHOICES |= {"rate_penalty": ("both", "above", "below", "synops")}
+    RANGE = {name: (1, math.inf) for name in ("vocab_size", "n_embd", "n_hidden")}
+    RANGE |= {"n_layer": (1, 1000)}
 
     def __post_init__(self):
-        for name, allowed in (
-            ("block", tuple(BLOCKS)),
-            ("encoder", ("spikes", "float")),
-            ("head", ("float", "spikes")),
-            ("residual", ("gated", "plain", "none")),
-            ("rate_penalty", ("both", "above", "below", "work")),
-            ("modulation", ("program", "shuffled", "none")),
-            ("surrogate", tuple(SURROGATES)),
-            ("reset", tuple(RESETS)),
-        ):
-            if getattr(self, name) not in allowed:
-                raise ValueError(
-                    f"{name} must be one of {', '.join(allowed)}, got {getattr(self, name)!r}"
-                )
-        at_least_1 = "vocab_size n_embd n_hidden n_layer n_head d_ff window n_state k_max levels "
-        for name in (at_least_1 + "attention_every engram_heads engram_width moe_width").split():
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-        for name in "engram hrm spike_attn progsem kuramoto moe memory mtp".split():
-            if not 0 <= getattr(self, name) < 2**31:
-                raise ValueError(f"{name} must be at least 0 and below 2**31")
-        if self.moe == 1:
-            raise ValueError("moe must be 0 or at least 2: a token goes to two experts")
-        for name in ("n_layer", "k_max", "hrm", "mtp", "engram_heads"):
-            if getattr(self, name) > 1000:
-                raise ValueError(f"{name} must be at most 1000, got {getattr(self, name)}")
-        heads = {"gpt": "n_head", "snn": "attention"}.get(self.block, "rec_heads")
-        if getattr(self, heads) < 0 or self.n_hidden % (getattr(self, heads) or 1):
+        config.check(self)
+        numbers_of(self.traits)
+        heads = BLOCKS[self.block].heads
+        if heads and self.n_hidden % (getattr(self, heads) or 1):
             raise ValueError(
                 f"n_hidden {self.n_hidden} must be a multiple of {heads} {getattr(self, heads)}"
             )
@@ -129,14 +62,8 @@ class ModelConfig:
             )
         if self.homeostasis and self.block not in ("sam", "gpt"):
             raise ValueError("homeostasis moves the thresholds of block=sam")
-        if self.rate_penalty == "work" and self.block not in ("snn", "gpt"):
-            raise ValueError("rate_penalty=work counts the synapses of block=snn")
-        if not 0 < self.beta_low <= self.beta_high < 1:
-            raise ValueError("0 < beta_low <= beta_high < 1 must hold for the membrane's decay")
-        if not 0 <= self.dropout < 1:
-            raise ValueError(f"dropout must be at least 0 and below 1, got {self.dropout}")
-        if self.slope <= 0 or self.theta <= 0 or self.noise < 0:
-            raise ValueError("slope and theta must be positive, noise at least 0")
+        if self.beta_low > self.beta_high:
+            raise ValueError("beta_low must not be larger than beta_high")
 
 
 def spike_encode(x):
@@ -165,7 +92,8 @@ class SpikingLM(nn.Module):
     def __init__(self, config):
         super().__init__()
         c = self.config = config
-        D = c.n_embd if c.block == "whale" else c.n_hidden  # width of the stream
+        block = BLOCKS[c.block]
+        D = getattr(c, block.width)  # of the stream
         self.embedding = nn.Embedding(c.vocab_size, c.n_embd)
         # bits of a spike code flip too easily near 0; a float embedding starts as GPT-2's does
         nn.init.normal_(self.embedding.weight, std=1 / 16 if c.encoder == "spikes" else 0.02)
@@ -182,40 +110,29 @@ class SpikingLM(nn.Module):
             self.proj_in = Synapse(c.n_embd, D)
         elif c.n_embd != D:
             self.proj_in = Linear(c.n_embd, D)
-        self.parts = nn.ModuleDict()  # in the order in which a token passes them
-        if c.engram:
-            sizes = c.engram, c.engram_heads, c.engram_width
-            self.parts["engram"] = Engram(D, *sizes, vocab_size=c.vocab_size)
+        # the parts, in the order in which a token passes them
+        self.parts = nn.ModuleDict(build(c.traits, "before", D, vocab_size=c.vocab_size))
         for i in range(c.n_layer):
-            self.parts[f"block{i}"] = BLOCKS[c.block](c, i)
-        # neurons per spiking layer; none where a block does not name them
-        self.sites = [n for block in self.blocks for n in getattr(block, "sites", [])]
-        if c.block == "whale":
-            self.parts["membranes"] = MembraneReadout(c)
-        if c.hrm:
-            self.parts["hrm"] = HRM(D, c.hrm)
-        if c.spike_attn:
-            self.parts["spike_attn"] = SpikeAttn(D, c.spike_attn)
-        if c.progsem:
-            self.parts["progsem"] = ProgSem(D, c.progsem, P=self.identity)
-        if c.kuramoto:
-            self.parts["kuramoto"] = Kuramoto(D, c.kuramoto)
-        if c.moe:
-            neurons = self.sites[-1] if self.sites and c.block != "spark" else D
-            self.parts["moe"] = MoE(D, c.moe, c.moe_width, last=neurons)
-        if c.memory:
-            self.parts["memory"] = Memory(D, c.memory)
-        if c.block == "spark":
-            self.parts["output"] = SparkOutput(c)
-            self.sites += self.parts["output"].sites
-        self.norm = nn.LayerNorm(D) if c.norm else nn.Identity()
+            self.parts[f"block{i}"] = block(c, i)
+        last = self.blocks[-1].sites[-1] if self.blocks[-1].sites and block.shows_spikes else D
+        if block.closing:
+            self.parts["closing"] = block.closing(c)
+        self.parts.update(build(c.traits, "after", D, last=last, P=self.identity))
+        self.norm = nn.Identity() if block.has_norm else nn.LayerNorm(D)
         if c.n_embd != D:
             self.proj_out = Linear(D, c.n_embd)
-        self.mtp = MTP(D, c.mtp) if c.mtp else None
-        self.jepa = JEPA(D) if c.jepa else None
+        self.ahead = nn.ModuleDict(build(c.traits, "ahead", D))  # what adds a loss in training
+        # of each spiking layer the neurons, and the synapses of one of them
+        self.sites, self.fan_out = (
+            [n for part in self.parts.values() for n in getattr(part, name, ())]
+            for name in ("sites", "fan_out")
+        )
+        if self.head is not None:
+            self.sites, self.fan_out = [*self.sites, D], [*self.fan_out, c.vocab_size]
+        if c.rate_penalty == "synops" and len(self.sites) > len(self.fan_out):
+            raise ValueError("rate_penalty=synops takes a block that counts synapses, as snn does")
         # what `observe` keeps; saved with the model, frozen at evaluation
         self.register_buffer("stress", torch.ones(()))
-        self.sites += [D] if self.head is not None else []
         self.register_buffer("rate", torch.full((sum(self.sites),), c.rate_target))
 
     @property
@@ -240,7 +157,7 @@ class SpikingLM(nn.Module):
         for i, block in enumerate(self.blocks):
             shuffle = self.config.modulation == "shuffled"
             block.modulation.P.copy_(identity(scores, self.config.n_hidden, i, shuffle))
-        if self.config.progsem:
+        if "progsem" in self.parts:
             self.parts["progsem"].P.copy_(self.identity)
 
     def halve_synapses(self):
@@ -263,7 +180,7 @@ class SpikingLM(nn.Module):
         recompute = self.config.checkpointing and torch.is_grad_enabled()
         for name, part in self.parts.items():
             y, after[name], own = run(part, x, state.get(name), seen, recompute)
-            if name.startswith("block") and not hasattr(part, "sites"):
+            if not getattr(part, "sites", ()):
                 own.rates.clear()  # of neurons that `sites` does not name: nobody asks for them
             report.add(own)
             seen = seen._replace(**own.shown)
@@ -284,8 +201,7 @@ class SpikingLM(nn.Module):
             x = spike_encode(x)
         else:
             x = self.config.embed_gain * x
-        x = x if self.proj_in is None else self.proj_in(x, report)
-        return F.dropout(x, self.config.dropout, self.training), report
+        return (x if self.proj_in is None else self.proj_in(x, report)), report
 
     def readout(self, x, state, report):
         """What leaves the last part (..., D) -> logits (..., vocabulary) and the state."""
@@ -308,12 +224,8 @@ class SpikingLM(nn.Module):
         losses = dict(report.losses)
         if report.rates and self.config.rate_weight:
             losses["rates"] = self.rate_loss(report.rates)
-        if self.mtp:
-            losses["mtp"] = self.mtp.loss(
-                report, targets, lambda h: self.readout(h, None, Report())[0]
-            )
-        if self.jepa:
-            losses["jepa"] = self.jepa.loss(report)
+        for name, part in self.ahead.items():
+            losses[name] = part.loss(report, targets, lambda h: self.readout(h, None, Report())[0])
         return cross_entropy(logits, targets), losses
 
     def rate_loss(self, rates):
@@ -324,7 +236,7 @@ class SpikingLM(nn.Module):
         into micro-batches and processes.
         """
         c, before, total = self.config, self.rate.split(self.sites), 0.0
-        if c.rate_penalty == "work":  # of the whole model
+        if c.rate_penalty == "synops":  # of the whole model
             before, rates = [self.synop_share(before)], [self.synop_share(rates)]
         for old, rate in zip(before, rates):
             if c.rate_penalty == "below":  # per neuron (SpikeWhale): none may die
@@ -338,10 +250,8 @@ class SpikingLM(nn.Module):
     def synop_share(self, rates):
         """The share of all synapses that spike-fed matrices have which is triggered at such rates,
         one (N,) per spiking layer: what is spared is the optimiser's to choose."""
-        fan_out = [n for block in self.blocks for n in getattr(block, "fan_out", [])]
-        fan_out += [self.config.vocab_size] if self.head is not None else []
-        triggered = sum(rate.sum() * n for rate, n in zip(rates, fan_out))
-        return triggered / sum(len(rate) * n for rate, n in zip(rates, fan_out))
+        triggered = sum(rate.sum() * n for rate, n in zip(rates, self.fan_out))
+        return triggered / sum(len(rate) * n for rate, n in zip(rates, self.fan_out))
 
     @torch.no_grad()
     def observe(self, nats, rates):
@@ -355,7 +265,7 @@ class SpikingLM(nn.Module):
         c = self.config
         self.rate.copy_(rates)
         normalised = min(max(nats / math.log(c.vocab_size), 0.0), 1.0)
-        self.stress.mul_(c.stress_decay).add_((1 - c.stress_decay) * normalised)
+        self.stress.mul_(STRESS_DECAY).add_((1 - STRESS_DECAY) * normalised)
         if c.homeostasis:
             for block, rate in zip(self.blocks, rates.split(self.sites)):
                 block.adapt(rate)

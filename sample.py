@@ -46,20 +46,18 @@ class SampleConfig:
     temperature: float = 0.7  # 0 takes the likeliest token every time
     top_k: int = 0  # draw from the k likeliest tokens; 0 from all
     top_p: float = 0.95  # draw from the fewest tokens that hold this much probability
-    stop_at_end: bool = True  # stop when the model ends its document
     seed: int = 1337  # of the draws
     eval_length: int = 256  # tokens of a row that is scored; each starts from silence
     device: str = "auto"  # auto | cpu | cuda | mps
     dtype: str = "float32"  # of the matrices fed by spikes: float32 | bfloat16
     threads: int = 0  # CPU threads; 0 leaves it to torch
 
-    def __post_init__(self):
-        if min(self.temperature, self.top_k, self.max_new_tokens) < 0:
-            raise ValueError("temperature, top_k and max_new_tokens must not be negative")
-        if not 0 < self.top_p <= 1 or self.eval_length < 1 or not 0 <= self.threads <= 1024:
-            raise ValueError("top_p must be in (0, 1], eval_length >= 1 and threads in 0..1024")
-        if self.dtype not in ("float32", "bfloat16"):
-            raise ValueError(f"dtype must be float32 or bfloat16, got {self.dtype!r}")
+    CHOICES = {"dtype": ("float32", "bfloat16")}
+    RANGE = {name: (0, math.inf) for name in ("temperature", "top_k", "max_new_tokens", "seed")}
+    RANGE |= {"top_p": (1e-9, 1), "eval_length": (1, math.inf), "threads": (0, 1024)}
+    FIRST = "ckpt prompt chat eval temperature top_p top_k max_new_tokens device seed"
+
+    __post_init__ = config.check
 
 
 def note(text):
@@ -122,7 +120,7 @@ class Speaker:
         for _ in range(c.max_new_tokens):
             token, self.state = next(stream)
             self.pending = [token.item()]
-            if self.pending[0] == self.tokenizer.end and c.stop_at_end:
+            if self.pending[0] == self.tokenizer.end:
                 self.pending = []
                 break
             said += decoder.decode(self.tokenizer.decode_bytes(self.pending))

@@ -4,13 +4,14 @@ First the frames, then the neurons in plain PyTorch and in Triton, then the bloc
 """
 
 import math
+from dataclasses import dataclass
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
-from blocks import BLOCKS
+from blocks import Block, block
 from kernels import choose, load, note, obstacle_to, surrogate_grad, tl, triton
 from lif import Linear, accumulate, at_steps, previous, steps_of
 
@@ -447,7 +448,7 @@ class SelectiveNeurons(nn.Module):
 
     def __init__(self, config):
         super().__init__()
-        c, D, N = config, config.n_hidden, config.n_state
+        D, N = config.n_hidden, config.n_state
         self.sites = D * N
         self.w_in, self.w_out = Linear(D, D * N, bias=False), Linear(D * N, D, bias=False)
         self.w_beta, self.w_alpha, self.w_theta = (Linear(D, D * N) for _ in range(3))
@@ -508,6 +509,8 @@ class Pondered(nn.Module):
     stand still. With `adaptive` off all K run, as in the paper.
     """
 
+    adaptive = True
+
     def __init__(self, config, inner):
         super().__init__()
         D = config.n_hidden
@@ -536,37 +539,12 @@ class Pondered(nn.Module):
         logit = (h * self.w_halt).sum(-1, keepdim=True) / math.sqrt(h.shape[-1]) + self.b_halt
         reached = torch.exp(k * F.logsigmoid(-logit))  # (1-p)^(k-1): frame k is reached
         expected = reached.sum(-1)
-        if self.config.adaptive:
+        if self.adaptive:
             count = expected.detach().ceil().long()
             reached = reached * (expected.unsqueeze(-1) - k).clamp(0, 1)
         else:
             count = torch.full_like(expected, K, dtype=torch.long)
         return Frames(count, K), reached / reached.sum(-1, keepdim=True), expected
-
-
-class SparkBlock(nn.Module):
-    """NeuronSpark (arXiv 2603.16148): selective neurons, then a spiking feed-forward part.
-
-    Neurons run several frames within each token; the residual stream, the same in all of them, is
-    kept per token. State: of both parts the membranes (input, hidden), (B, n) each.
-    """
-
-    def __init__(self, config, index):
-        super().__init__()
-        self.index, self.weight = index, config.ponder_weight / config.n_layer
-        self.halves = nn.ModuleList(Pondered(config, f) for f in (SelectiveNeurons, SpikingFFN))
-        self.sites = [n for half in self.halves for n in half.sites]
-
-    def forward(self, x, state, seen, report):  # (B, T, D) -> (B, T, D)
-        after, expected, run = [], 0.0, 0.0
-        for half, before in zip(self.halves, state or (None, None)):
-            x, now, e, k = half(x, before, report)
-            after.append(now)
-            expected, run = expected + e.mean() / 2, run + k / 2
-        report.add_loss("ponder", self.weight * expected)  # E[K], mean over layers
-        report.log[f"E[K] {self.index}"] = expected.detach()
-        report.log[f"frames {self.index}"] = run  # E[K], rounded up token by token
-        return x, after
 
 
 class SparkOutput(nn.Module):
@@ -588,4 +566,39 @@ class SparkOutput(nn.Module):
         return self.inhibit(y.to(x.dtype)), v  # a norm likes the precision of the stream
 
 
-BLOCKS["spark"] = SparkBlock
+@dataclass(frozen=True)
+class SparkSettings:
+    # spark
+    n_state: int = 8  # hidden neurons per channel
+    k_max: int = 16  # frames within a token, at most
+    ponder_weight: float = 0.01  # weight of E[K], the frames that a token expects to run
+
+    RANGE = {"n_state": (1, math.inf), "k_max": (1, 1000)}
+
+
+@block("spark", SparkSettings)
+class SparkBlock(Block):
+    """NeuronSpark (arXiv 2603.16148): selective neurons, then a spiking feed-forward part.
+
+    Neurons run several frames within each token; the residual stream, the same in all of them, is
+    kept per token. State: of both parts the membranes (input, hidden), (B, n) each.
+    """
+
+    closing, has_norm, shows_spikes = SparkOutput, True, False
+
+    def __init__(self, config, index):
+        super().__init__()
+        self.index, self.weight = index, config.ponder_weight / config.n_layer
+        self.halves = nn.ModuleList(Pondered(config, f) for f in (SelectiveNeurons, SpikingFFN))
+        self.sites = [n for half in self.halves for n in half.sites]
+
+    def forward(self, x, state, seen, report):  # (B, T, D) -> (B, T, D)
+        after, expected, run = [], 0.0, 0.0
+        for half, before in zip(self.halves, state or (None, None)):
+            x, now, e, k = half(x, before, report)
+            after.append(now)
+            expected, run = expected + e.mean() / 2, run + k / 2
+        report.add_loss("ponder", self.weight * expected)  # E[K], mean over layers
+        report.log[f"E[K] {self.index}"] = expected.detach()
+        report.log[f"frames {self.index}"] = run  # E[K], rounded up token by token
+        return x, after

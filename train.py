@@ -46,11 +46,30 @@ from checkpoint import (
 )  # fmt: skip
 from model import ModelConfig, SpikingLM, Synapse, find_device
 from sources import VERDICT, judge, told_by
-from tokenizer import tokenizer_from_state
-from traits import IGNORED
+from tokenizer import TOKENIZERS, tokenizer_from_state
 
 
-# ---- settings, processes, optimiser --------------------------------------------------------------
+# ---- settings ------------------------------------------------------------------------------------
+
+CLIP = 1.0  # norm to which gradients are clipped
+PHASE_GAIN, PHASE_PATIENCE = (
+    0.01,
+    2,
+)  # converged: less relative gain, in so many evaluations running
+EVAL_TOKENS, FINAL_TOKENS = 8192, 65536  # held-out tokens scored at most; at the last evaluation
+
+
+class Optimizer(NamedTuple):
+    kind: type  # for the matrices inside blocks and traits; everything else has AdamW
+    lr: str  # the setting that is its peak learning rate
+    decay: str  # and its weight decay
+    kept: tuple  # names of the tensors that it keeps for a parameter
+
+
+OPTIMIZERS = {
+    "adamw": Optimizer(AdamW, "lr", "weight_decay", ("step", "exp_avg", "exp_avg_sq")),
+    "muon": Optimizer(Muon, "muon_lr", "muon_decay", ("momentum_buffer",)),
+}
 
 
 @dataclass(frozen=True)
@@ -60,6 +79,7 @@ class TrainConfig(ModelConfig):
     data_dir: str = "data"  # where downloads and token caches live
     tokenizer: str = "bpe"  # bpe | lengthmax | byte | char | gpt2
     phases: str = "words:8 phrases:16 sentences:32 stories:64 conversations:64"  # name:length ...
+    phase_share: float = 0.1  # a phase but the last takes at most this share of max_steps
     rehearse: float = 0.0  # share of a batch drawn from the phase before
     answers_only: bool = False  # conversations only, and the loss on what Sam says alone
     # optimiser
@@ -69,24 +89,16 @@ class TrainConfig(ModelConfig):
     optimizer: str = "adamw"  # adamw | muon (for the matrices inside blocks and traits)
     lr: float = 2e-3  # peak learning rate of AdamW
     neuron_lr: float = 1.0  # times lr, for vectors: decays, thresholds, biases, norms
-    table_lr: float = 1.0  # times lr, for the hash tables of Engram
     muon_lr: float = 0.02  # peak learning rate of Muon
     min_lr: float = 0.05  # the cosine ends at this share of the peak
     warmup_steps: int = 50  # linear warm-up
-    beta1: float = 0.9  # decay of AdamW's average of gradients
-    beta2: float = 0.95  # and of their squares
+    beta2: float = 0.95  # decay of AdamW's average of squared gradients
     weight_decay: float = 0.1  # of AdamW's matrices; vectors have none
     muon_decay: float = 0.01  # weight decay of Muon's matrices
     shard: bool = False  # each process keeps the optimisers' states of its share of the parameters
-    grad_clip: float = 1.0  # norm to which gradients are clipped; 0 is off
-    # curriculum: a phase ends when its validation loss has converged
-    phase_share: float = 0.1  # a phase but the last takes at most this share of max_steps
-    phase_gain: float = 0.01  # converged: less than this relative gain ...
-    phase_patience: int = 2  # ... in so many evaluations one after the other
     # evaluation and output
     eval_interval: int = 50  # steps between evaluations
     eval_length: int = 256  # tokens of a held-out row; a row starts from silence
-    eval_tokens: int = 65536  # held-out tokens scored at most, always the same ones; last: more
     sample_tokens: int = 150  # longest sample printed at an evaluation; 0 prints none
     out_dir: str = "out/run"  # checkpoints and log; with a config file, by default out/<its name>
     cell: str = ""  # file of cell_bridge.py that sets block whale's neurons; empty: synthetic
@@ -99,29 +111,15 @@ class TrainConfig(ModelConfig):
     threads: int = 0  # CPU threads; 0 times a few steps and takes the fastest number
     seed: int = 1337  # of weights, batches and samples
 
+    FIRST = "dataset max_steps out_dir init_from tokenizer n_layer n_hidden lr micro_tokens device"
+    CHOICES = {"optimizer": OPTIMIZERS, "tokenizer": TOKENIZERS}
+    CHOICES |= {"dtype": ("auto", "float32", "bfloat16")}
+    RANGE = {name: (1, math.inf) for name in ("eval_interval", "eval_length", "micro_tokens")}
+    RANGE |= {name: (0, math.inf) for name in ("seed", "max_steps", "sample_tokens", "lr")}
+    RANGE |= {"threads": (0, 1024), "tokens_per_step": (1, 2**30), "rehearse": (0, 0.99)}
+
     def __post_init__(self):
         super().__post_init__()
-        for name, allowed in (
-            ("optimizer", OPTIMIZERS),
-            ("tokenizer", ("bpe", "lengthmax", "byte", "char", "gpt2")),
-            ("device", ("auto", "cpu", "cuda", "mps")),
-            ("dtype", ("auto", "float32", "bfloat16")),
-        ):
-            if getattr(self, name) not in allowed:
-                raise ValueError(
-                    f"{name} must be one of {', '.join(allowed)}, got {getattr(self, name)!r}"
-                )
-        at_least_1 = "eval_interval eval_length eval_tokens phase_patience micro_tokens"
-        for name in at_least_1.split():
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-        for name in ("threads", "seed", "max_steps", "sample_tokens", "grad_clip", "lr"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
-        if self.threads > 1024 or self.tokens_per_step > 2**30:
-            raise ValueError("threads must be at most 1024 and tokens_per_step 2**30")
-        if not 0 <= self.rehearse < 1:
-            raise ValueError(f"rehearse must be at least 0 and less than 1, got {self.rehearse}")
         if self.answers_only and "conversations" not in dict(self.curriculum()):
             raise ValueError("answers_only needs conversations in phases")
         if self.tokens_per_step < self.longest():
@@ -130,8 +128,7 @@ class TrainConfig(ModelConfig):
     def curriculum(self):
         """[(phase, length)] from the phases setting."""
         try:
-            pairs = (pair.split(":") for pair in self.phases.split())
-            steps = [(name, int(length)) for name, length in pairs]
+            steps = [(name, length) for name, (length,) in config.pairs(self.phases)]
         except ValueError:
             steps = []
         if not steps or any(n not in data.PHASES or length < 1 for n, length in steps):
@@ -286,19 +283,6 @@ def schedule(c, step):
     return c.min_lr + (1 - c.min_lr) * 0.5 * (1 + math.cos(math.pi * min(1, done)))
 
 
-class Optimizer(NamedTuple):
-    kind: type  # for the matrices inside blocks and traits; everything else has AdamW
-    lr: str  # the setting that is its peak learning rate
-    decay: str  # and its weight decay
-    kept: tuple  # names of the tensors that it keeps for a parameter
-
-
-OPTIMIZERS = {
-    "adamw": Optimizer(AdamW, "lr", "weight_decay", ("step", "exp_avg", "exp_avg_sq")),
-    "muon": Optimizer(Muon, "muon_lr", "muon_decay", ("momentum_buffer",)),
-}
-
-
 def make_optimizers(c, model, device):
     """AdamW for all, or another one of OPTIMIZERS for the matrices of blocks and traits and AdamW
     for the rest: embedding and readout, tables, vectors. A group's "peak" is its learning rate's.
@@ -327,7 +311,7 @@ def make_optimizers(c, model, device):
 
     adamw = [
         group(kinds["end"], c.lr, c.weight_decay),
-        group(kinds["table"], c.lr * c.table_lr, 0.0),
+        group(kinds["table"], c.lr, 0.0),
         group(kinds["vector"], c.lr * c.neuron_lr, 0.0),
     ]
     chosen, matrices = OPTIMIZERS[c.optimizer], kinds["matrix"]
@@ -339,7 +323,7 @@ def make_optimizers(c, model, device):
     if chosen.kind is AdamW:
         adamw, groups = adamw + groups, []
     fused = device.type in ("cuda", "cpu")
-    optimizers = [build(AdamW, adamw, betas=(c.beta1, c.beta2), fused=fused)]
+    optimizers = [build(AdamW, adamw, betas=(0.9, c.beta2), fused=fused)]
     return optimizers + ([build(chosen.kind, groups)] if groups else [])
 
 
@@ -358,12 +342,12 @@ def train_step(model, optimizers, x, y, c, run):
     neurons.
     """
     raw = getattr(model, "module", model)  # without DistributedDataParallel around it
-    rows, counted = max(1, c.micro_tokens // x.shape[1]), (y != IGNORED).sum().item()
+    rows, counted = max(1, c.micro_tokens // x.shape[1]), (y != data.IGNORED).sum().item()
     nats_mean, rates = torch.zeros((), device=run.device), torch.zeros_like(raw.rate)
     for start in range(0, len(x), rows):
         x_now, y_now = (z[start : start + rows].to(run.device) for z in (x, y))
         share = len(x_now) / len(x)
-        share_of_nats = (y_now != IGNORED).sum().item() / max(1, counted)
+        share_of_nats = (y_now != data.IGNORED).sum().item() / max(1, counted)
         last = start + rows >= len(x)
         with nullcontext() if last or run.world == 1 else model.no_sync():
             with run.autocast:
@@ -372,7 +356,7 @@ def train_step(model, optimizers, x, y, c, run):
             (nats * share_of_nats + sum(others.values()) * share).backward()
         nats_mean += nats.detach() * share_of_nats
         rates += torch.cat(report.rates or [rates]).detach() * share
-    norm = torch.nn.utils.clip_grad_norm_(raw.parameters(), c.grad_clip or math.inf)
+    norm = torch.nn.utils.clip_grad_norm_(raw.parameters(), CLIP)
     for optimizer in optimizers:
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
@@ -397,20 +381,13 @@ class Training:
 
 # ---- evaluation -------------------------------------------------------------------------------
 
-FINAL_TOKENS = 65536
-
 
 def evaluate(t):
-    """The log's line: the phase's validation loss, and the held-out score.
-
-    The last evaluation of a run scores FINAL_TOKENS of the held-out text, or all of it.
-    """
+    """The log's line: the phase's validation loss, and the held-out score."""
     c, corpus, position, model = t.c, t.corpus, t.position, t.model
     phase, length = position.curriculum[position.phase]
-    n = min(8192, c.eval_tokens) + 1
-    is_last = position.step == c.max_steps
-    most = max(c.eval_tokens, FINAL_TOKENS) if is_last else c.eval_tokens
-    tokens, heldout = corpus.valid[phase][:n], corpus.heldout[: most + 1]
+    n, is_last = EVAL_TOKENS + 1, position.step == c.max_steps
+    tokens, heldout = corpus.valid[phase][:n], corpus.heldout[: FINAL_TOKENS + 1 if is_last else n]
     counted = corpus.answers["valid"][:n] if c.answers_only else None
     model.eval()
     with t.run.autocast:
@@ -444,18 +421,18 @@ def evaluate(t):
     return line
 
 
-def converged(history, c):
-    """Whether the validation loss gained less than phase_gain in each of the last evaluations."""
-    recent = history[-c.phase_patience - 1 :]
+def converged(history):
+    """Whether the validation loss gained less than PHASE_GAIN in each of the last evaluations."""
+    recent = history[-PHASE_PATIENCE - 1 :]
     gains = [1 - b / a for a, b in zip(recent, recent[1:])]
-    return len(gains) == c.phase_patience and max(gains) < c.phase_gain
+    return len(gains) == PHASE_PATIENCE and max(gains) < PHASE_GAIN
 
 
 def advance(t, valid):
     """Go on to the next phase if this one, by its valid losses, has converged or had its share."""
     position = t.position
     position.history.append(valid)
-    is_converged = converged(position.history, t.c)
+    is_converged = converged(position.history)
     has_next = position.phase + 1 < len(position.curriculum)
     if (is_converged or position.had_its_share(t.c)) and has_next:
         why = "converged" if is_converged else "its share of the steps is over"
@@ -681,7 +658,7 @@ def introduce(t):
     )
     sizes = [f"{len(corpus.train[phase]) / 1e6:.2f}M {phase}" for phase, _ in position.curriculum]
     text = f"{corpus.name}: tokens of {', '.join(sizes)}; held out {len(corpus.heldout) - 1}"
-    run.say(textwrap.fill(text + f", {c.eval_tokens} of them are scored at most", 98))
+    run.say(textwrap.fill(text + f", {EVAL_TOKENS} of them are scored at most", 98))
     if position.step:
         run.say(f"already at {position.step} of {c.max_steps} steps")
 

@@ -1,16 +1,16 @@
 """Traits: what may be added before, between or after the blocks of any model here, one class each.
 
-`forward(x, state, seen, report) -> (x, state)`, as the blocks of blocks.py: x (B, T, d) is the
-residual stream, never spikes; a state of None is silence, or says that there is nothing to
-remember. MTP and JEPA, used in training only, have instead
-`loss(report, targets, readout) -> scalar`. A constructor takes d, sizes, then by name what it needs
-of the model. B sequences, T tokens, d width of the stream.
+A trait is built from the width d of the residual stream and the numbers in `--traits=name:numbers`;
+what it needs of the model besides it asks for by name. It has a block's forward, with x (B, T, d)
+the residual stream, never spikes. MTP and JEPA, used in training only, have instead
+`loss(report, targets, readout) -> scalar`. B sequences, T tokens.
 
 Each starts as the identity, because exactly one factor of what it adds is zero. That factor has a
 gradient at step 0, and once it moves, the other factors have one too; two zeros would never move.
 Each is causal, and whole = split = token by token.
 """
 
+import inspect
 import itertools
 import math
 
@@ -18,8 +18,57 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
+from config import pairs
 from kernels import lif
 from lif import Linear, Synapse, rms
+
+TRAITS = {}  # name -> class, in the order in which a token passes them
+
+
+def trait(name):
+    """Register a class as `--traits=name`."""
+
+    def register(cls):
+        TRAITS[name] = cls
+        return cls
+
+    return register
+
+
+class Trait(nn.Module):
+    """What all traits have. A number in `--traits` is 1 or more, if RANGE does not say otherwise."""
+
+    place = "after"  # the blocks; or "before" them, or "ahead": it adds a loss
+    RANGE = {}  # name of a number -> lowest, highest
+
+
+def numbers_of(text):
+    """{name: its numbers} of a traits setting; ValueError if there can be no such traits."""
+    asked = {} if text == "none" else dict(pairs(text))
+    for name, numbers in asked.items():
+        if name not in TRAITS:
+            raise ValueError(f"there is no trait {name!r}; there are {', '.join(TRAITS)}")
+        _, *sizes = inspect.signature(TRAITS[name]).parameters.values()
+        sizes = [p for p in sizes if p.kind is p.POSITIONAL_OR_KEYWORD]
+        if not sum(p.default is p.empty for p in sizes) <= len(numbers) <= len(sizes):
+            usual = [p.name + f" ({p.default})" * (p.default is not p.empty) for p in sizes]
+            raise ValueError(f"write the trait {name} as {name}:{','.join(usual)}")
+        for size, number in zip(sizes, numbers):
+            low, high = TRAITS[name].RANGE.get(size.name, (1, 2**31 - 1))
+            if not low <= number <= high:
+                raise ValueError(f"{size.name} of {name} must be {low} to {high}, got {number}")
+    return {name: asked[name] for name in TRAITS if name in asked}
+
+
+def build(text, place, d, **offered):
+    """{name: module} of the traits with this place; offered: what they may ask for by name."""
+    built = {}
+    for name, numbers in numbers_of(text).items():
+        cls = TRAITS[name]
+        if cls.place == place:
+            asked = offered.keys() & inspect.signature(cls).parameters
+            built[name] = cls(d, *numbers, **{key: offered[key] for key in asked})
+    return built
 
 
 def matrix(fan_in, fan_out, spread):
@@ -47,7 +96,8 @@ def primes_from(n, count):
     return list(itertools.islice(primes, count))
 
 
-class Engram(nn.Module):
+@trait("engram")
+class Engram(Trait):
     """N-gram memory (arXiv 2601.07372): the last 2 and 3 tokens are hashed to rows of tables.
 
         mix_n = XOR over k < n of token[t-k] * m_k           n = 2, 3; m_k odd; int64 wraps
@@ -57,6 +107,8 @@ class Engram(nn.Module):
     All 2 x heads tables, each of about `rows` rows of `width`, are one embedding. The tokens before
     the first are a pad token, vocab_size. State: the last two tokens (B, 2).
     """
+
+    place, RANGE = "before", {"heads": (1, 1000)}
 
     def __init__(self, d, rows, heads=2, width=64, *, vocab_size):
         super().__init__()
@@ -85,11 +137,14 @@ class Engram(nn.Module):
         return x + self.out(self.gate(z) * self.value(e, report), report), state
 
 
-class HRM(nn.Module):
+@trait("hrm")
+class HRM(Trait):
     """Iterative refinement (after arXiv 2506.21734) of each position by itself.
 
     h = x, and `steps` times  h + tanh(gate_t) * W_up SiLU(W_down [rms(h); x]);  gates start at 0
     """
+
+    RANGE = {"steps": (1, 1000)}
 
     def __init__(self, d, steps, width=128):
         super().__init__()
@@ -103,7 +158,8 @@ class HRM(nn.Module):
         return h, None
 
 
-class SpikeAttn(nn.Module):
+@trait("spike_attn")
+class SpikeAttn(Trait):
     """Linear attention whose queries and keys are spikes, in constant time and memory per token.
 
         S_t = gamma S_{t-1} + k_t^T v_t          q_t, k_t spikes of W_q x, W_k x; v_t = W_v x
@@ -113,7 +169,7 @@ class SpikeAttn(nn.Module):
     spikes and grows without bound, hence rms. State: S (B, heads, width, width), float32.
     """
 
-    def __init__(self, d, heads, width=32, chunk=64):
+    def __init__(self, d, heads, width=32, *, chunk=64):
         super().__init__()
         self.heads, self.width, self.chunk = heads, width, chunk
         self.query_key = matrix(d, 2 * heads * width, 1)  # 16% fire: theta is one deviation
@@ -151,7 +207,8 @@ class SpikeAttn(nn.Module):
         return torch.cat(out, 2), S
 
 
-class ProgSem(nn.Module):
+@trait("progsem")
+class ProgSem(Trait):
     """Program semantics: each active gene program adds a vector that it has learned.
 
         a = f P / sqrt(F)               f (.., F) features of the neurons, P (F, slots) programs
@@ -180,7 +237,8 @@ class ProgSem(nn.Module):
         return x + self.out(self.slots(self.activity(x, seen, report), report), report), None
 
 
-class Kuramoto(nn.Module):
+@trait("kuramoto")
+class Kuramoto(Trait):
     """Coupled oscillators (after AKOrN, arXiv 2410.13821); positions are not coupled.
 
         phase = W rms(x), and `steps` times  phase + omega + K r sin(psi - phase)
@@ -189,6 +247,8 @@ class Kuramoto(nn.Module):
     A step is one unit of time; |K| is clamped to 1.5, as K r >= 2 would overshoot. The mean r is
     logged, from 0 (phases all over the circle, as W starts) to 1 (all phases equal).
     """
+
+    RANGE = {"steps": (1, 1000)}
 
     def __init__(self, d, oscillators, steps=2):
         super().__init__()
@@ -209,7 +269,8 @@ class Kuramoto(nn.Module):
         return x + self.out(torch.cat([cos, sin], -1), report), None
 
 
-class MoE(nn.Module):
+@trait("moe")
+class MoE(Trait):
     """Mixture of experts; spikes choose `top` of them per token (Shazeer 2017, 1701.06538).
 
         trace_t = 0.9 trace_{t-1} + 0.1 s_t         s the layer that fired last, else 1[x > 0]
@@ -220,7 +281,9 @@ class MoE(nn.Module):
     last: neurons of the layer that fired last, if not d. State: (trace, no spikes), (B, last) each.
     """
 
-    def __init__(self, d, experts, width, top=2, balance=0.01, *, last=None):
+    RANGE = {"experts": (2, 2**31 - 1)}  # a token goes to two
+
+    def __init__(self, d, experts, width=256, *, top=2, balance=0.01, last=None):
         super().__init__()
         self.experts, self.top, self.balance = experts, top, balance
         self.router = Linear(last or d, experts)
@@ -249,7 +312,8 @@ class MoE(nn.Module):
         return x + y.view_as(x), state
 
 
-class Memory(nn.Module):
+@trait("memory")
+class Memory(Trait):
     """Persistent memory: slow neurons, written through a gate, read as spikes.
 
         g   = sigmoid(W_g rms(x) + b)            b from -2 to -6: slower neurons are written less
@@ -288,31 +352,37 @@ def cross_entropy(logits, targets):
     return total / (targets != IGNORED).sum().clamp(min=1)
 
 
-class MTP(nn.Module):
+@trait("mtp")
+class MTP(Trait):
     """Multi-token prediction (arXiv 2404.19737): position t also predicts token t+1+k, k = 1..n,
     by the model's own readout of h + h W_k; W_k starts at 0."""
 
-    def __init__(self, d, n, weight=0.3):
+    place, RANGE = "ahead", {"n": (1, 1000)}
+
+    def __init__(self, d, n, *, weight=0.3):
         super().__init__()
-        self.weight, self.ahead = weight, nn.ParameterList(torch.zeros(d, d) for _ in range(n))
+        self.weight, self.matrices = weight, nn.ParameterList(torch.zeros(d, d) for _ in range(n))
 
     def loss(self, report, targets, readout):
         """weight * mean over k of the cross-entropy of token t+1+k, in nats. h (B, T, d) is
         report.hidden; targets (B, T), [t] is token t+1; readout (B, *, d) -> logits."""
-        h, n, T = report.hidden, len(self.ahead), targets.shape[1]
+        h, n, T = report.hidden, len(self.matrices), targets.shape[1]
         if T <= n:
             raise ValueError(f"to predict {n} more tokens takes sequences longer than {n}, not {T}")
         nats = 0.0
-        for k, W in enumerate(self.ahead, 1):
+        for k, W in enumerate(self.matrices, 1):
             nats = nats + cross_entropy(readout(h[:, :-k] + h[:, :-k] @ W), targets[:, k:])
         return self.weight * nats / n
 
 
-class JEPA(nn.Module):
+@trait("jepa")
+class JEPA(Trait):
     """Prediction of the next position's representation (arXiv 2301.08243), by
     pred = h + g W_2 SiLU(W_1 rms(h)); the scalar g starts at 0."""
 
-    def __init__(self, d, width=256, weight=0.1):
+    place = "ahead"
+
+    def __init__(self, d, width=256, *, weight=0.1):
         super().__init__()
         self.predict = nn.Sequential(nn.Linear(d, width), nn.SiLU(), nn.Linear(width, d))
         self.weight, self.gate = weight, nn.Parameter(torch.zeros(()))

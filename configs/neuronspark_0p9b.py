@@ -10,7 +10,6 @@ n_state = 8
 k_max = 16
 d_ff = 2688
 encoder = "float"
-norm = False  # its blocks bring their own
 
 # firing is left to itself; frames have their price
 rate_weight = 0.0
@@ -26,7 +25,6 @@ tokens_per_step = 131072
 micro_tokens = 4096
 max_steps = 20000
 warmup_steps = 1000
-grad_clip = 1.0
 
 phases = "stories:512"
 eval_length = 512

@@ -12,7 +12,6 @@ n_state = 8
 k_max = 4
 d_ff = 448
 encoder = "float"
-norm = False  # its blocks bring their own
 
 # firing is left to itself; frames have their price
 rate_weight = 0.0

@@ -29,4 +29,3 @@ phases = "words:8 phrases:16 sentences:32 stories:64 conversations:64"
 phase_share = 0.02
 rehearse = 0.5
 eval_interval = 94
-eval_tokens = 8192

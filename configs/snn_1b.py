@@ -22,7 +22,7 @@ levels = 3
 # firing: about this share of all synaptic operations, counted dense, is triggered
 rate_target = 0.1
 rate_weight = 30.0
-rate_penalty = "work"
+rate_penalty = "synops"
 
 # data: streamed, nothing large is stored
 dataset = "stream:HuggingFaceFW/fineweb-edu/sample-100BT"

@@ -22,7 +22,7 @@ levels = 3
 # firing: about this share of all synaptic operations, counted dense, is triggered
 rate_target = 0.19
 rate_weight = 30.0
-rate_penalty = "work"
+rate_penalty = "synops"
 
 # optimiser
 optimizer = "muon"

@@ -19,22 +19,12 @@ rate_weight = 50.0
 rate_penalty = "below"
 rec_heads = 1
 
-# traits
-engram = 65536
-engram_heads = 19
-engram_width = 64
-hrm = 2
-spike_attn = 16
-progsem = 18
-kuramoto = 64
-mtp = 2
-jepa = True
+traits = "engram:65536,19 hrm:2 spike_attn:16 progsem:18 kuramoto:64 mtp:2 jepa"
 
 # optimiser
 optimizer = "muon"
 lr = 1e-3
 muon_lr = 5e-3
-table_lr = 2.0
 tokens_per_step = 65536
 micro_tokens = 16384
 max_steps = 32000

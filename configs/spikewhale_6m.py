@@ -17,14 +17,7 @@ rate_target = 0.2
 rate_weight = 50.0
 rate_penalty = "below"
 
-# traits
-engram = 8192
-hrm = 2
-spike_attn = 4
-progsem = 18
-kuramoto = 32
-mtp = 1
-jepa = True
+traits = "engram:8192 hrm:2 spike_attn:4 progsem:18 kuramoto:32 mtp:1 jepa"
 
 # optimiser
 optimizer = "muon"

@@ -15,28 +15,26 @@ import train as trainer
 from bench import parameters_of
 from checkpoint import load_checkpoint, locked
 
-BARE = dict(modulation="none", engram=0, hrm=0, spike_attn=0, progsem=0, kuramoto=0, moe=0)
-BARE |= dict(memory=0, mtp=0, jepa=False)
+BARE = {"modulation": "none", "traits": "none"}
+TRAITS = {  # name -> numbers
+    name: {"traits": f"{name}:{numbers}".rstrip(":")}
+    for name, numbers in dict(
+        engram="512,1", hrm=2, spike_attn=4, progsem=18, kuramoto=32, moe="4,64", memory=64, mtp=1,
+        jepa="",
+    ).items()
+}  # fmt: skip
+ALL = "engram hrm spike_attn progsem kuramoto mtp jepa"
 WHALE = {  # for any block but snn; the bridge is block whale's alone
     "bare": {},
     "bridge": {"modulation": "program"},
     "two-sided penalty": {"rate_penalty": "both"},
     "bridge, P shuffled": {"modulation": "shuffled"},
-    "engram": {"engram": 512, "engram_heads": 1},
-    "hrm": {"hrm": 2},
-    "spike_attn": {"spike_attn": 4},
-    "progsem": {"progsem": 18},
-    "progsem and bridge": {"progsem": 18, "modulation": "program"},
-    "kuramoto": {"kuramoto": 32},
-    "moe": {"moe": 4, "moe_width": 64},
-    "memory": {"memory": 64},
-    "mtp": {"mtp": 1},
-    "jepa": {"jepa": True},
-}
-WHALE["all"] = {
-    key: value
-    for name in "bridge engram hrm spike_attn progsem kuramoto mtp jepa".split()
-    for key, value in WHALE[name].items()
+    **TRAITS,
+    "progsem and bridge": {**TRAITS["progsem"], "modulation": "program"},
+    "all": {
+        "modulation": "program",
+        "traits": " ".join(TRAITS[name]["traits"] for name in ALL.split()),
+    },
 }
 SNN = {  # the ingredients of block snn, then traits
     "bare": {},
@@ -53,9 +51,8 @@ SNN = {  # the ingredients of block snn, then traits
     "two layers": {"n_layer": 2},
     "two layers, attention in the last": {"n_layer": 2, "attention_every": 2},
     "spiking head": {"head": "spikes"},
-    "dropout of a tenth": {"dropout": 0.1},
     "AdamW": {"optimizer": "adamw"},
-    **{name: WHALE[name] for name in "engram hrm spike_attn moe memory mtp jepa".split()},
+    **{name: TRAITS[name] for name in "engram hrm spike_attn moe memory mtp jepa".split()},
 }
 
 

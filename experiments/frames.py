@@ -3,7 +3,6 @@
 python bench.py frames configs/neuronspark_6m.py --k_max=16
 """
 
-from dataclasses import replace
 from functools import partial
 
 import torch
@@ -24,9 +23,11 @@ def frames(
     if c.block != "spark":
         raise ValueError("frames measures block spark: name configs/neuronspark_6m.py")
     models, tokens = {}, random_tokens(c, length).to(run.device)
-    for name, adaptive in ((FIXED, False), (OURS, True)):  # the same weights
+    for name in (FIXED, OURS):  # the same weights
         torch.manual_seed(c.seed)
-        models[name] = SpikingLM(replace(c, adaptive=adaptive)).to(run.device).eval()
+        models[name] = SpikingLM(c).to(run.device).eval()
+    for half in models[FIXED].modules():
+        half.adaptive = False  # read by those that ponder
     impatience = [p for name, p in models[OURS].named_parameters() if name.endswith("b_halt")]
 
     @torch.no_grad()

@@ -10,7 +10,7 @@ import torch
 
 from bench import size_of
 from model import SpikingLM
-from train import make_optimizers
+from train import OPTIMIZERS, make_optimizers
 
 
 def params(
@@ -31,7 +31,9 @@ def params(
     with torch.device("meta"):
         model, token = SpikingLM(c), torch.zeros(1, 1, dtype=torch.long)
     for name, p in model.named_parameters():
-        group = name.removeprefix("parts.").split(".")[0].rstrip("0123456789")
+        group = (
+            name.removeprefix("parts.").removeprefix("ahead.").split(".")[0].rstrip("0123456789")
+        )
         groups[group] = groups.get(group, 0) + p.numel()
     total = sum(groups.values())
     for group, count in groups.items():
@@ -59,9 +61,9 @@ def plan(c, model, macs, gpus, gpu_flops, gpu_link):
     sends every gradient twice; nothing overlaps and nothing else takes time, so it is a floor.
     """
     total = size_of(model)
-    per_parameter = {"AdamW": 8, "Muon": 4}  # bytes of state: two averages, or one
+    bytes_of = {o.kind: 4 * len({*o.kept} - {"step"}) for o in OPTIMIZERS.values()}
     states = sum(
-        per_parameter[type(optimizer).__name__] * p.numel()
+        bytes_of[type(optimizer)] * p.numel()
         for optimizer in make_optimizers(c, model, torch.device("cpu"))
         for group in optimizer.param_groups
         for p in group["params"]

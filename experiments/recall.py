@@ -19,17 +19,18 @@ import torch.nn.functional as F
 from bench import parameters_of
 from experiments.ablate import chosen, narrowed
 from model import SpikingLM
-from train import make_optimizers, schedule, train_step
+from train import make_optimizers, schedule, set_lr, train_step
 
 NAMES, I_AM, WHO, WORDS = 16, 16, 17, 64  # tokens: 0 to 15 are names, 18 to 63 filler
 TAUGHT = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)  # tokens of filler in training ...
 ASKED = (32, 128, 512, 600, 2000)  # ... and in the test
+PLAIN, MEMORY = {"traits": "none"}, {"traits": "memory:64"}
 MODELS = {
-    "snn": {"block": "snn", "rate_penalty": "work", "memory": 0},
-    "snn+memory": {"block": "snn", "rate_penalty": "work"},
-    "sam": {"block": "sam", "memory": 0},
-    "sam+memory": {"block": "sam"},
-    "transformer": {"block": "gpt", "memory": 0},
+    "snn": {"block": "snn", "rate_penalty": "synops", **PLAIN},
+    "snn+memory": {"block": "snn", "rate_penalty": "synops", **MEMORY},
+    "sam": {"block": "sam", **PLAIN},
+    "sam+memory": {"block": "sam", **MEMORY},
+    "transformer": {"block": "gpt", **PLAIN},
 }
 
 
@@ -51,8 +52,7 @@ def teach(c, run):
     model, rng = SpikingLM(c).to(run.device), np.random.default_rng(c.seed)
     optimizers, phases = make_optimizers(c, model, run.device), c.curriculum()
     for step in range(c.max_steps):
-        for group in (group for optimizer in optimizers for group in optimizer.param_groups):
-            group["lr"] = group["peak"] * schedule(c, step)
+        set_lr(optimizers, schedule(c, step))
         _, length = phases[step * len(phases) // c.max_steps]
         text = documents(rng, c.tokens_per_step // length, length + 1)
         x, y = text[:, :-1], text[:, 1:].masked_fill(text[:, :-1] != WHO, -100)  # -100: no target
@@ -129,7 +129,7 @@ def recall(
 # makes the long ones learnable.
 recall.preset = (
     "--vocab_size=64 --n_embd=64 --n_hidden=96 --n_layer=2 --d_ff=256 --n_head=4 --window=10000"
-    " --encoder=float --beta_low=0.02 --beta_high=0.95 --theta=0.8 --rate_target=0.19 --memory=64"
+    " --encoder=float --beta_low=0.02 --beta_high=0.95 --theta=0.8 --rate_target=0.19"
     " --rate_weight=30 --rate_penalty=above --tokens_per_step=5120 --micro_tokens=5120"
     " --max_steps=600 --optimizer=muon --lr=4e-3 --dtype=float32"
 ).split() + ["--phases=phrases:80 stories:640"]

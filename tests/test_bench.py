@@ -153,7 +153,7 @@ def test_generate_times_a_checkpoint(tmp_path, monkeypatch):
     model = SpikingLM(load(f"{SNN} --n_layer=1 --levels=2 --head=spikes"))
     path, weights = tmp_path / "best.pt", model.state_dict()
     saved = {"version": VERSION, "model": weights, "config": asdict(model.config)}
-    del saved["config"]["dropout"]  # as in a checkpoint older than this setting, which is off
+    del saved["config"]["traits"]  # as in a checkpoint older than this setting, which is off
     torch.save(saved | {"tokenizer": ""}, path)
     halved = []  # one bool per model: were its weights those of the checkpoint?
 
@@ -226,10 +226,10 @@ def test_draw_takes_so_many_tokens_by_events_or_dense():
         ("scan --shapes=4x4", "shapes must be BxTxN"),
         ("scan --shapes=4x4xN", "shapes must be BxTxN"),
         ("scan --shapes=4x0x4", "shapes must be BxTxN"),
-        ("scan --rounds=0", "rounds >= 1"),
-        ("train --rounds=0", "rounds >= 1"),
-        ("train --n_layer=0", "n_layer must be at least 1"),
-        ("scan --jepa=True", "unknown setting 'jepa'"),
+        ("scan --rounds=0", "rounds must be at least 1"),
+        ("train --rounds=0", "rounds must be at least 1"),
+        ("train --n_layer=0", "n_layer must be 1 to 1000"),
+        ("scan --traits=jepa", "unknown setting 'traits'"),
         ("train --shapes=4x4x4", "unknown setting 'shapes'"),
         ("params --gpu=8", "did you mean 'gpus'"),
         ("recall configs/snn_6m.py", "recall takes no CONFIG: leave out configs/snn_6m.py"),
@@ -481,7 +481,7 @@ def test_an_ablation_trains(monkeypatch, tmp_path, capsys):
     argv = f"configs/snn_6m.py --dataset={text} --data_dir={tmp_path} --out_dir={tmp_path}/out"
     argv += " --tokenizer=byte --vocab_size=257 --n_embd=16 --n_hidden=16 --d_ff=24 --n_layer=1"
     argv += " --attention=0 --phases=stories:16 --max_steps=1 --eval_interval=1 --threads=1"
-    argv += " --tokens_per_step=16 --micro_tokens=16 --eval_tokens=100 --sample_tokens=0"
+    argv += " --tokens_per_step=16 --micro_tokens=16 --sample_tokens=0"
     c = load(argv)
     rows = ablate.ablate(c, RUN, variants="bare", seeds=1)["variants"]
     assert 0 < rows["bare"]["mean_bpb"] < 9 and rows["bare"]["gain"] == 0

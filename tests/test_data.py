@@ -1195,7 +1195,7 @@ def test_training_goes_on_in_a_stream_where_it_stopped(rows_server, tmp_path, mo
     monkeypatch.setattr(sources, "SAMPLE_BYTES", 8_000)
     common = ["configs/sam_6m.py", f"--dataset=stream:{MIXTURE}", f"--data_dir={tmp_path}/data"]
     common += "--tokenizer=byte --vocab_size=300 --n_embd=16 --n_hidden=32 --n_layer=1".split()
-    common += "--tokens_per_step=128 --phases=stories:32 --eval_interval=2 --eval_tokens=64".split()
+    common += "--tokens_per_step=128 --phases=stories:32 --eval_interval=2".split()
     common += "--eval_length=32 --sample_tokens=0 --device=cpu --threads=1".split()
 
     def losses(out, *more):

@@ -449,7 +449,7 @@ def test_gradients_are_watched_when_they_are_not_clipped(run, tmp_path, monkeypa
 
     monkeypatch.setattr(train, "SpikingLM", build)
     monkeypatch.setattr(torch.Tensor, "backward", backward)
-    said = mistake(train.main, *argv, f"--out_dir={tmp_path}", "--grad_clip=0.0")
+    said = mistake(train.main, *argv, f"--out_dir={tmp_path}")
     assert "the gradient became inf at step 0" in said and "step_00000000.pt" in said
 
 
@@ -599,7 +599,7 @@ def test_a_character_that_the_tokenizer_never_saw(run, tmp_path):
 def test_a_closed_pipe_is_silent(run):
     command = [sys.executable, "sample.py", f"--ckpt={run[1] / 'best.pt'}"]
     process = subprocess.Popen(
-        [*command, "--max_new_tokens=100000", "--stop_at_end=False"],
+        [*command, "--max_new_tokens=100000"],
         cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
     )  # fmt: skip
     process.stdout.read(1)

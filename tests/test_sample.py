@@ -90,7 +90,6 @@ def test_where_it_stops():
         assert seen(s) == END + "x" + "abcdef"[:n]
     goes_on = [*b"ab", BYTE.end, *b"cd"]
     assert "".join(speaker(goes_on).speak("")) == "ab"
-    assert "".join(speaker(goes_on, stop_at_end=False, max_new_tokens=5).speak("")) == "abcd"
 
 
 def test_a_character_of_several_tokens():
@@ -208,7 +207,7 @@ def test_which_checkpoint_speaks(tmp_path, monkeypatch, capsys):
 
 
 def test_a_prompt(ckpt, capsys):
-    ask = f"--ckpt={ckpt}", "--prompt= The cat", "--max_new_tokens=20", "--stop_at_end=False"
+    ask = f"--ckpt={ckpt}", "--prompt= The cat", "--max_new_tokens=20"
     out, err = run(capsys, *ask)
     assert out.startswith(" The cat") and len(out) > 15 and err.count("\n") == 1
     assert run(capsys, *ask).out == out != run(capsys, *ask, "--seed=1").out

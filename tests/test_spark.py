@@ -16,7 +16,7 @@ import kernels
 import spark
 from lif import Report, Seen, lif_torch
 from model import SpikingLM, run
-from spark import Frames, SelectiveNeurons, plif_torch, plif_triton
+from spark import Frames, Pondered, SelectiveNeurons, plif_torch, plif_triton
 from train import TrainConfig
 
 DEVICE = "cpu" if kernels.INTERPRETED or not kernels.HAS_TRITON else "cuda"
@@ -84,14 +84,14 @@ def transcription(model, tokens):
             reached = [(1 - halt) ** k for k in range(K)]
             E_K = sum(reached)
             expected.append(E_K)
-            if c.adaptive:
+            if Pondered.adaptive:
                 fade = [min(max(E_K - k, 0 * E_K), 0 * E_K + 1) for k in range(K)]
                 weight = [r * f for r, f in zip(reached, fade)]
             else:
                 weight = reached
             r = 0.0
             for k in range(K):
-                runs = not c.adaptive or bool(weight[k] > 0)
+                runs = not Pondered.adaptive or bool(weight[k] > 0)
                 v, z = leaky(name + ".neurons", v, h[k], runs)
                 v_inner, y = inner(name + ".inner.", v_inner, z, runs)
                 r = r + p[name + ".w_o.weight"] @ (weight[k] / sum(weight) * y)
@@ -120,16 +120,19 @@ def transcription(model, tokens):
     for frames in stream:
         mean = 0.0
         for x in frames:
-            v, leak = leaky("parts.output.neurons", v, rms(x, p["parts.output.norm.weight"]), True)
+            v, leak = leaky(
+                "parts.closing.neurons", v, rms(x, p["parts.closing.norm.weight"]), True
+            )
             mean = mean + leak / K
-        x = p["parts.output.w.weight"] @ mean + p["parts.output.w.bias"]
-        logits.append(E @ rms(x, p["parts.output.inhibit.weight"]))
+        x = p["parts.closing.w.weight"] @ mean + p["parts.closing.w.bias"]
+        logits.append(E @ rms(x, p["parts.closing.inhibit.weight"]))
     return torch.stack(logits), torch.stack(expected)
 
 
 @pytest.mark.parametrize("adaptive", (True, False))
-def test_equals_the_equations_frame_by_frame(adaptive):
-    model = thoughtful(settings(adaptive=adaptive))
+def test_equals_the_equations_frame_by_frame(adaptive, monkeypatch):
+    monkeypatch.setattr(Pondered, "adaptive", adaptive)
+    model = thoughtful(settings())
     tokens = torch.randint(30, (2, 7))
     cotangent = torch.randn(2, 7, 30, dtype=torch.double)
     logits, _, report = model(tokens)
@@ -422,7 +425,7 @@ def test_structured_start():
 @pytest.mark.parametrize("name", ["neuronspark_6m.py", "spikewhale_6m.py", "sam_6m.py"])
 def test_checkpointing_is_bit_identical_and_counts_once(name):
     c = config.load(TrainConfig, [f"configs/{name}"])
-    c = replace(c, vocab_size=30, n_embd=16, n_hidden=16, n_layer=2, d_ff=24, moe=2, moe_width=8)
+    c = replace(c, vocab_size=30, n_embd=16, n_hidden=16, n_layer=2, d_ff=24, traits="moe:2,8")
     tokens, runs = torch.randint(30, (2, 6)), []
     for checkpointing in (False, True):
         torch.manual_seed(0)

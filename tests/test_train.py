@@ -30,19 +30,19 @@ import config
 import data
 import sample
 import train
+from data import IGNORED, Feed
 from model import SpikingLM
 from tokenizer import Bytes
 from train import (
-    Feed, Position, Run, TrainConfig, Training, advance, converged, evaluate, fastest_threads,
+    Position, Run, TrainConfig, Training, advance, converged, evaluate, fastest_threads,
     make_optimizers, schedule, show, train_step,
 )  # fmt: skip
-from traits import IGNORED
 
 ROOT = Path(__file__).parent.parent
 TINY = (
     "--tokenizer=byte --vocab_size=300 --n_embd=16 --n_hidden=32 --n_layer=2 --n_head=2 --d_ff=32"
     " --tokens_per_step=256 --micro_tokens=256 --max_steps=8 --eval_interval=4 --warmup_steps=2"
-    " --sample_tokens=5 --eval_length=32 --eval_tokens=200 --threads=1 --device=cpu --seed=1"
+    " --sample_tokens=5 --eval_length=32 --threads=1 --device=cpu --seed=1"
     " --dtype=float32"
 ).split()
 
@@ -189,7 +189,7 @@ GOLDEN = [5.7039, 5.5265, 5.4425]
 
 def test_two_processes_equal_one(text, one, tmp_path):
     assert_near(one[1], run_two(text, tmp_path, STORIES), 1e-4)
-    # dropout and noise of each are its own
+    # the noise of each is its own
     mine, other = torch.load(tmp_path / "step_00000008.pt", weights_only=True)["random"]
     assert not torch.equal(mine[0], other[0])
 
@@ -222,13 +222,13 @@ def test_ctrl_c_while_torch_is_imported_is_silent(script):
     assert process.communicate(timeout=60)[1] == b"" and process.returncode == -signal.SIGINT
 
 
-def test_resume_drops_what_it_would_have_dropped(text, tmp_path):
-    drop = (STORIES, "--dropout=0.3")
-    whole = run(text, tmp_path / "whole", *drop)
+def test_resume_draws_the_noise_that_it_would_have_drawn(text, tmp_path):
+    noise = (STORIES, "--block=snn", "--encoder=float", "--noise=0.5")
+    whole = run(text, tmp_path / "whole", *noise)
     shutil.copytree(tmp_path / "whole", tmp_path / "half")
     (tmp_path / "half" / "step_00000008.pt").unlink()
     (tmp_path / "half" / "best.pt").unlink()
-    resumed = run(text, tmp_path / "half", *drop, "--init_from=resume")
+    resumed = run(text, tmp_path / "half", *noise, "--init_from=resume")
     assert losses(resumed) == losses(whole)
 
 
@@ -283,10 +283,11 @@ def test_curriculum_goes_through_its_phases(text, tmp_path):
     assert len({x["tokens"] // max(1, x["step"]) for x in log[1:]}) == 1  # constant per step
 
 
-def test_converged_phase_ends_early(text, tmp_path):
+def test_converged_phase_ends_early(text, tmp_path, monkeypatch):
+    monkeypatch.setattr(train, "PHASE_GAIN", 10.0)
     log = run(
         text, tmp_path, "--phases=words:4 stories:16", "--eval_interval=1", "--phase_share=0.9",
-        "--phase_gain=10.0", "--phase_patience=2", "--max_steps=4",
+        "--max_steps=4",
     )  # fmt: skip
     assert [x["phase"] for x in log].count("words") == 3  # every gain is too small: two in a row
 
@@ -309,7 +310,7 @@ def test_fine_tuning(text, one, tmp_path, chats):
         f"--init_from={one[0] / 'best.pt'}", "--answers_only=True", f"--dataset={chats}",
         f"--data_dir={tmp_path / 'cache'}", f"--out_dir={tmp_path / 'chat'}", "--threads=1",
         "--seed=2", "--tokens_per_step=256", "--phases=words:8 conversations:16", "--lr=0.01",
-        "--eval_interval=20", "--sample_tokens=0", "--eval_tokens=500", "--device=cpu",
+        "--eval_interval=20", "--sample_tokens=0", "--device=cpu",
         "--dtype=float32",
     ]  # fmt: skip
 
@@ -348,7 +349,7 @@ def test_resume_knows_its_dataset_and_tokenizer(text, tmp_path):
 
 
 def test_a_model_that_explodes_stops(text, tmp_path):
-    said = mistake(train.main, *settings(text, tmp_path, STORIES, "--lr=1e30", "--grad_clip=0.0"))
+    said = mistake(train.main, *settings(text, tmp_path, STORIES, "--lr=1e30"))
     assert "the loss became" in said and "--lr" in said
 
 
@@ -384,9 +385,9 @@ def say(capsys, *argv):
 
 def test_sample_continues_a_prompt(one, capsys):
     ckpt = f"--ckpt={one[0] / 'best.pt'}"
-    out = say(capsys, ckpt, "--prompt=The cat", "--max_new_tokens=30", "--stop_at_end=False")
+    out = say(capsys, ckpt, "--prompt=The cat", "--max_new_tokens=30")
     assert out.startswith("The cat") and len(out) > 20
-    again = say(capsys, ckpt, "--prompt=The cat", "--max_new_tokens=30", "--stop_at_end=False")
+    again = say(capsys, ckpt, "--prompt=The cat", "--max_new_tokens=30")
     other = say(capsys, ckpt, "--prompt=The cat", "--max_new_tokens=30", "--seed=1")
     assert out == again != other
     assert say(capsys, ckpt, "--prompt=The cat", "--max_new_tokens=0").strip() == "The cat"
@@ -517,7 +518,7 @@ def test_a_new_optimiser_needs_an_entry_and_nothing_else(text, tmp_path, monkeyp
 
 def test_picture_of_every_neuron(text, tmp_path, monkeypatch):
     figure = pytest.importorskip("matplotlib.figure")
-    whale = ("--norm=True", "--engram=0", "--hrm=0", "--max_steps=1", "--block=whale")
+    whale = ("--max_steps=1", "--block=whale")
     run(text, tmp_path, STORIES, *whale, "--beta_low=0.9", "--beta_high=0.9", "--encoder=float")
     drawn, save = [], figure.Figure.savefig
     monkeypatch.setattr(
@@ -563,11 +564,11 @@ def test_schedule_by_hand():
 
 
 def test_optimiser_groups():
-    c = tiny("--engram=11", "--table_lr=5", "--neuron_lr=3", "--weight_decay=0.2", "--beta1=0.8")
+    c = tiny("--traits=engram:11", "--neuron_lr=3", "--weight_decay=0.2", "--beta2=0.8")
     (adamw,) = make_optimizers(c, SpikingLM(c), torch.device("cpu"))
-    assert adamw.defaults["betas"] == (0.8, c.beta2)
+    assert adamw.defaults["betas"] == (0.9, 0.8)
     end, table, vector, matrix = adamw.param_groups
-    assert [g["peak"] / c.lr for g in adamw.param_groups] == pytest.approx([1, 5, 3, 1])
+    assert [g["peak"] / c.lr for g in adamw.param_groups] == pytest.approx([1, 1, 3, 1])
     assert [g["weight_decay"] for g in adamw.param_groups] == [0.2, 0, 0, 0.2]
     assert len(table["params"]) == 1 and all(p.dim() == 1 for p in vector["params"])
 
@@ -591,12 +592,13 @@ def gradients(model, x, y, c):
     return nats, norm, torch.cat([grad.flatten() for grad in watch.grads])
 
 
-def test_gradients_are_clipped():
-    c = tiny("--grad_clip=0.01", "--rate_weight=0")
+def test_gradients_are_clipped(monkeypatch):
+    c = tiny("--rate_weight=0")
     torch.manual_seed(0)
     model, (x, y) = SpikingLM(c), torch.randint(256, (2, 8, 16))
+    _, _, whole = gradients(model, x, y, c)  # its norm is below 1
+    monkeypatch.setattr(train, "CLIP", 0.01)
     _, norm, clipped = gradients(model, x, y, c)
-    _, _, whole = gradients(model, x, y, replace(c, grad_clip=0.0))
     assert norm == pytest.approx(whole.norm().item(), rel=1e-4) and norm > 0.1
     assert clipped.norm().item() == pytest.approx(0.01, rel=1e-3)
 
@@ -641,10 +643,9 @@ def test_a_batch_rehearses_the_phase_before():
 
 
 def test_a_phase_has_converged_when_several_gains_in_a_row_are_small():
-    c = tiny("--phase_gain=0.01", "--phase_patience=2")
-    assert not converged([5.0, 4.0, 3.99], c)  # only the last gain is small
-    assert not converged([4.0, 3.99], c)
-    assert converged([5.0, 4.0, 3.99, 3.98], c) and converged([4.0, 4.1, 4.2], c)
+    assert not converged([5.0, 4.0, 3.99])  # only the last gain is small
+    assert not converged([4.0, 3.99])
+    assert converged([5.0, 4.0, 3.99, 3.98]) and converged([4.0, 4.1, 4.2])
 
 
 def test_a_phase_ends_when_it_had_its_share():
@@ -665,9 +666,10 @@ def training(c, corpus=None, model=None, position=None):
     return Training(c, Run(c), Path("nowhere"), corpus, model, [], position)
 
 
-def test_evaluation_is_exact():
-    """Without dropout, of eval_tokens tokens alone, in bits per byte of just their text."""
-    c = tiny("--dropout=0.5", "--eval_tokens=40", "--eval_length=8")
+def test_evaluation_is_exact(monkeypatch):
+    """Without noise, of EVAL_TOKENS tokens alone, in bits per byte of just their text."""
+    monkeypatch.setattr(train, "EVAL_TOKENS", 40)
+    c = tiny("--block=snn", "--noise=0.5", "--eval_length=8")
     torch.manual_seed(0)
     raw, tokens = SpikingLM(c), np.array([256, *b"The cat sat on the mat, it is said. " * 3, 256])
     corpus = SimpleNamespace(

@@ -470,7 +470,7 @@ def test_mtp_predicts_the_right_tokens():
     report, targets = Report(hidden=h), text[:, 1 : T + 1]  # token t+1
     assert mtp.loss(report, targets, readout).item() == pytest.approx(0.3 * math.log(V), rel=1e-5)
     with torch.no_grad():
-        for k, W in enumerate(mtp.ahead, 1):
+        for k, W in enumerate(mtp.matrices, 1):
             W[k * V : (k + 1) * V, :V] = torch.eye(V)
     assert mtp.loss(report, targets, readout).item() < 1e-6
     for off in (text[:, :T], text[:, 2 : T + 2]):  # an off-by-one is not what h holds
@@ -489,7 +489,7 @@ def test_mtp_starts_as_the_models_own_readout_and_is_awake():
     ]
     torch.testing.assert_close(loss, 0.3 * (nats[0] + nats[1]) / 2)
     loss.backward()
-    assert all(W.grad.abs().sum() > 0 for W in mtp.ahead)
+    assert all(W.grad.abs().sum() > 0 for W in mtp.matrices)
 
 
 def test_jepa_compares_with_the_next_position_and_stops_the_gradient_there():
