@@ -535,8 +535,8 @@ def show(t, line):
 def open_corpus(c, run, checkpoint, resuming):
     """The data: with a checkpoint's tokenizer, of a resumed run's own dataset."""
     dataset, tokenizer = c.dataset, c.tokenizer
-    if resuming and dataset in ("auto", checkpoint["config"]["dataset"]):
-        dataset = checkpoint["dataset"]  # `auto` may mean another one by now
+    if resuming and dataset in ("auto", checkpoint["config"].get("dataset")):
+        dataset = checkpoint.get("dataset", dataset)  # `auto` may mean another one by now
     if checkpoint:
         tokenizer = tokenizer_from_state(checkpoint["tokenizer"])
     corpus = run.one_first(

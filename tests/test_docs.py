@@ -13,8 +13,9 @@ import pytest
 
 import bench
 import config
+from bench import BenchConfig
+from blocks import BLOCKS
 from cell_bridge import CellConfig
-from model import BLOCKS
 from sample import SampleConfig
 from train import TrainConfig
 
@@ -29,14 +30,14 @@ MAY_IMPORT = {
     "sources": {"tokenizer"},
     "data": {"config", "sources", "tokenizer"},
     "kernels": {"lif"},
-    "traits": {"kernels", "lif"},
+    "traits": {"config", "kernels", "lif"},
     "cell_bridge": {"config"},  # for its command line
     "blocks": {"cell_bridge", "kernels", "lif"},
     "spark": {"blocks", "kernels", "lif"},
-    "model": {"blocks", "cell_bridge", "lif", "spark", "traits"},
+    "model": {"blocks", "cell_bridge", "config", "lif", "spark", "traits"},
     "checkpoint": {"cell_bridge", "config", "model"},
     "train": {"checkpoint", "config", "data", "kernels", "model", "sources"}
-    | {"tokenizer", "traits"},
+    | {"tokenizer"},
     "report": {"cell_bridge", "checkpoint", "model"},
     "sample": {"checkpoint", "config", "data", "kernels", "model", "report", "sources"}
     | {"tokenizer"},
