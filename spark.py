@@ -13,7 +13,7 @@ from torch.autograd.function import once_differentiable
 
 from blocks import Block, block
 from kernels import choose, load, note, obstacle_to, surrogate_grad, tl, triton
-from lif import Linear, accumulate, at_steps, previous, steps_of
+from lif import Linear, lif_torch
 
 CHANNELS = 256  # neurons of a program: loads ahead of time bring 4 bytes per thread, or more
 
@@ -70,106 +70,6 @@ class Frames:
 # ---- in plain PyTorch -------------------------------------------------------------------------
 
 
-def _parameters(b, t, a, now):
-    """beta, alpha, theta of these frames."""
-    beta = torch.sigmoid(at_steps(b, now))
-    if a is None:
-        return beta, 1 - beta, t
-    return beta, F.softplus(a[:, now]), at_steps(t, now).abs().add_(0.1)
-
-
-class _PlifTorch(torch.autograd.Function):
-    """(x (B,F,N), b, t, a, v0 (B,N)) -> passed on (B,F,N), rate (N,), v (B,N).
-
-    All that is elementwise is done in blocks of about 128k elements, which stay in cache.
-    """
-
-    @staticmethod
-    def forward(ctx, x, b, t, a, v0, frames, slope):
-        B, size, N = x.shape
-        C = max(1, 131072 // (B * N))
-        ctx.blocks = [slice(start, min(start + C, size)) for start in range(0, size, C)]
-        ctx.blocks = [] if x.is_meta else ctx.blocks  # a meta tensor has no numbers to loop for
-        membrane, v_all, rate = torch.empty_like(x), torch.empty_like(x), x.new_zeros(N)
-        spikes = x.new_empty(B, min(C, size), N)  # of one block
-        v, live = v0, frames.live.to(x.dtype)
-        for now in ctx.blocks:
-            n = now.stop - now.start
-            beta, alpha, theta = _parameters(b, t, a, now)
-            steps = zip(
-                (alpha * x[:, now]).unbind(1), steps_of(beta, n), steps_of(theta, n),
-                membrane[:, now].unbind(1), spikes.unbind(1), v_all[:, now].unbind(1),
-            )  # fmt: skip
-            for I_t, beta_t, theta_t, pre, s, v_t in steps:
-                torch.addcmul(I_t, beta_t, v, out=pre)  # charge
-                torch.ge(pre, theta_t, out=s)  # fire
-                v = torch.addcmul(pre, theta_t, s, value=-1, out=v_t)  # reset
-            rate += torch.einsum("bf,bfn->n", live[:, now], spikes[:, :n])
-        last = (frames.length - 1)[:, None, None].expand(-1, 1, N)
-        v = v_all.gather(1, last).squeeze(1)
-        ctx.save_for_backward(x, b, t, a, v0, membrane, v_all)
-        ctx.frames, ctx.slope = frames, slope
-        ctx.set_materialize_grads(False)
-        rate /= live.sum()
-        return v_all if a is not None else (1 - torch.sigmoid(b)) * v_all, rate, v
-
-    # Backward, from the last frame to the first; a dash marks what belongs to the frame before:
-    #   d_v   = d_out * (1 - beta, or 1) + beta_after * d_pre_after      (and d_v of the last frame)
-    #   d_pre = d_v + g * (d_s - theta * d_v),   d_s = d_rate / number of frames
-    #   d_theta = -s * d_v - g * (d_s - theta * d_v) = (1 - s) * d_v - d_pre
-    #   d_beta = d_pre * v',  d_alpha = d_pre * x,  d_x = alpha * d_pre
-    # In the row form alpha = 1 - beta, and so is the leak: d_beta -= d_pre * x + d_out * v.
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, d_out, d_rate, d_last):
-        x, b, t, a, v0, membrane, v_all = ctx.saved_tensors
-        row, frames, k = a is None, ctx.frames, ctx.slope
-        d_x, d_b, d_t = torch.empty_like(x), torch.zeros_like(b), torch.zeros_like(t)
-        d_a = None if row else torch.empty_like(a)
-        carry = torch.zeros_like(v0)  # beta_after * d_pre_after
-        for now in reversed(ctx.blocks):
-            n = now.stop - now.start
-            x_now, pre, live = x[:, now], membrane[:, now], frames.live[:, now, None]
-            beta, alpha, theta = _parameters(b, t, a, now)
-            s = (pre >= theta).to(x.dtype)
-            g = torch.sigmoid((pre - theta).mul_(k))
-            g.addcmul_(g, g, value=-1).mul_(k)
-            through = 1 - theta * g
-            if d_out is None:
-                d_v = torch.zeros_like(pre)
-            else:
-                d_v = alpha * d_out[:, now] if row else d_out[:, now].clone()
-            if d_last is not None:
-                step = torch.arange(now.start, now.stop, device=x.device)
-                d_v += (frames.length[:, None] == step + 1)[..., None] * d_last[:, None]
-            d_v[:, -1] += carry
-
-            d_pre = d_v * through
-            if d_rate is not None:
-                d_pre += g * live * (d_rate / frames.live.sum())
-            through[:, :-1] *= at_steps(beta, slice(1, n))
-            d_pre_t, through_t = d_pre.unbind(1), through.unbind(1)
-            for i in reversed(range(n - 1)):
-                d_pre_t[i].addcmul_(through_t[i], d_pre_t[i + 1])
-
-            d_v[:, :-1].addcmul_(at_steps(beta, slice(1, n)), d_pre[:, 1:])
-            carry = (beta if row else beta[:, 0]) * d_pre_t[0]
-            torch.mul(alpha, d_pre, out=d_x[:, now])
-            first = v0 if now.start == 0 else v_all[:, now.start - 1]
-            d_beta = d_pre * previous(first, v_all[:, now])
-            d_alpha = x_now * d_pre
-            if row:
-                d_beta -= d_alpha
-                if d_out is not None:
-                    d_beta.addcmul_(d_out[:, now], v_all[:, now], value=-1)
-            else:
-                torch.mul(d_alpha, torch.sigmoid(a[:, now]), out=d_a[:, now])
-            d_theta = d_v.addcmul_(s, d_v, value=-1).sub_(d_pre)
-            accumulate(d_b, d_beta.mul_(beta * (1 - beta)), now)
-            accumulate(d_t, d_theta if row else d_theta.mul_(t[:, now].sign()), now)
-        return d_x, d_b, d_t, d_a, carry, None, None
-
-
 def plif_torch(x, b, t, a=None, v=None, *, frames, slope=4.0):
     """Run N parametric leaky neurons over the frames of a batch; the equations stand above.
 
@@ -182,10 +82,18 @@ def plif_torch(x, b, t, a=None, v=None, *, frames, slope=4.0):
     """
     check_plif(x, b, t, a, v, frames)
     dtype = torch.promote_types(x.dtype, torch.float32)
-    x = x.to(dtype) if x.shape[1] == frames.size else frames.unroll(x.to(dtype))
-    v = x.new_zeros(x.shape[0], x.shape[2]) if v is None else v.to(dtype)
-    a = None if a is None else a.to(dtype)
-    return _PlifTorch.apply(x, b.to(dtype), t.to(dtype), a, v, frames, slope)
+    x, b, t, a, v = (y if y is None else y.to(dtype) for y in (x, b, t, a, v))
+    x = x if x.shape[1] == frames.size else frames.unroll(x)
+    beta = torch.sigmoid(b)
+    alpha, theta = (1 - beta, t) if a is None else (F.softplus(a), 0.1 + t.abs())
+    state = None if v is None else (v, torch.zeros_like(v))
+    spikes, pre, _ = lif_torch(
+        alpha * x, beta, theta, state=state, surrogate="sigmoid", slope=slope
+    )
+    v = pre - theta * spikes  # after the reset, of all frames
+    rate = torch.einsum("bf,bfn->n", frames.live.to(dtype), spikes) / frames.live.sum()
+    last = (frames.length - 1)[:, None, None].expand(-1, 1, v.shape[2])
+    return v if a is not None else (1 - beta) * v, rate, v.gather(1, last).squeeze(1)
 
 
 def check_plif(x, b, t, a, v, frames):
@@ -204,10 +112,17 @@ def check_plif(x, b, t, a, v, frames):
 
 # ---- in Triton --------------------------------------------------------------------------------
 #
-# The equations stand above, the backward ones in _PlifTorch; here they are fused with sigmoid,
-# softplus, |.|, alpha * x and the leak. A program owns COLS neurons of a sequence and walks over
-# the frames that really run, v in a register. A held input is read once per token, and its gradient
-# is summed in a register. Kept for backward is u = pre - theta and nothing else: s is in its sign.
+# The equations stand above; here they are fused with sigmoid, softplus, |.|, alpha * x and the leak.
+# A program owns COLS neurons of a sequence and walks over the frames that really run, v in a
+# register. A held input is read once per token, and its gradient is summed in a register. Kept for
+# backward is u = pre - theta and nothing else: s is in its sign.
+#
+# Backward, from the last frame to the first; a dash marks what belongs to the frame before:
+#   d_v   = d_out * (1 - beta, or 1) + beta_after * d_pre_after      (and d_v of the last frame)
+#   d_pre = d_v + g * (d_s - theta * d_v),   d_s = d_rate / number of frames
+#   d_theta = -s * d_v - g * (d_s - theta * d_v) = (1 - s) * d_v - d_pre
+#   d_beta = d_pre * v',  d_alpha = d_pre * x,  d_x = alpha * d_pre
+# In the row form alpha = 1 - beta, and so is the leak: d_beta -= d_pre * x + d_out * v.
 
 
 @triton.jit
@@ -364,7 +279,7 @@ def _launch_plif(kernel, tensors, numbers, held):
 
 
 class _PlifTriton(torch.autograd.Function):
-    """As _PlifTorch, but x may be held; out and u are in the dtype of x."""
+    """The two kernels; x may be held, out and u are in the dtype of x."""
 
     @staticmethod
     def forward(ctx, x, b, t, a, v0, frames, slope):
