@@ -26,7 +26,6 @@ import os
 import statistics
 import sys
 import time
-from contextlib import nullcontext
 from dataclasses import asdict, dataclass, make_dataclass, replace
 from functools import partial
 from importlib import import_module
@@ -36,10 +35,11 @@ from pathlib import Path
 import torch
 
 import config
+import lif as lif_module
 from checkpoint import build, load_checkpoint
 from experiments.peers import BETA, PEERS, SLOPE, THETA, Contestant, SnnTorchSam, check_spikes
 from kernels import lif
-from lif import event_rate, lif_reference, lif_torch
+from lif import lif_reference, lif_torch
 from model import SpikingLM
 from report import write as write_report
 from train import Run, TrainConfig, environment, make_optimizers, train_step, write_result
@@ -340,8 +340,9 @@ def memory_mb():
 
 def draw(stream, n, events):
     """The next n tokens of a stream, its synapses driven by events or dense."""
-    with nullcontext() if events else event_rate(0):
-        list(islice(stream, n))
+    rate, lif_module.EVENT_RATE = lif_module.EVENT_RATE, lif_module.EVENT_RATE * events
+    list(islice(stream, n))
+    lif_module.EVENT_RATE = rate
 
 
 def trained_rates(path):

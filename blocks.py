@@ -13,9 +13,28 @@ import torch.nn.functional as F
 
 from cell_bridge import Modulation, identity, synthetic_scores
 from kernels import lif
-from lif import RESETS, SURROGATES, Linear, Synapse, population
+from lif import RESETS, SURROGATES, Linear, Synapse, population, uniform
 
-BLOCKS, SETTINGS = {}, []  # name -> class; what blocks add to model.ModelConfig
+
+@dataclass(frozen=True)
+class NeuronSettings:
+    # neurons of sam, whale and snn
+    rec_heads: int = 1  # sam, whale: recurrent synapses: 1 full | h blocks of n_hidden/h | 0 none
+    beta_low: float = 0.01  # membrane decay per token: at the start spread over the neurons ...
+    beta_high: float = 0.6  # ... from low to high, then learned per neuron
+    theta: float = 1.0  # firing threshold
+    surrogate: str = "triangle"  # derivative put in place of the step's: a name in lif.py
+    slope: float = 1.0  # its slope
+    reset: str = "soft"  # sam, whale: what a spike does to the membrane: a name in lif.py
+    reset_grad: bool = True  # sam, whale: let the gradient flow through the reset too
+
+    CHOICES = {"surrogate": SURROGATES, "reset": RESETS}
+    RANGE = {"beta_low": (1e-6, 1 - 1e-6), "beta_high": (1e-6, 1 - 1e-6)}
+    RANGE |= {"theta": (1e-6, math.inf), "slope": (1e-6, math.inf), "rec_heads": (0, math.inf)}
+
+
+BLOCKS = {}  # name -> class
+SETTINGS = [NeuronSettings]  # and what the blocks add: the bases of model.ModelConfig
 
 
 def block(name, settings=None):
@@ -45,26 +64,6 @@ class Block(nn.Module):
     shows_spikes = True  # whether `report.fired` is called
 
 
-@dataclass(frozen=True)
-class NeuronSettings:
-    # neurons of sam, whale and snn
-    rec_heads: int = 1  # sam, whale: recurrent synapses: 1 full | h blocks of n_hidden/h | 0 none
-    beta_low: float = 0.01  # membrane decay per token: at the start spread over the neurons ...
-    beta_high: float = 0.6  # ... from low to high, then learned per neuron
-    theta: float = 1.0  # firing threshold
-    surrogate: str = "triangle"  # derivative put in place of the step's: a name in lif.py
-    slope: float = 1.0  # its slope
-    reset: str = "soft"  # sam, whale: what a spike does to the membrane: a name in lif.py
-    reset_grad: bool = True  # sam, whale: let the gradient flow through the reset too
-
-    CHOICES = {"surrogate": SURROGATES, "reset": RESETS}
-    RANGE = {"beta_low": (1e-6, 1 - 1e-6), "beta_high": (1e-6, 1 - 1e-6)}
-    RANGE |= {"theta": (1e-6, math.inf), "slope": (1e-6, math.inf), "rec_heads": (0, math.inf)}
-
-
-SETTINGS.append(NeuronSettings)
-
-
 def spread(n, low, high):
     """n values from low to high in equal steps, in random order."""
     return torch.linspace(low, high, n)[torch.randperm(n)]
@@ -73,11 +72,7 @@ def spread(n, low, high):
 def recurrent(n, heads):
     """Recurrent synapses of n neurons in so many heads: (n, n/heads), a row per presynaptic
     neuron, its head's columns; None for 0 heads. `heads` gives them the shape that `lif` takes."""
-    if not heads:
-        return None
-    d = n // heads
-    bound = 1 / math.sqrt(d)
-    return nn.Parameter(torch.empty(n, d).uniform_(-bound, bound))
+    return uniform(n // heads, n, n // heads) if heads else None
 
 
 def heads(w):
@@ -130,8 +125,7 @@ class SamBlock(Block):
         self.fc_in = Linear(D, D)
         self.w_rec = recurrent(D, c.rec_heads)
         if c.rec_heads:
-            bound = 1 / math.sqrt(D // c.rec_heads)
-            self.b_rec = nn.Parameter(torch.empty(D).uniform_(-bound, bound))
+            self.b_rec = uniform(D // c.rec_heads, D)
         if c.residual == "gated":
             self.gate = Linear(D, D)
         self.beta_logit = nn.Parameter(torch.logit(spread(D, c.beta_low, c.beta_high)))

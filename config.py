@@ -87,25 +87,21 @@ def check(c):
     the classes that declare the settings."""
     for base in type(c).__mro__:
         for name, choices in vars(base).get("CHOICES", {}).items():
-            if getattr(c, name) not in choices:
-                allowed, got = ", ".join(choices), getattr(c, name)
-                raise ValueError(f"{name} must be one of {allowed}, got {got!r}")
+            if (got := getattr(c, name)) not in choices:
+                raise ValueError(f"{name} must be one of {', '.join(choices)}, got {got!r}")
         for name, (low, high) in vars(base).get("RANGE", {}).items():
-            if not low <= getattr(c, name) <= high:
+            if not low <= (got := getattr(c, name)) <= high:
                 limits = f"at least {low}" if high == math.inf else f"{low} to {high}"
-                raise ValueError(f"{name} must be {limits}, got {getattr(c, name)}")
+                raise ValueError(f"{name} must be {limits}, got {got}")
 
 
 def pairs(text):
     """[(name, [number, ...])] of a setting such as "words:8 engram:8192,2 jepa"."""
-    found = []
     for word in text.split():
-        name, colon, numbers = word.partition(":")
-        try:
-            found.append((name, [int(n) for n in numbers.split(",")] if colon else []))
-        except ValueError:
-            raise ValueError(f"{word!r} must be name:number or name:number,number,...") from None
-    return found
+        if not re.fullmatch(r"\w+(:\d+(,\d+)*)?", word):
+            raise ValueError(f"{word!r} must be name:number or name:number,number,...")
+    words = (re.split("[:,]", word) for word in text.split())
+    return [(name, [int(number) for number in numbers]) for name, *numbers in words]
 
 
 def load(cls, argv, given={}):

@@ -33,7 +33,6 @@ binary spikes, a `Linear` floats. Both count into the `Report` of the forward pa
 """
 
 import math
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Callable, NamedTuple
 
@@ -563,17 +562,6 @@ class Linear(nn.Linear):
 EVENT_RATE = 0.5  # above it reading all rows in order is as fast (in float32; else never)
 
 
-@contextmanager
-def event_rate(share):
-    """Within it another share of firing neurons is the limit; 0: all rows are always read."""
-    global EVENT_RATE
-    usual, EVENT_RATE = EVENT_RATE, share
-    try:
-        yield
-    finally:
-        EVENT_RATE = usual
-
-
 def deliver(s, weight, report):
     """What spikes s (..., fan_in) bring through weight (fan_in, fan_out): s W, (..., fan_out).
 
@@ -596,6 +584,12 @@ def deliver(s, weight, report):
     return F.linear(s.to(weight.dtype), weight.t()).to(s.dtype)
 
 
+def uniform(fan_in, *shape):
+    """A parameter as nn.Linear starts its own: even within 1 / sqrt(fan_in)."""
+    bound = 1 / math.sqrt(fan_in)
+    return nn.Parameter(torch.empty(*shape).uniform_(-bound, bound))
+
+
 class Synapse(nn.Module):
     """A matrix that may only be fed spikes, stored one row per presynaptic neuron.
 
@@ -604,9 +598,8 @@ class Synapse(nn.Module):
 
     def __init__(self, fan_in, fan_out, bias=True):
         super().__init__()
-        bound = 1 / math.sqrt(fan_in)
-        self.weight = nn.Parameter(torch.empty(fan_in, fan_out).uniform_(-bound, bound))
-        self.bias = nn.Parameter(torch.empty(fan_out).uniform_(-bound, bound)) if bias else None
+        self.weight = uniform(fan_in, fan_in, fan_out)
+        self.bias = uniform(fan_in, fan_out) if bias else None
 
     def forward(self, s, report):  # spikes (..., fan_in) -> (..., fan_out)
         y = deliver(s, self.weight, report)

@@ -112,8 +112,8 @@ def check_plif(x, b, t, a, v, frames):
 
 # ---- in Triton --------------------------------------------------------------------------------
 #
-# The equations stand above; here they are fused with sigmoid, softplus, |.|, alpha * x and the leak.
-# A program owns COLS neurons of a sequence and walks over the frames that really run, v in a
+# The equations stand above; here they are fused with sigmoid, softplus, |.|, alpha * x and the
+# leak. A program owns COLS neurons of a sequence and walks over the frames that really run, v in a
 # register. A held input is read once per token, and its gradient is summed in a register. Kept for
 # backward is u = pre - theta and nothing else: s is in its sign.
 #

@@ -127,15 +127,12 @@ class TrainConfig(ModelConfig):
 
     def curriculum(self):
         """[(phase, length)] from the phases setting."""
-        try:
-            steps = [(name, length) for name, (length,) in config.pairs(self.phases)]
-        except ValueError:
-            steps = []
-        if not steps or any(n not in data.PHASES or length < 1 for n, length in steps):
+        steps = config.pairs(self.phases)
+        if not steps or any(n not in data.PHASES or len(x) != 1 or x[0] < 1 for n, x in steps):
             raise ValueError(
                 f"phases must be name:length pairs of {', '.join(data.PHASES)}; got {self.phases!r}"
             )
-        return steps
+        return [(name, length) for name, (length,) in steps]
 
     def longest(self):
         """Tokens of the longest sequence of the curriculum."""

@@ -193,13 +193,13 @@ def test_results_say_where_they_come_from():
 # ---- the budget ------------------------------------------------------------------------------
 
 CEILINGS = {  # lowered as the code shrinks, never raised; lines, where it says nothing else
-    "all files": 7336,
-    "largest file": 817,
+    "all files": 7301,
+    "largest file": 772,
     "afternoon path": 3239,
     "number of files": 16,
-    "settings": 101,
-    "longest function of train.py": 60,
-    "longest block": 48,
+    "settings": 75,
+    "longest function of train.py": 58,
+    "longest block": 45,
 }
 
 

@@ -6,7 +6,6 @@ FUZZ=3000 python -m pytest tests/test_faults.py -k fuzz      more than the usual
 import contextlib
 import copy
 import gzip
-import io
 import json
 import math
 import os

@@ -9,8 +9,7 @@ from conftest import check_state, fire
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lif import (
-    EVENT_RATE, RESETS, SURROGATES, Report, Reset, Synapse, event_rate, lif_reference, lif_torch,
-    population, softclamp,
+    RESETS, SURROGATES, Reset, lif_reference, lif_torch, population, softclamp,
 )  # fmt: skip
 
 torch.manual_seed(0)
@@ -296,17 +295,3 @@ def test_population_gradient_is_that_of_its_thresholds(sides, slope, T):
 
 
 # ---- synapses ----------------------------------------------------------------------------------
-
-
-@torch.no_grad()
-def test_event_rate_holds_within_its_block():
-    synapse, s = Synapse(8, 3), torch.zeros(1, 1, 8)
-    s[..., 2] = 1
-    by_events = synapse(s, Report())
-    with pytest.raises(KeyError), event_rate(0):
-        import lif
-
-        assert lif.EVENT_RATE == 0
-        torch.testing.assert_close(synapse(s, Report()), by_events)
-        raise KeyError
-    assert lif.EVENT_RATE == EVENT_RATE > 0

@@ -14,7 +14,7 @@ from conftest import check_state, fire
 import config
 import kernels
 import spark
-from lif import Report, Seen, lif_torch
+from lif import Report, Seen, lif_reference
 from model import SpikingLM, run
 from spark import Frames, Pondered, SelectiveNeurons, plif_torch, plif_triton
 from train import TrainConfig
@@ -249,13 +249,13 @@ def test_score_averages_what_is_logged_over_tokens():
 
 
 def composed(x, b, t, a=None, v=None, *, frames, slope=4.0):
-    """plif_torch out of lif_torch and what autograd makes of the rest."""
+    """plif_torch out of the plain loop."""
     if x.shape[1] != frames.size:
         x = frames.unroll(x)
     beta = torch.sigmoid(b)
     alpha, theta = (1 - beta, t) if a is None else (torch.nn.functional.softplus(a), 0.1 + t.abs())
     state = None if v is None else (v, torch.zeros_like(v))
-    s, pre, _ = lif_torch(alpha * x, beta, theta, state=state, surrogate="sigmoid", slope=slope)
+    s, pre, _ = lif_reference(alpha * x, beta, theta, state=state, surrogate="sigmoid", slope=slope)
     after = pre - theta * s
     rate = s[frames.live].mean(0)
     last = torch.stack([row[n - 1] for row, n in zip(after, frames.length)])
@@ -310,7 +310,7 @@ FORMS = [(step, held) for step in (False, True) for held in (False, True)]
 
 @pytest.mark.parametrize("step, held", FORMS)
 @pytest.mark.parametrize("used", (None, 0, 1, 2))
-def test_reference_equals_lif(step, held, used):
+def test_plif_torch_equals_the_plain_loop(step, held, used):
     frames, arguments, cotangents = neurons(step, held, 3000, T=20, dtype=torch.double)  # blocks
     if used is not None:
         cotangents = [c if i == used else None for i, c in enumerate(cotangents)]
