@@ -614,7 +614,7 @@ def test_load_cell_refuses_what_is_no_cell(tmp_path, capsys):
     torch.save({"programs": list(PROGRAMS), "scores": Evil()}, tmp_path / "code.pt")
     names = {
         "damaged": "cannot read", "foreign": "no cell", "list": "no cell", "programs": "no cell",
-        "code": "cannot read", "missing": "cannot read",
+        "code": "cannot read", "missing": "there is no cell",
     }  # fmt: skip
     for name, message in names.items():
         with pytest.raises(ValueError, match=message) as caught:
