@@ -34,6 +34,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.rendezvous import rendezvous
 from torch.nn.parallel import DistributedDataParallel
+from torch.optim import AdamW, Muon
 from tqdm import tqdm
 
 import config
@@ -192,20 +193,6 @@ class Position:
         is_last = self.phase + 1 == len(self.curriculum)
         return self.phase_step >= c.phase_share * c.max_steps and not is_last
 
-    def trained(self, nats, tokens):
-        """Count a step."""
-        self.losses.append(nats)
-        self.tokens += tokens
-        self.step += 1
-        self.phase_step += 1
-
-    def noted(self, valid):
-        """Count an evaluation; return whether it is the best of the phase."""
-        is_best = valid < self.best
-        self.best = min(self.best, valid)
-        self.evaluated, self.losses = self.step, []
-        return is_best
-
 
 class Run:
     """The processes and the device of this run; alone or under torchrun."""
@@ -301,17 +288,15 @@ def schedule(c, step):
 
 class Optimizer(NamedTuple):
     kind: type  # for the matrices inside blocks and traits; everything else has AdamW
-    lr: str  # name of the setting that is its peak learning rate
-    decay: str  # and of its weight decay
+    lr: str  # the setting that is its peak learning rate
+    decay: str  # and its weight decay
     kept: tuple  # names of the tensors that it keeps for a parameter
 
 
 OPTIMIZERS = {
-    "adamw": Optimizer(
-        torch.optim.AdamW, "lr", "weight_decay", ("step", "exp_avg", "exp_avg_sq")
-    ),
-    "muon": Optimizer(torch.optim.Muon, "muon_lr", "muon_decay", ("momentum_buffer",)),
-}  # fmt: skip
+    "adamw": Optimizer(AdamW, "lr", "weight_decay", ("step", "exp_avg", "exp_avg_sq")),
+    "muon": Optimizer(Muon, "muon_lr", "muon_decay", ("momentum_buffer",)),
+}
 
 
 def make_optimizers(c, model, device):
@@ -321,17 +306,14 @@ def make_optimizers(c, model, device):
     A step of Muon (Jordan et al. 2024) grows as sqrt(rows / columns), if above 1, of a matrix whose
     rows are outputs. A Synapse's rows are inputs, so the rate of each is corrected for its shape.
     """
-    tables = {m.weight for m in model.modules() if isinstance(m, torch.nn.Embedding)}
-    tables.remove(model.embedding.weight)
-    ends = {id(p) for m in (model.proj_in, model.proj_out) if m for p in m.parameters()}
-    kinds = {"vector": [], "table": [], "matrix": [], "end": [model.embedding.weight]}
+    around = [m for m in (model.embedding, model.proj_in, model.proj_out) if m]
+    ends = {p for m in around for p in m.parameters()}
+    tables = {m.weight for m in model.modules() if isinstance(m, torch.nn.Embedding)} - ends
+    synapses = {m.weight for m in model.modules() if isinstance(m, Synapse)}
+    kinds = {"vector": [], "table": [], "matrix": [], "end": []}
     for p in model.parameters():
-        if p in tables:
-            kinds["table"].append(p)
-        elif p.dim() < 2:
-            kinds["vector"].append(p)
-        elif p is not model.embedding.weight:
-            kinds["end" if id(p) in ends else "matrix"].append(p)
+        kind = "table" if p in tables else "end" if p in ends else "matrix"
+        kinds["vector" if p.dim() < 2 else kind].append(p)
 
     def group(params, lr, decay):
         return {"params": params, "lr": lr, "peak": lr, "weight_decay": decay}
@@ -350,15 +332,14 @@ def make_optimizers(c, model, device):
     ]
     chosen, matrices = OPTIMIZERS[c.optimizer], kinds["matrix"]
     lr, decay = getattr(c, chosen.lr), getattr(c, chosen.decay)
-    synapses = {m.weight for m in model.modules() if isinstance(m, Synapse)}
-    groups = [group(matrices, lr, decay)] if matrices else []
-    if chosen.kind is torch.optim.Muon:
+    groups = [group(matrices, lr, decay)]
+    if chosen.kind is Muon:
         scales = [math.sqrt(p.shape[1] / p.shape[0]) if p in synapses else 1.0 for p in matrices]
         groups = [group([p], lr * x, decay / x) for p, x in zip(matrices, scales)]
-    if chosen.kind is torch.optim.AdamW:
+    if chosen.kind is AdamW:
         adamw, groups = adamw + groups, []
     fused = device.type in ("cuda", "cpu")
-    optimizers = [build(torch.optim.AdamW, adamw, betas=(c.beta1, c.beta2), fused=fused)]
+    optimizers = [build(AdamW, adamw, betas=(c.beta1, c.beta2), fused=fused)]
     return optimizers + ([build(chosen.kind, groups)] if groups else [])
 
 
@@ -411,14 +392,7 @@ class Training:
     position: Position
     feed: data.Feed = None
     record: dict = None  # where, when and with what it is trained
-    sizes: dict = field(default_factory=dict)  # bytes of the held-out text, by its tokens
-
-    def heldout_bytes(self, n):
-        """Bytes of the first n held-out tokens, counted once."""
-        if n not in self.sizes:
-            ids = self.corpus.heldout[:n].tolist()
-            self.sizes[n] = len(self.corpus.tokenizer.decode_bytes(ids))
-        return self.sizes[n]
+    sizes: dict = field(default_factory=dict)  # tokens of held-out text -> its bytes
 
 
 # ---- evaluation -------------------------------------------------------------------------------
@@ -443,6 +417,8 @@ def evaluate(t):
         valid = model.score(tokens, length, counted)
         score = model.score(heldout, c.eval_length)
     model.train()
+    if len(heldout) not in t.sizes:
+        t.sizes[len(heldout)] = len(corpus.tokenizer.decode_bytes(heldout.tolist()))
     of_phase = tokens[1:] if counted is None else tokens[1:][counted[1:] > 0]
     losses = position.losses
     line = {
@@ -455,7 +431,7 @@ def evaluate(t):
         "valid": t.run.mean(torch.tensor(valid["nats"] / valid["tokens"])).item(),
         "valid_bpb": valid["nats"] / math.log(2) / len(corpus.tokenizer.decode_bytes(of_phase)),
         "heldout": score["nats"] / score["tokens"],
-        "bpb": score["nats"] / math.log(2) / t.heldout_bytes(len(heldout)),
+        "bpb": score["nats"] / math.log(2) / t.sizes[len(heldout)],
         "rate": score["rate"],
         "synops": score["synops"],
         "synapses": score["synapses"],
@@ -763,7 +739,9 @@ def train(c, run):
             line = evaluate(t) | {"tokens_per_s": rate}
             check_finite(t, "held-out loss", line["heldout"])
             show(t, line)
-            is_best = position.noted(line["valid"])
+            is_best = line["valid"] < position.best
+            position.best = min(position.best, line["valid"])
+            position.evaluated, position.losses = position.step, []
             if position.step < c.max_steps:
                 advance(t, line["valid"])
             if run.main:
@@ -779,7 +757,10 @@ def train(c, run):
         check_finite(t, "loss", nats)
         check_finite(t, "gradient", norm)
         t.model.observe(nats, rates)
-        position.trained(nats, x.numel() * run.world)
+        position.losses.append(nats)
+        position.tokens += x.numel() * run.world
+        position.step += 1
+        position.phase_step += 1
         bar.set_postfix_str(f"{nats:.3f}", refresh=False)
         bar.update()
 

@@ -9,7 +9,6 @@ import gzip
 import io
 import json
 import math
-import multiprocessing
 import os
 import pickle
 import random
@@ -28,7 +27,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from test_train import ROOT, STORIES, losses, mistake, outcome, read_log, run_two
+from test_train import FORKS, ROOT, STORIES, losses, mistake, outcome, read_log, run_two
 from test_train import settings as arguments
 from test_train import text  # noqa: F401, a fixture
 
@@ -144,9 +143,8 @@ def hold(out, is_held):
 
 def test_one_process_at_a_time(run, again):
     argv, out = again
-    context = multiprocessing.get_context("forkserver")
-    is_held = context.Event()
-    other = context.Process(target=hold, args=(out, is_held), daemon=True)
+    is_held = FORKS.Event()
+    other = FORKS.Process(target=hold, args=(out, is_held), daemon=True)
     other.start()
     assert is_held.wait(60)
     assert "another process is training in" in mistake(train.main, *argv)
@@ -329,7 +327,7 @@ def test_another_version_is_refused(again):
 
 def test_torchrun_recovers_from_a_killed_worker(run, text, tmp_path):  # noqa: F811
     """The same command, nothing added: torchrun starts its workers again, and they resume."""
-    more = [STORIES, "--eval_interval=1", "--max_steps=20", "--sample_tokens=0"]
+    more = [STORIES, "--eval_interval=1", "--max_steps=20", "--sample_tokens=50"]
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone"]
     command += ["--max-restarts=3", "train.py", *arguments(text, tmp_path / "hit", *more)]
     quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE, "text": True}

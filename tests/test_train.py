@@ -110,6 +110,10 @@ def run(text, out, *more, **config):
     return read_log(out)
 
 
+FORKS = multiprocessing.get_context("forkserver")
+FORKS.set_forkserver_preload(["train"])
+
+
 def work(argv, environment):
     os.environ.update(environment)
     sys.stdout = open(os.devnull, "w")
@@ -118,9 +122,7 @@ def work(argv, environment):
 
 def start(argv, **environment):
     """A process of its own that trains."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["train"])
-    process = context.Process(target=work, args=(argv, environment), daemon=True)
+    process = FORKS.Process(target=work, args=(argv, environment), daemon=True)
     process.start()
     return process
 
@@ -197,7 +199,8 @@ def test_accumulation_changes_nothing(text, one, tmp_path):
 
 
 def test_resume_goes_on_bit_for_bit(text, one, tmp_path):
-    process = start(settings(text, tmp_path, STORIES, "--eval_interval=1"))
+    slow = ("--eval_interval=1", "--sample_tokens=200")
+    process = start(settings(text, tmp_path, STORIES, *slow))
     while not (tmp_path / "step_00000003.pt").exists():
         assert process.is_alive()
         time.sleep(0.001)
@@ -212,7 +215,7 @@ def test_resume_goes_on_bit_for_bit(text, one, tmp_path):
 
 @pytest.mark.parametrize("script", ["train.py"])
 def test_ctrl_c_while_torch_is_imported_is_silent(script):
-    process = subprocess.Popen([sys.executable, script], cwd=ROOT, stderr=subprocess.PIPE)
+    process = subprocess.Popen([sys.executable, script, "--help"], cwd=ROOT, stderr=subprocess.PIPE)
     while "libtorch" not in Path(f"/proc/{process.pid}/maps").read_text():
         assert process.poll() is None
     process.send_signal(signal.SIGINT)
@@ -305,8 +308,9 @@ def test_fine_tuning(text, one, tmp_path, chats):
     asked = [
         f"--init_from={one[0] / 'best.pt'}", "--answers_only=True", f"--dataset={chats}",
         f"--data_dir={tmp_path / 'cache'}", f"--out_dir={tmp_path / 'chat'}", "--threads=1",
-        "--seed=2", "--tokens_per_step=256", "--phases=words:8 conversations:16", "--eval_interval=20",
-        "--lr=0.01", "--sample_tokens=0", "--eval_tokens=500", "--device=cpu", "--dtype=float32",
+        "--seed=2", "--tokens_per_step=256", "--phases=words:8 conversations:16", "--lr=0.01",
+        "--eval_interval=20", "--sample_tokens=0", "--eval_tokens=500", "--device=cpu",
+        "--dtype=float32",
     ]  # fmt: skip
 
     def tuned(*more):
