@@ -72,9 +72,9 @@ def _head(p_w, N, width, COLS: tl.constexpr, TRANSPOSED: tl.constexpr):
 
 # ---- surrogates, resets and the soft clamp ----------------------------------------------------
 
-# those that have a branch here; with any other `lif` takes plain PyTorch
-SURROGATES = "fast_sigmoid atan sigmoid gaussian triangle boxcar multi_gaussian ste".split()
-RESETS = ["soft", "none"]
+# those that have a branch below; with any other `lif` takes plain PyTorch
+KERNEL_SURROGATES = "fast_sigmoid atan sigmoid gaussian triangle boxcar multi_gaussian ste".split()
+KERNEL_RESETS = ("soft", "none")
 
 
 @triton.jit
@@ -480,7 +480,7 @@ def note(line):
     _taken[line] = None
 
 
-def obstacle_to(current, w_rec=None, surrogate=SURROGATES[0], reset=RESETS[0], **_):
+def obstacle_to(current, w_rec=None, **options):
     """The exception that says why Triton cannot run this and how to fix it; None if it can."""
     if not HAS_TRITON:
         return ValueError("Triton is not installed: pip install triton, or take backend='torch'")
@@ -491,9 +491,9 @@ def obstacle_to(current, w_rec=None, surrogate=SURROGATES[0], reset=RESETS[0], *
         )
     if current.dtype not in (torch.float32, torch.bfloat16, torch.float16):
         return ValueError(f"no kernel takes {current.dtype}: take float32, or backend='torch'")
-    for kind, name, known in (("surrogate", surrogate, SURROGATES), ("reset", reset, RESETS)):
-        if name not in known:
-            return ValueError(f"the {kind} {name!r} has no kernel: take backend='torch'")
+    for kind, known in (("surrogate", KERNEL_SURROGATES), ("reset", KERNEL_RESETS)):
+        if options.get(kind, known[0]) not in known:
+            return ValueError(f"the {kind} {options[kind]!r} has no kernel: take backend='torch'")
     if w_rec is not None and w_rec.shape[-1] > MAX_HEAD:
         return ValueError(
             f"a head of {w_rec.shape[-1]} neurons is over the kernel's {MAX_HEAD}: split the"

@@ -5,7 +5,7 @@ same in this file, in kernels.py and in the README:
 
     pre = beta * v + I + s W            # charge   (v and s are those of the step before)
     s   = 1 if pre >= theta else 0      # fire
-    v   = pre - theta * s               # reset    (or v = pre: no reset; or softclamped)
+    v   = pre - theta * s               # reset    (or another of RESETS; then perhaps softclamped)
 
 Glossary. B sequences, T time steps (tokens), N neurons, H heads of N/H neurons each.
 
@@ -164,22 +164,19 @@ class Reset(NamedTuple):
     by_theta: Callable  # dv/dtheta
 
 
-def _zero(pre, theta, s):
-    return pre.new_zeros(())
-
-
-def _one(pre, theta, s):
-    return pre.new_ones(())
-
-
 RESETS = {
     "soft": Reset(
         lambda pre, theta, s: torch.addcmul(pre, theta, s, value=-1),
-        _one,
+        lambda pre, theta, s: pre.new_ones(()),
         lambda pre, theta, s: -theta,
         lambda pre, theta, s: -s,
     ),
-    "none": Reset(lambda pre, theta, s: pre, _one, _zero, _zero),
+    "none": Reset(
+        lambda pre, theta, s: pre,
+        lambda pre, theta, s: pre.new_ones(()),
+        lambda pre, theta, s: pre.new_zeros(()),
+        lambda pre, theta, s: pre.new_zeros(()),
+    ),
 }
 
 

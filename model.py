@@ -188,7 +188,8 @@ class SpikingLM(nn.Module):
             self.proj_in = Linear(c.n_embd, D)
         self.parts = nn.ModuleDict()  # in the order in which a token passes them
         if c.engram:
-            self.parts["engram"] = Engram(D, c.vocab_size, c.engram, c.engram_heads, c.engram_width)
+            sizes = c.engram, c.engram_heads, c.engram_width
+            self.parts["engram"] = Engram(D, *sizes, vocab_size=c.vocab_size)
         for i in range(c.n_layer):
             self.parts[f"block{i}"] = BLOCKS[c.block](c, i)
         # neurons per spiking layer; none where a block does not name them
@@ -200,14 +201,14 @@ class SpikingLM(nn.Module):
         if c.spike_attn:
             self.parts["spike_attn"] = SpikeAttn(D, c.spike_attn, backend=c.backend)
         if c.progsem:
-            self.parts["progsem"] = ProgSem(D, c.progsem, self.identity)
+            self.parts["progsem"] = ProgSem(D, c.progsem, P=self.identity)
         if c.kuramoto:
             self.parts["kuramoto"] = Kuramoto(D, c.kuramoto)
         if c.moe:
             neurons = self.sites[-1] if self.sites and c.block != "spark" else D
-            self.parts["moe"] = MoE(D, c.moe, c.moe_width, neurons=neurons, backend=c.backend)
+            self.parts["moe"] = MoE(D, c.moe, c.moe_width, last=neurons, backend=c.backend)
         if c.memory:
-            self.parts["memory"] = Memory(D, c.memory, c.backend)
+            self.parts["memory"] = Memory(D, c.memory, backend=c.backend)
         if c.block == "spark":
             self.parts["output"] = SparkOutput(c)
             self.sites += self.parts["output"].sites
@@ -326,10 +327,10 @@ class SpikingLM(nn.Module):
                 losses["rates"] += 2 * c.rate_weight * (pressure * rate).mean()
         if self.mtp:
             losses["mtp"] = self.mtp.loss(
-                report.stream, targets, lambda h: self.readout(h, None, Report())[0]
+                report, targets, lambda h: self.readout(h, None, Report())[0]
             )
         if self.jepa:
-            losses["jepa"] = self.jepa.loss(report.stream, report.log)
+            losses["jepa"] = self.jepa.loss(report)
         return nats, losses
 
     def work(self, rates):

@@ -1,14 +1,17 @@
-"""Family traits: what may be added between the blocks of any model here, one class each.
+"""Traits: what may be added before, between or after the blocks of any model here, one class each.
 
-`forward(x, state, report) -> (x, state)`, as the blocks of model.py: x (B, T, d) is the continuous
-stream, never spikes; state a tuple of tensors, () where there is nothing to remember, None for
-silence; report a lif.Report. MTP and JEPA are losses, used in training only.
+`forward(x, state, report) -> (x, state)`, as the blocks of model.py: x (B, T, d) is the residual
+stream, never spikes; state a tuple of tensors, () if there is nothing to remember, None for
+silence; report a lif.Report. MTP and JEPA, used in training only, have instead
+`loss(report, targets, readout) -> scalar`. A constructor takes d, sizes, then by name what it needs
+of the model. B sequences, T tokens, d width of the stream.
 
-Each starts as the identity, because exactly one factor of what it adds is zero: that factor has a
-gradient at step 0, and once it moves the others have too. Two zeros would never wake. Each is
-causal, and whole = split = token by token. B sequences, T tokens, d width of the stream.
+Each starts as the identity, because exactly one factor of what it adds is zero. That factor has a
+gradient at step 0, and once it moves, the other factors have one too; two zeros would never move.
+Each is causal, and whole = split = token by token.
 """
 
+import itertools
 import math
 
 import torch
@@ -38,13 +41,10 @@ class Derf(nn.Module):
 
 
 def primes_from(n, count):
-    """The first so many primes that are at least n."""
-    primes = []
-    while len(primes) < count:
-        if n > 1 and all(n % k for k in range(2, math.isqrt(n) + 1)):
-            primes.append(n)
-        n += 1
-    return primes
+    """The first `count` primes that are at least n."""
+    numbers = itertools.count(max(n, 2))
+    primes = (p for p in numbers if all(p % k for k in range(2, math.isqrt(p) + 1)))
+    return list(itertools.islice(primes, count))
 
 
 class Engram(nn.Module):
@@ -54,14 +54,14 @@ class Engram(nn.Module):
         e     = rows mix_n mod p, for each n and head        p a prime per table, all different
         gate  = Derf(<rms(W_k e), rms(x)> / sqrt(d))
         x     + W_out (gate * W_v e)                         W_out starts at 0
-    All 2 x heads tables, each of about `rows` rows of `width`, are one embedding. Left of the
-    sequence stands a pad token, vocab_size. State: the last two tokens (B, 2).
+    All 2 x heads tables, each of about `rows` rows of `width`, are one embedding. The tokens before
+    the first are a pad token, vocab_size. State: the last two tokens (B, 2).
     """
 
-    def __init__(self, d, vocab_size, rows, heads=2, width=64):
+    def __init__(self, d, rows, heads=2, width=64, *, vocab_size):
         super().__init__()
         self.pad, self.heads, n = vocab_size, heads, 2 * heads * width
-        odd = [0x1E3779B97F4A7C15, 0x3F58476D1CE4E5B9, 0x14D049BB133111EB]  # but for that, any
+        odd = [0x1E3779B97F4A7C15, 0x3F58476D1CE4E5B9, 0x14D049BB133111EB]  # arbitrary otherwise
         self.register_buffer("multiplier", torch.tensor(odd))
         self.register_buffer("prime", torch.tensor(primes_from(rows, 2 * heads)))
         self.table = nn.Embedding(sum(primes_from(rows, 2 * heads)), width)
@@ -86,7 +86,7 @@ class Engram(nn.Module):
 
 
 class HRM(nn.Module):
-    """Iterative refinement (after arXiv 2506.21734), each position for itself.
+    """Iterative refinement (after arXiv 2506.21734) of each position by itself.
 
     h = x, and `steps` times  h + tanh(gate_t) * W_up SiLU(W_down [rms(h); x]);  gates start at 0
     """
@@ -113,10 +113,10 @@ class SpikeAttn(nn.Module):
     spikes and grows without bound, hence rms. State: S (B, heads, width, width), float32.
     """
 
-    def __init__(self, d, heads, width=32, chunk=64, backend="auto"):
+    def __init__(self, d, heads, width=32, chunk=64, *, backend="auto"):
         super().__init__()
         self.heads, self.width, self.chunk, self.backend = heads, width, chunk, backend
-        self.query_key = matrix(d, 2 * heads * width, 1)  # 16% fire: those one deviation up
+        self.query_key = matrix(d, 2 * heads * width, 1)  # 16% fire: theta is one deviation
         self.value, self.out = matrix(d, heads * width, 1), matrix(heads * width, d, 0)
 
     def forward(self, x, state, report):  # (B, T, d) -> (B, T, d)
@@ -155,15 +155,15 @@ class SpikeAttn(nn.Module):
 
 
 class ProgSem(nn.Module):
-    """Program semantics: each gene program that is active adds what it has come to mean.
+    """Program semantics: each active gene program adds a vector that it has learned.
 
         a = f P / sqrt(F)               f (.., F) features of the neurons, P (F, slots) programs
         x + W_out W_slots Derf(a)       a learned vector per program; W_out starts at 0
     With P, the virtual cell's identity matrix, f = tanh of all the report's membranes, side by
-    side; without it f = rms(x), and P is learned. Nobody published equations: these are ours.
+    side; without it f = rms(x), and P is learned. No equations were published; these are ours.
     """
 
-    def __init__(self, d, slots, P=None, width=64):
+    def __init__(self, d, slots, width=64, *, P=None):
         super().__init__()
         self.reads_membranes = P is not None
         if P is None:
@@ -174,7 +174,7 @@ class ProgSem(nn.Module):
         self.slots, self.out = matrix(slots, width, 1), matrix(width, d, 0)
 
     def activity(self, x, report):
-        """Of each program at each token, in 0..1 (B, T, slots): the trace that can be read."""
+        """Of each program at each token, in 0..1 (B, T, slots)."""
         f = torch.cat(report.membrane, -1).tanh().to(x.dtype) if self.reads_membranes else rms(x)
         report.macs += self.P.numel()
         return self.gate(f @ self.P / math.sqrt(len(self.P)))
@@ -184,13 +184,13 @@ class ProgSem(nn.Module):
 
 
 class Kuramoto(nn.Module):
-    """Coupled oscillators (after AKOrN, arXiv 2410.13821), those of one position among themselves.
+    """Coupled oscillators (after AKOrN, arXiv 2410.13821); positions are not coupled.
 
         phase = W rms(x), and `steps` times  phase + omega + K r sin(psi - phase)
         r e^(i psi) = mean over the oscillators of e^(i phase)
         x + W_out [cos phase; sin phase]       W_out starts at 0
-    A step is one unit of time; |K| is held to 1.5, as K r >= 2 would overshoot. The mean r is
-    logged, 0 (phases all over the circle, as W starts) to 1 (unison).
+    A step is one unit of time; |K| is clamped to 1.5, as K r >= 2 would overshoot. The mean r is
+    logged, from 0 (phases all over the circle, as W starts) to 1 (all phases equal).
     """
 
     def __init__(self, d, oscillators, steps=2):
@@ -213,27 +213,28 @@ class Kuramoto(nn.Module):
 
 
 class MoE(nn.Module):
-    """Mixture of experts, of which spikes choose `top` per token (Shazeer 2017, 1701.06538).
+    """Mixture of experts; spikes choose `top` of them per token (Shazeer 2017, 1701.06538).
 
         trace_t = 0.9 trace_{t-1} + 0.1 s_t         s the layer that fired last, else 1[x > 0]
         p       = softmax(W_r rms(trace) + b_r);  the `top` best are computed, no other
         x       + sum of p_e / (sum of the chosen p) * GELU(rms(x) W_up,e) W_down,e
-    W_down starts at 0. Loss "moe", least (= balance) when all share the work (2101.03961):
-    balance * experts * sum over e of (share of choices that fell on e) * (mean of p_e).
-    neurons: of the layer that fired last, if not d. State: (trace, no spikes), each (B, neurons).
+    W_down starts at 0. Loss "moe", smallest (= balance) when all experts are used alike
+    (2101.03961): balance * experts * sum over e of (share of choices of e) * (mean of p_e).
+    last: neurons of the layer that fired last, if not d. State: (trace, no spikes), (B, last) each.
     """
 
-    def __init__(self, d, experts, width, top=2, neurons=None, balance=0.01, backend="auto"):
+    def __init__(self, d, experts, width, top=2, balance=0.01, *, last=None, backend="auto"):
         super().__init__()
         self.experts, self.top, self.balance, self.backend = experts, top, balance, backend
-        self.router = Linear(neurons or d, experts)
+        self.router = Linear(last or d, experts)
         self.up = nn.Parameter(torch.randn(experts * width, d) * d**-0.5)
-        self.down = nn.Parameter(torch.zeros(experts * width, d))  # one for all: never without grad
+        # one tensor for all experts, so that one nobody chose still gets a (zero) gradient
+        self.down = nn.Parameter(torch.zeros(experts * width, d))
 
     def forward(self, x, state, report):  # (B, T, d) -> (B, T, d)
         s = (x > 0).to(x.dtype) if report.spikes is None else report.spikes
         ones = torch.ones_like(s[0, 0], dtype=torch.float32)
-        _, trace, state = lif(  # a neuron whose threshold is out of reach only leaks
+        _, trace, state = lif(  # a neuron whose threshold is out of reach only decays
             0.1 * s, 0.9 * ones, 2 * ones, state=state, reset="none", backend=self.backend
         )
         p = self.router(rms(trace).to(x.dtype), report).float().softmax(-1).flatten(0, 1)
@@ -254,16 +255,16 @@ class MoE(nn.Module):
 
 
 class Memory(nn.Module):
-    """Persistent memory: slow neurons on the token axis, written through a gate, read as spikes.
+    """Persistent memory: slow neurons, written through a gate, read as spikes.
 
-        g   = sigmoid(W_g rms(x) + b)            b from -2 to -6: the slower, the less is written
+        g   = sigmoid(W_g rms(x) + b)            b from -2 to -6: slower neurons are written less
         pre = beta (1 - g) v + g W_w rms(x)      beta 0.99 to 0.999 at the start, then learned
         x   + W_read 1[pre >= 0.05]              W_read starts at 0
-    An open gate overwrites, a closed one leaves beta alone to forget. Without reset a neuron fires
-    at every token for as long as it remembers. State: (v, s), each (B, neurons). All this is ours.
+    An open gate overwrites v; with a closed one v decays by beta. Without reset a neuron fires at
+    every token while v stays above threshold. State: (v, s), each (B, neurons). This trait is ours.
     """
 
-    def __init__(self, d, neurons, backend="auto"):
+    def __init__(self, d, neurons, *, backend="auto"):
         super().__init__()
         self.write, self.gate, self.backend = matrix(d, neurons, 1), Linear(d, neurons), backend
         self.gate.bias.data = torch.linspace(-2, -6, neurons)
@@ -301,13 +302,10 @@ class MTP(nn.Module):
         super().__init__()
         self.weight, self.ahead = weight, nn.ParameterList(torch.zeros(d, d) for _ in range(n))
 
-    def loss(self, h, targets, readout):
-        """weight * mean over k of the cross-entropy of token t+1+k, in nats; a scalar.
-
-        h (B, T, d) is what the readout gets; targets (B, T), targets[t] being token t+1;
-        readout (B, *, d) -> logits (B, *, vocabulary). ValueError if T <= n.
-        """
-        n, T = len(self.ahead), targets.shape[1]
+    def loss(self, report, targets, readout):
+        """weight * mean over k of the cross-entropy of token t+1+k, in nats. h (B, T, d) is
+        report.stream; targets (B, T), [t] is token t+1; readout (B, *, d) -> logits."""
+        h, n, T = report.stream, len(self.ahead), targets.shape[1]
         if T <= n:
             raise ValueError(f"to predict {n} more tokens takes sequences longer than {n}, not {T}")
         nats = 0.0
@@ -325,14 +323,13 @@ class JEPA(nn.Module):
         self.predict = nn.Sequential(nn.Linear(d, width), nn.SiLU(), nn.Linear(width, d))
         self.weight, self.gate = weight, nn.Parameter(torch.zeros(()))
 
-    def loss(self, h, log):
-        """weight * mean of 1 - cos(pred_t, h_{t+1}), h (B, T >= 2, d); targets have no gradient.
-
-        log["jepa_std"]: deviation of h over positions, mean over d; near 0 if all became alike.
-        """
+    def loss(self, report, targets=None, readout=None):
+        """weight * mean of 1 - cos(pred_t, h_{t+1}). h (B, T, d) is report.stream; as a target it
+        gets no gradient. Logs its deviation over positions: near 0 if all became alike."""
+        h = report.stream
         if h.shape[1] < 2:
             raise ValueError("to predict the next position takes sequences of 2 tokens or more")
-        log["jepa_std"] = h.detach().float().std((0, 1)).mean()
+        report.log["jepa_std"] = h.detach().float().std((0, 1)).mean()
         pred = (h + self.gate * self.predict(rms(h)))[:, :-1]
         cos = F.cosine_similarity(pred.float(), h[:, 1:].detach().float(), dim=-1)
         return self.weight * (1 - cos).mean()

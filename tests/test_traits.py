@@ -14,13 +14,13 @@ from traits import HRM, JEPA, MTP, Engram, Kuramoto, Memory, MoE, ProgSem, Spike
 
 D, VOCAB, NEURONS = 24, 50, (16, 20)  # neurons of two layers
 TRAITS = {
-    "engram": lambda: Engram(D, VOCAB, rows=97, heads=2, width=8),
+    "engram": lambda: Engram(D, rows=97, heads=2, width=8, vocab_size=VOCAB),
     "hrm": lambda: HRM(D, steps=2, width=16),
     "attention": lambda: SpikeAttn(D, heads=3, width=8, chunk=16),
     "programs of a cell": lambda: ProgSem(D, 5, P=torch.randn(sum(NEURONS), 5), width=8),
     "programs learned": lambda: ProgSem(D, 5, width=8),
     "kuramoto": lambda: Kuramoto(D, oscillators=16, steps=2),
-    "moe": lambda: MoE(D, experts=4, width=8, top=2, neurons=NEURONS[-1]),
+    "moe": lambda: MoE(D, experts=4, width=8, top=2, last=NEURONS[-1]),
     "memory": lambda: Memory(D, neurons=32),
 }
 
@@ -167,7 +167,7 @@ def test_a_backend_asked_for_is_not_replaced(trait):
 
 
 def test_engram_hashes_as_written():
-    engram, heads = Engram(D, VOCAB, rows=97, heads=2, width=8), 2
+    engram, heads = Engram(D, rows=97, heads=2, width=8, vocab_size=VOCAB), 2
     p = primes_from(97, 4)
     assert p == [97, 101, 103, 107] and primes_from(1 << 16, 1) == [65537]
     tokens = [7, 0, 49, 7, 0, 49]
@@ -201,17 +201,17 @@ def test_engram_touches_its_rows():
     torch.manual_seed(0)
     zipf = 1 / torch.arange(1.0, 4097)
     tokens = torch.multinomial(zipf, 1_000_000, replacement=True).view(100, -1)
-    share, poorest = touched(Engram(8, 4096, rows=1 << 16, width=1), tokens)
+    share, poorest = touched(Engram(8, 1 << 16, width=1, vocab_size=4096), tokens)
     assert share > 0.3 and poorest > 0.3
     # heads of one order collide on different n-grams: two tell most of them apart
-    rows = Engram(8, 4096, rows=1 << 10, width=1).rows_of(tokens[:1])[0][0]  # (T, 4)
+    rows = Engram(8, 1 << 10, width=1, vocab_size=4096).rows_of(tokens[:1])[0][0]  # (T, 4)
     pairs = torch.stack([tokens[0, :-1], tokens[0, 1:]], -1).unique(dim=0)
     assert len(pairs) > 5000 and rows[:, 0].unique().numel() < 1100
     assert len(rows[:, :2].unique(dim=0)) > 0.99 * len(pairs)
 
 
 def test_engram_gate_is_derf_of_the_agreement():
-    engram = Engram(4, VOCAB, rows=97, heads=1, width=2)
+    engram = Engram(4, rows=97, heads=1, width=2, vocab_size=VOCAB)
     assert engram.gate(torch.zeros(1)).item() == pytest.approx((1 + math.erf(-1)) / 2)
     with torch.no_grad():
         engram.key.weight.zero_()[:, 0] = 3  # every key is along (1, 1, 1, 1)
@@ -474,23 +474,23 @@ def test_mtp_predicts_the_right_tokens():
     def readout(h):
         return 50 * h[..., :V]
 
-    targets = text[:, 1 : T + 1]  # token t+1
-    assert mtp.loss(h, targets, readout).item() == pytest.approx(0.3 * math.log(V), rel=1e-5)
+    report, targets = Report(stream=h), text[:, 1 : T + 1]  # token t+1
+    assert mtp.loss(report, targets, readout).item() == pytest.approx(0.3 * math.log(V), rel=1e-5)
     with torch.no_grad():
         for k, W in enumerate(mtp.ahead, 1):
             W[k * V : (k + 1) * V, :V] = torch.eye(V)
-    assert mtp.loss(h, targets, readout).item() < 1e-6
+    assert mtp.loss(report, targets, readout).item() < 1e-6
     for off in (text[:, :T], text[:, 2 : T + 2]):  # an off-by-one is not what h holds
-        assert mtp.loss(h, off, readout).item() > 1
+        assert mtp.loss(report, off, readout).item() > 1
     with pytest.raises(ValueError, match="longer than 2"):
-        mtp.loss(h[:, :2], targets[:, :2], readout)
+        mtp.loss(Report(stream=h[:, :2]), targets[:, :2], readout)
 
 
 def test_mtp_starts_as_the_models_own_readout_and_is_awake():
     torch.manual_seed(0)
     mtp, head, h = MTP(D, 2), torch.nn.Linear(D, VOCAB), torch.randn(2, 9, D)
     targets = torch.randint(VOCAB, (2, 9))
-    loss = mtp.loss(h, targets, head)
+    loss = mtp.loss(Report(stream=h), targets, head)
     nats = [
         F.cross_entropy(head(h[:, :-k]).flatten(0, 1), targets[:, k:].flatten()) for k in (1, 2)
     ]
@@ -501,8 +501,8 @@ def test_mtp_starts_as_the_models_own_readout_and_is_awake():
 
 def test_jepa_compares_with_the_next_position_and_stops_the_gradient_there():
     torch.manual_seed(0)
-    jepa, h, log = JEPA(D), torch.randn(2, 9, D, requires_grad=True), {}
-    loss = jepa.loss(h, log)
+    jepa, h = JEPA(D), torch.randn(2, 9, D, requires_grad=True)
+    loss = jepa.loss(report := Report(stream=h))
     cos = F.cosine_similarity(h[:, :-1], h[:, 1:], dim=-1)
     torch.testing.assert_close(loss, 0.1 * (1 - cos).mean())  # its gate is 0 at the start
     (grad,) = torch.autograd.grad(loss, h, retain_graph=True)
@@ -514,11 +514,11 @@ def test_jepa_compares_with_the_next_position_and_stops_the_gradient_there():
     loss.backward()
     assert jepa.gate.grad != 0
     spread = h.detach().flatten(0, 1).std(0).mean()
-    torch.testing.assert_close(log["jepa_std"], spread)
-    jepa.loss(torch.ones(2, 9, D), log)
-    assert log["jepa_std"] == 0
+    torch.testing.assert_close(report.log["jepa_std"], spread)
+    jepa.loss(report := Report(stream=torch.ones(2, 9, D)))
+    assert report.log["jepa_std"] == 0
     with pytest.raises(ValueError, match="2 tokens"):
-        jepa.loss(h[:, :1], log)
+        jepa.loss(Report(stream=h[:, :1]))
 
 
 def test_jepa_predicts_by_its_equation():
@@ -527,7 +527,7 @@ def test_jepa_predicts_by_its_equation():
     jepa.gate.data.fill_(2.0)
     pred = h + 2 * jepa.predict(F.rms_norm(h, (D,)))
     cos = F.cosine_similarity(pred[:, :-1], h[:, 1:], dim=-1)
-    torch.testing.assert_close(jepa.loss(h, {}), 0.1 * (1 - cos).mean())
+    torch.testing.assert_close(jepa.loss(Report(stream=h)), 0.1 * (1 - cos).mean())
 
 
 def test_jepa_learns_what_comes_next():
@@ -539,7 +539,7 @@ def test_jepa_learns_what_comes_next():
     h, jepa = torch.stack(h, 1), JEPA(D, width=64)
     optimizer, losses = torch.optim.Adam(jepa.parameters(), lr=1e-2), []
     for _ in range(100):
-        losses.append(jepa.loss(h, {}))
+        losses.append(jepa.loss(Report(stream=h)))
         losses[-1].backward()
         optimizer.step()
         optimizer.zero_grad()
