@@ -17,6 +17,7 @@ Shapes: G genes read out, n perturbed genes (the pool), N neurons.
 """
 
 import hashlib
+import io
 import json
 import signal
 import sys
@@ -474,8 +475,9 @@ def main(argv):
         for row, values in table.items():
             print(f"{row:10}" + "".join(f"{value:15.4g}" for value in values.values()))
         pool = {"programs": list(PROGRAMS), "genes": screen.perturbations, "scores": scores}
-        with open(c.out, "wb") as file:
-            torch.save(pool | {"cell": cell.state_dict()} | result, file)
+        file = io.BytesIO()  # torch.save itself would hide what a full disk says
+        torch.save(pool | {"cell": cell.state_dict()} | result, file)
+        Path(c.out).write_bytes(file.getvalue())
         print(f"wrote {c.out}")
         if c.result:
             Path(c.result).write_text(json.dumps(result, indent=1) + "\n")

@@ -408,9 +408,9 @@ class _Scan(torch.autograd.Function):
                     d_th += d_membrane[:, now]
                 accumulate(d_theta, d_th, now)
             if need_beta:
-                v = rule.after(pre, th, s)[:, :m]
-                v = softclamp(v, clamp) if clamp else v
-                accumulate(d_beta, v * d_pre[:, after], after)
+                v = rule.after(pre, th, s)
+                v = (softclamp(v, clamp) if clamp else v.clone())[:, :m]
+                accumulate(d_beta, v.mul_(d_pre[:, after]), after)
         if need_beta:
             accumulate(d_beta, (v0 * d_pre[:, 0]).unsqueeze(1), slice(0, 1))
         d_v0 = d_pre[:, 0] * (beta if beta.dim() == 1 else beta[:, 0])
