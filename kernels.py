@@ -478,7 +478,6 @@ def choose(in_triton, in_torch, x, w_rec=None, **options):
     return in_torch, f"lif: torch ({device})" + (f", as {obstacle}" if obstacle else "")
 
 
-@torch.compiler.assume_constant_result  # it is noted while a graph is compiled, too
 def note(line):
     _taken[line] = None
 

@@ -601,28 +601,6 @@ def test_command_writes_one_file_that_load_cell_reads(tmp_path, monkeypatch, cap
     assert torch.allclose(cell(screen.embedding) @ screen.member, scores, atol=1e-6)
 
 
-class Evil:
-    def __reduce__(self):
-        return print, ("run",)
-
-
-def test_load_cell_refuses_what_is_no_cell(tmp_path, capsys):
-    (tmp_path / "damaged.pt").write_bytes(b"no cell")
-    torch.save({"model": {}}, tmp_path / "foreign.pt")
-    torch.save([1], tmp_path / "list.pt")
-    torch.save({"programs": list(PROGRAMS)[::-1]}, tmp_path / "programs.pt")
-    torch.save({"programs": list(PROGRAMS), "scores": Evil()}, tmp_path / "code.pt")
-    names = {
-        "damaged": "cannot read", "foreign": "no cell", "list": "no cell", "programs": "no cell",
-        "code": "cannot read", "missing": "there is no cell",
-    }  # fmt: skip
-    for name, message in names.items():
-        with pytest.raises(ValueError, match=message) as caught:
-            load_cell(tmp_path / f"{name}.pt")
-        assert "\n" not in str(caught.value)
-    assert capsys.readouterr().out == ""
-
-
 @pytest.mark.parametrize("flag", ["--data=a.csv", "--data=a.h5ad", "--embedding=e.npz"])
 def test_wrong_settings_end_in_one_line(flag, capsys):
     with pytest.raises(SystemExit, match="2"):

@@ -12,8 +12,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-import pytest
-
 ROOT = Path(__file__).parent.parent
 SECTION = (ROOT / "README.md").read_text().split("## Make it yours\n")[1].split("\n## ")[0]
 FENCE = re.compile(r"^```(\w+)\n(.*?)^```\n(.*?)(?=^```|\Z)", re.M | re.S)
@@ -86,7 +84,6 @@ def test_make_it_yours_runs(tmp_path):
     assert done.stdout.count("$ python") == len(commands) >= 4
 
 
-@pytest.mark.xfail(strict=True, reason="README's blocks do not name their files yet")
 def test_examples_name_their_files():
     """One each of a surrogate (or neuron), a block and a trait, at least."""
     blocks, _ = examples()

@@ -616,32 +616,6 @@ def test_ignored_targets_have_no_weight():
     assert gradients(model, x, torch.full_like(y, IGNORED), c)[0] == 0
 
 
-def corpus_of(**phases):
-    """A corpus whose phases count upwards, each in a range of its own."""
-    streams = {
-        phase: np.arange(1000 * i, 1000 * i + size, dtype=np.uint16)
-        for i, (phase, size) in enumerate(phases.items())
-    }
-    return SimpleNamespace(train=streams, valid=streams, name="counting", mixture=[])
-
-
-def test_a_batch_rehearses_the_phase_before():
-    corpus, phases = corpus_of(words=900, stories=900), [("words", 8), ("stories", 16)]
-    feed = Feed(corpus, phases, 128, rehearse=0.25)
-    x, y = feed.next(0, 0)
-    assert x.shape == (16, 8) and x.max() < 1000  # nothing is before the first phase
-    x, y = feed.next(1, 0)
-    assert x.shape == (8, 16) and torch.equal(y, x + 1)
-    assert (x[:, 0] < 1000).tolist() == [False] * 6 + [True] * 2
-    halves = [Feed(corpus, phases, 128, 0.25, rank=r, world=2).next(1, 0)[0] for r in (0, 1)]
-    assert sorted(map(tuple, torch.cat(halves).tolist())) == sorted(map(tuple, x.tolist()))
-    corpus.answers = {"train": (np.arange(900) % 3 == 0).astype(np.uint8)}
-    corpus.train["conversations"] = corpus.train["stories"]
-    x, y = Feed(corpus, [("conversations", 16)], 128, answers_only=True).next(0, 0)
-    assert torch.equal(y == IGNORED, (x + 1) % 3 != 1000 % 3)
-    assert torch.equal(y[y != IGNORED], (x + 1)[y != IGNORED])
-
-
 def test_a_phase_has_converged_when_several_gains_in_a_row_are_small():
     assert not converged([5.0, 4.0, 3.99])  # only the last gain is small
     assert not converged([4.0, 3.99])
