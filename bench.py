@@ -31,6 +31,7 @@ from functools import partial
 from importlib import import_module
 from itertools import islice
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
@@ -76,6 +77,19 @@ def seconds(run, device):
     run()
     wait()
     return time.perf_counter() - start
+
+
+def captured(run, device):
+    """run() as one CUDA graph: what the GPU needs for it, without Python's launches."""
+    stream = torch.cuda.Stream(device)
+    with torch.cuda.stream(stream):  # a graph is captured on a stream that has warmed up
+        for _ in range(3):
+            run()
+    torch.cuda.synchronize(device)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        run()
+    return graph.replay
 
 
 def take_turns(contestants, rounds, warmup, device):
@@ -156,28 +170,57 @@ def forward_backward(forward, x, decay, cotangent):
 
 
 def scan_one(b, device, shape):
-    """All contestants at one shape (B, T, N): dict for JSON."""
+    """All contestants at one shape (B, T, N): dict for JSON.
+
+    On a GPU each runs as a CUDA graph, ours also as called from Python and in bfloat16, and beside
+    them a copy: how fast memory is. `bytes` are those that an ideal scan moves: current and u
+    or membrane in and out, spikes, and the gradients of both.
+    """
     torch.manual_seed(b.seed)
     current = (torch.randn(shape) * 0.5 + 0.15).to(device)  # fires in about a fifth of the steps
     d_spikes = torch.randn(shape).to(device)
-    runs, checks, skipped = {}, {}, {}
+    on_gpu = device.type == "cuda"
+    runs, rows, skipped = {}, {}, {}
+
+    def enter(name, run, graph, **facts):
+        try:
+            runs[name] = captured(run, device) if on_gpu and graph else run
+            rows[name] = facts
+        except RuntimeError as error:
+            skipped[name] = f"no CUDA graph: {str(error).splitlines()[0]}"
+
     for name, contestant in CONTESTANTS.items():
-        if name == "ours, plain torch" and device.type != "cuda":
+        if name == "ours, plain torch" and not on_gpu:
             continue  # elsewhere it is what `lif` picks
         try:
             forward, decay = contestant.build(shape[2], device)
-        except ImportError as error:
-            skipped[name] = str(error)
+            facts = check_spikes(name, contestant, forward, current)
+        except Exception as error:  # not installed, or another version of it
+            if name == OURS:
+                raise
+            skipped[name] = f"{type(error).__name__}: {error}"
             continue
-        checks[name] = check_spikes(name, contestant, forward, current)
         x = contestant.lay_out(current / contestant.scale).requires_grad_()
-        runs[name] = partial(forward_backward, forward, x, decay, contestant.lay_out(d_spikes))
-    if device.type == "cuda":  # how fast memory is: reads and writes every element once
+        run = partial(forward_backward, forward, x, decay, contestant.lay_out(d_spikes))
+        enter(name, run, True, **facts)
+        if on_gpu and name == OURS:
+            rows[name]["bytes"] = 24 * current.numel()
+            enter("ours, from Python", run, False)
+            half = x.detach().bfloat16().requires_grad_()
+            run = partial(forward_backward, forward, half, decay, d_spikes.bfloat16())
+            enter("ours, bfloat16", run, True, bytes=12 * current.numel())
+    if on_gpu:
         target = torch.empty_like(current)
-        runs["copy"], checks["copy"] = lambda: target.copy_(current), {}
-    times = summary(take_turns(runs, b.rounds, b.warmup, device), OURS)
-    rows = {name: times[name] | checks[name] for name in checks}
-    columns = {"median_ms": ".2f", "min_ms": ".2f", "max_ms": ".2f", "ratio": ".2f"}
+        enter("copy", lambda: target.copy_(current), True, bytes=8 * current.numel())
+    for name, row in summary(take_turns(runs, b.rounds, b.warmup, device), OURS).items():
+        rows[name] |= row
+        if "bytes" in rows[name]:
+            rows[name]["gb_per_s"] = rows[name]["bytes"] / row["median_ms"] / 1e6
+    for row in rows.values():
+        if "gb_per_s" in row:
+            row["of_copy"] = row["gb_per_s"] / rows["copy"]["gb_per_s"]
+    columns = {"median_ms": ".3f", "min_ms": ".3f", "max_ms": ".3f", "ratio": ".2f"}
+    columns |= {"gb_per_s": ",.0f", "of_copy": ".0%"} if on_gpu else {}
     show(f"(B, T, N) = {shape}, {device}", rows, columns | {"wrong_spikes": ".1e"}, skipped)
     return {"shape": list(shape), "contestants": rows, "skipped": skipped}
 
@@ -214,34 +257,107 @@ def train(
     run,
     *,
     length: int = 64,  # tokens of a sequence
-    against: str = "configs/gpt_6m.py",  # the transformer to compare with
+    against: str = "configs/gpt_6m.py",  # the transformer to compare with; empty: one of our size
 ):
-    """Tokens per second of whole training steps of one micro-batch, random tokens."""
-    gpt = config.load(TrainConfig, [against])
+    """Tokens per second of whole training steps of one micro-batch, random tokens.
+
+    A GPU also tells the most memory that a model takes, and the share of the card's operations
+    that the model's own are (MFU: 6 per multiplication and token, spike-fed ones counted dense).
+    There each model runs eager, compiled, and with checkpointing.
+    """
+    gpt = config.load(TrainConfig, [against]) if against else transformer_like(c)
     shape = {"micro_tokens": c.micro_tokens, "dtype": c.dtype, "vocab_size": c.vocab_size}
     models = {OURS: (SpikingLM, c), "transformer": (SpikingLM, replace(gpt, **shape))}
     if c.block == "sam" and c.residual == "gated" and c.rec_heads == 1:
         models["snnTorch, step by step"] = (SnnTorchSam, c)
-    runs, sizes, skipped = {}, {}, {}
+    runs, facts, skipped = {}, {}, {}
     x, y = random_tokens(c, length), random_tokens(c, length)
+    on_gpu = run.device.type == "cuda"
     for name, (cls, settings) in models.items():
         torch.manual_seed(c.seed)
+        before = torch.cuda.memory_allocated() if on_gpu else 0
         try:
             model = cls(settings).to(run.device)
         except ImportError as error:
             skipped[name] = str(error)
             continue
         optimizers = make_optimizers(settings, model, run.device)
-        runs[name] = partial(train_step, model, optimizers, x, y, settings, run)
-        sizes[name] = size_of(model)
+        ways = {"": (model, False)}
+        if on_gpu:
+            ways |= {", checkpointing": (model, True)}
+            ways |= {", compiled": (torch.compile(model), False)} if c.compile else {}
+        for way, (called, checkpointing) in ways.items():
+            step = partial(one_step, called, optimizers, x, y, settings, run, checkpointing)
+            if on_gpu:
+                torch.cuda.reset_peak_memory_stats()
+            try:
+                step()
+                step()
+            except (torch.OutOfMemoryError, RuntimeError) as error:
+                skipped[name + way] = " ".join(str(error).split())[:200]
+                model.zero_grad(set_to_none=True)
+                torch.cuda.empty_cache()
+                continue
+            runs[name + way], row = step, facts.setdefault(name + way, {})
+            row["parameters"] = size_of(model)
+            if on_gpu:
+                row["peak_gb"] = (torch.cuda.max_memory_allocated() - before) / 1e9
+                row["flops"] = 6 * multiplications(settings, length) * x.numel()
     rows = summary(take_turns(runs, c.rounds, c.warmup, run.device), OURS)
     for name, row in rows.items():
-        row["tokens_per_s"] = x.numel() / row["median_ms"] * 1e3
-        row["parameters"] = sizes[name]
+        row |= facts[name] | {"tokens_per_s": x.numel() / row["median_ms"] * 1e3}
+        if "flops" in row and (card := card_of(torch.cuda.get_device_name())):
+            row["mfu"] = row["flops"] / row["median_ms"] * 1e3 / CARDS[card].flops
     columns = {"tokens_per_s": ",.0f", "ratio": ".2f", "parameters": ",d"}
+    columns |= {"peak_gb": ".1f", "mfu": ".1%"} if on_gpu else {}
     show(f"{len(x)} sequences of {length} tokens", rows, columns, skipped)
-    what = "forward, backward and AdamW step of one micro-batch; ratio of times to ours"
+    what = "forward, backward and optimiser step of one micro-batch; ratio of times to ours"
     return {"what": what, "contestants": rows, "skipped": skipped, "batch": list(x.shape)}
+
+
+def one_step(model, optimizers, x, y, settings, run, checkpointing):
+    """A training step, with or without checkpointing, whatever the model's settings say."""
+    raw = getattr(model, "_orig_mod", model)  # without torch.compile around it
+    raw.config = replace(settings, checkpointing=checkpointing)
+    return train_step(model, optimizers, x, y, settings, run)
+
+
+def multiplications(settings, length):
+    """Per token of a sequence of this length, those fed by spikes counted dense."""
+    with torch.device("meta"):
+        report = SpikingLM(settings)(torch.zeros(1, length, dtype=torch.long))[2]
+    return report.macs + sum(every for _, every in report.synapses)
+
+
+class Card(NamedTuple):
+    flops: float  # dense bfloat16 operations per second, as the vendor states them
+    memory: float  # bytes
+    link: float  # bytes per second at which it exchanges gradients with the next
+
+
+CARDS = {
+    "h200": Card(989e12, 141e9, 100e9),
+    "h100": Card(989e12, 80e9, 100e9),
+    "a100": Card(312e12, 80e9, 100e9),
+    "4090": Card(165e12, 24e9, 10e9),
+}
+
+
+def card_of(name):
+    """The key of CARDS that the name of a device holds, or None."""
+    return next((card for card in CARDS if card in name.lower()), None)
+
+
+def transformer_like(c):
+    """A transformer of the width and at least the parameters of the model c describes."""
+    heads = next(n for n in range(max(1, c.n_hidden // 64), 0, -1) if c.n_hidden % n == 0)
+    gpt = replace(
+        c, block="gpt", head="float", encoder="float", n_embd=c.n_hidden, n_head=heads,
+        window=10**9, d_ff=4 * c.n_hidden, n_layer=1, traits="none", rate_penalty="both",
+    )  # fmt: skip
+    while parameters_of(gpt) < parameters_of(c):
+        gpt = replace(gpt, n_layer=gpt.n_layer + 1)
+    return gpt
 
 
 # ---- generate: one token after the other ------------------------------------------------------
@@ -310,11 +426,7 @@ def generators_of(c, against):
         unlimited = replace(gpt, window=10**9)
         others = {"transformer": gpt, "transformer, unlimited": unlimited}
         return ours | {name: (settings, False, True) for name, settings in others.items()}
-    heads = next(n for n in range(max(1, c.n_hidden // 64), 0, -1) if c.n_hidden % n == 0)
-    gpt = replace(c, block="gpt", head="float", n_head=heads, window=10**9)
-    gpt = replace(gpt, d_ff=4 * c.n_hidden, n_layer=1)
-    while parameters_of(gpt) < parameters_of(c):
-        gpt = replace(gpt, n_layer=gpt.n_layer + 1)
+    gpt = transformer_like(c)
     return ours | {
         "ours, float32": (c, False, True),
         "ours, float32, dense": (c, False, False),
@@ -387,7 +499,7 @@ def set_rates(model, rates):
 # ---- command line -----------------------------------------------------------------------------
 
 COMMANDS = {"scan": scan, "train": train, "generate": generate}
-EXPERIMENTS = "params ablate recall frames".split()  # experiments/NAME.py, its function NAME
+EXPERIMENTS = "params ablate recall frames all".split()  # experiments/NAME.py, its function NAME
 
 
 def command_of(name):

@@ -467,8 +467,8 @@ class _Population(torch.autograd.Function):
 
 
 def _in_cache(v):
-    """Slices over the sequences of v (B, T, N), of about 128k elements each."""
-    n = len(v) if v.is_meta else max(1, 131072 // v[0].numel())
+    """Slices over the sequences of v (B, T, N), on a CPU of about 128k elements each."""
+    n = max(1, 131072 // v[0].numel()) if v.device.type == "cpu" else len(v)
     return [slice(i, i + n) for i in range(0, len(v), n)]
 
 
