@@ -13,7 +13,7 @@ import torch.nn.functional as F
 
 from cell_bridge import Modulation, identity, synthetic_scores
 from kernels import lif
-from lif import RESETS, SURROGATES, Linear, Synapse, population, uniform
+from lif import RESETS, SURROGATES, Linear, Synapse, fused, population, uniform
 
 
 @dataclass(frozen=True)
@@ -217,6 +217,11 @@ class WhaleBlock(Block):
         return s, state
 
 
+def charge(z, gain, bias, beta):
+    """The current of populations: sqrt(1 - beta^2) keeps the membrane's variance."""
+    return (1 - beta**2).sqrt() * torch.addcmul(bias, gain, z)
+
+
 class Population(nn.Module):
     """n leaky membranes without reset, each watched by neurons at thresholds theta, 2 theta, ...
 
@@ -238,7 +243,7 @@ class Population(nn.Module):
     def forward(self, z, v, report):  # (B, T, n), v (B, n) or None -> (B, T, n), v
         c = self.config
         beta = torch.sigmoid(self.beta_logit)
-        current = (1 - beta**2).sqrt() * torch.addcmul(self.bias, self.gain, z)
+        current = fused(z, charge)(z, self.gain, self.bias, beta)
         if z.shape[1] == 1 and not torch.is_grad_enabled():  # one token: the scan is one operation
             v_all = current if v is None else torch.addcmul(current, beta, v[:, None])
             v = v_all[:, 0]

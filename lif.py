@@ -32,6 +32,7 @@ Between neurons stand two kinds of matrices, and the class says what they cost: 
 binary spikes, a `Linear` floats. Both count into the `Report` of the forward pass.
 """
 
+import functools
 import math
 from dataclasses import dataclass, field
 from typing import Callable, NamedTuple
@@ -428,42 +429,69 @@ class _Scan(torch.autograd.Function):
 
 
 class _Population(torch.autograd.Function):
-    """(v, theta, levels) -> what the population sends (B, T, N), spikes per population (N,)."""
+    """(v, theta, levels) -> what the population sends (B, T, N), spikes per population (N,).
+
+    Some forty operations on each element: a CPU does them in pieces that stay in its cache, a GPU
+    in two kernels that torch.compile makes of them.
+    """
 
     @staticmethod
     def forward(ctx, v, theta, levels, surrogate, slope, dtype):
         ctx.save_for_backward(v, theta, levels)
         ctx.surrogate, ctx.slope = surrogate, slope
-        sent, rate = torch.empty_like(v, dtype=dtype), torch.zeros_like(levels[0, 0])
-        for rows in _in_cache(v):
-            q = torch.zeros_like(v[rows])
-            for sign, level in zip((1, -1), levels):
-                for k in range(len(theta)):
-                    reached = sign * v[rows] >= theta[k]
-                    q = torch.where(reached, level[k], q)  # in place of the neuron's below
-                    if k == 0:
-                        rate += reached.sum((0, 1))
-            sent[rows] = q
-        return sent, rate / (v.shape[0] * v.shape[1])
+        pieces = [fused(v, _send)(v[rows], theta, levels, dtype) for rows in _in_cache(v)]
+        sent, fired = zip(*pieces)
+        return torch.cat(sent) if len(sent) > 1 else sent[0], sum(fired) / v[..., 0].numel()
 
     @staticmethod
     def backward(ctx, d_sent, d_rate):
         v, theta, levels = ctx.saved_tensors
-        d_v, d_rungs = torch.empty_like(v), torch.zeros_like(levels)
-        rungs = levels.diff(dim=1, prepend=torch.zeros_like(levels[:, :1]))  # from level to level
-        d_rate = d_rate / (v.shape[0] * v.shape[1])
-        for rows in _in_cache(v):
-            d_q, total = d_sent[rows].to(v.dtype), torch.zeros_like(v[rows])
-            reached = torch.empty_like(total)
-            for sign, rung, d_rung in zip((1, -1), rungs, d_rungs):
-                for k in range(len(theta)):
-                    u = torch.add(-theta[k], v[rows], alpha=sign)
-                    d_rung[k] += torch.ge(u, 0, out=reached).mul_(d_q).sum((0, 1))
-                    d_s = d_q * rung[k] + d_rate if k == 0 else d_q * rung[k]
-                    total.addcmul_(d_s, ctx.surrogate.grad(u, ctx.slope), value=sign)
-            d_v[rows] = total
+        d_rate = d_rate / v[..., 0].numel()
+        back = fused(v, _send_back)
+        pieces = [
+            back(v[rows], theta, levels, d_sent[rows], d_rate, ctx.surrogate.grad, ctx.slope)
+            for rows in _in_cache(v)
+        ]
+        d_v, d_rungs = zip(*pieces)
+        d_rungs = sum(d_rungs)
         d_levels = d_rungs - F.pad(d_rungs[:, 1:], (0, 0, 0, 1))
-        return d_v, None, d_levels, None, None, None
+        return torch.cat(d_v) if len(d_v) > 1 else d_v[0], None, d_levels, None, None, None
+
+
+def _send(v, theta, levels, dtype):
+    """What a piece of v (B, T, N) sends, and how often its populations fired (N,)."""
+    q, fired = torch.zeros_like(v), torch.zeros_like(v[0, 0])
+    for sign, level in zip((1, -1), levels):
+        for k in range(len(theta)):
+            reached = sign * v >= theta[k]
+            q = torch.where(reached, level[k], q)  # in place of the neuron's below
+            if k == 0:
+                fired += reached.sum((0, 1))
+    return q.to(dtype), fired
+
+
+def _send_back(v, theta, levels, d_sent, d_rate, g, slope):
+    """The gradient by a piece of v, and by the step from each level to the next."""
+    rungs = levels.diff(dim=1, prepend=torch.zeros_like(levels[:, :1]))
+    d_q, d_v, d_rungs = d_sent.to(v.dtype), torch.zeros_like(v), []
+    reached = torch.empty_like(v)
+    for sign, rung in zip((1, -1), rungs):
+        for k in range(len(theta)):
+            u = torch.add(-theta[k], v, alpha=sign)
+            d_rungs.append(torch.ge(u, 0, out=reached).mul_(d_q).sum((0, 1)))
+            d_s = d_q * rung[k] + d_rate if k == 0 else d_q * rung[k]
+            d_v.addcmul_(d_s, g(u, slope), value=sign)
+    return d_v, torch.stack(d_rungs).view_as(levels)
+
+
+def fused(x, function):
+    """The function of x and others; on a GPU compiled, so that each element is read once."""
+    return _compiled(function) if x.is_cuda else function
+
+
+@functools.cache
+def _compiled(function):
+    return torch.compile(function)
 
 
 def _in_cache(v):
