@@ -141,6 +141,13 @@ def entry(registry, kind, name):
     return registry[name]
 
 
+def dtype_of_products(x):
+    """What matrices multiply in: the dtype of autocast where it is on, else that of x."""
+    device = x.device.type
+    is_on = device != "meta" and torch.is_autocast_enabled(device)  # meta tensors know no autocast
+    return torch.get_autocast_dtype(device) if is_on else x.dtype
+
+
 def at_full_precision(current, beta, theta, w_rec, v, s):
     """The membrane is never of 16 bits, nor is what is added to it; only products s W may be."""
     dtype = torch.promote_types(current.dtype, torch.float32)
@@ -224,7 +231,7 @@ SURROGATES = {
     ),
     "atan": Surrogate(  # Fang et al. 2021, arXiv 2007.05785
         lambda u, k: torch.addcmul(
-            u.new_tensor(2 / k), u, u, value=k / 2 * math.pi**2
+            u.new_full((), 2 / k), u, u, value=k / 2 * math.pi**2
         ).reciprocal_(),
         lambda u, k: 0.5 + torch.atan(u * (math.pi * k / 2)) / math.pi,
         2.0,
@@ -607,9 +614,13 @@ def deliver(s, weight, report):
             rows = F.embedding_bag(active, weight, start, mode="sum", per_sample_weights=level)
             return rows.to(s.dtype).sum(0).view(*s.shape[:-1], -1)
     else:
-        fired = (s.detach() != 0).flatten(0, -2).float()
-        report.fed_by_spikes(fired.mean(0), weight.shape[1])
+        report.fed_by_spikes(fused(s, rate_of)(s.detach()), weight.shape[1])
     return F.linear(s.to(weight.dtype), weight.t()).to(s.dtype)
+
+
+def rate_of(s):
+    """The share of tokens at which each neuron of s (..., N) fired: (N,)."""
+    return (s != 0).flatten(0, -2).float().mean(0)
 
 
 def uniform(fan_in, *shape):
