@@ -493,7 +493,7 @@ def _send_back(v, theta, levels, d_sent, d_rate, g, slope):
 
 def fused(x, function):
     """The function of x and others; on a GPU compiled, so that each element is read once."""
-    return _compiled(function) if x.is_cuda else function
+    return _compiled(function) if x.is_cuda and not torch.compiler.is_compiling() else function
 
 
 @functools.cache
