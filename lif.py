@@ -210,19 +210,6 @@ def _triangle_soft(u, k):
     return 0.5 + k * w - 0.5 * k * k * w * w.abs()
 
 
-def _normal(u, s):  # density of the normal distribution with standard deviation s
-    return torch.exp(-0.5 * (u / s) ** 2) / (s * math.sqrt(2 * math.pi))
-
-
-def _normal_cdf(u, s):
-    return 0.5 + 0.5 * torch.erf(u / (s * math.sqrt(2)))
-
-
-def _multi_gaussian(normal, u, k):  # a bump of width 1/k between two negative lobes
-    s = 1 / k
-    return 0.5 * (1.15 * normal(u, s) - 0.15 * (normal(u - s, 6 * s) + normal(u + s, 6 * s)))
-
-
 SURROGATES = {
     "fast_sigmoid": Surrogate(  # Zenke & Ganguli 2018, arXiv 1705.11146
         lambda u, k: u.abs().mul_(k).add_(1).pow_(-2),
@@ -248,16 +235,6 @@ SURROGATES = {
     ),
     "triangle": Surrogate(  # Esser et al. 2016, arXiv 1603.08270
         lambda u, k: u.abs().mul_(-k * k).add_(k).clamp_(min=0), _triangle_soft, 1.0
-    ),
-    "boxcar": Surrogate(
-        lambda u, k: (u.abs() < 0.5 / k).to(u.dtype).mul_(k),
-        lambda u, k: (0.5 + k * u).clamp(0, 1),
-        1.0,
-    ),
-    "multi_gaussian": Surrogate(  # Yin, Corradi, Bohte 2021, arXiv 2103.12593
-        lambda u, k: _multi_gaussian(_normal, u, k),
-        lambda u, k: _multi_gaussian(_normal_cdf, u, k),
-        2.0,
     ),
     "ste": Surrogate(lambda u, k: torch.full_like(u, k), lambda u, k: 0.5 + k * u, 1.0),
 }
