@@ -88,7 +88,7 @@ def compare(arguments, cotangents, loose=(), **options):
         else:  # sums grow with their length, and rounding errors with the sums
             off = (a - b).abs().max() / a.abs().max().clamp(min=1)
             bound = 1e-5 if DEVICE == "cpu" else 3e-5  # tensor cores add in another order
-                assert off < (1e-2 if name in loose else bound), f"{name} is off by {off:.1e}"
+            assert off < (1e-2 if name in loose else bound), f"{name} is off by {off:.1e}"
 
 
 @pytest.fixture(autouse=True)
