@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from cell_bridge import Modulation, identity, synthetic_scores
 from kernels import lif
 from lif import (
-    RESETS, SURROGATES, Linear, Synapse, dtype_of_products, fused, population, uniform,
+    RESETS, SURROGATES, Linear, Synapse, dtype_of_products, fused, population, rms, uniform,
 )  # fmt: skip
 
 
@@ -267,54 +267,50 @@ class SNNSettings:
     head: str = "float"  # what the readout's matrix is fed: float | spikes, of one more population
     spikes: bool = True  # False: the float control, the same block with graded signals
     noise: float = 0.0  # even noise on membranes in training, so many thetas wide; 0 is off
-    attention: int = 0  # heads of 32 that look back over the window, fed by spikes; 0 is none
-    attention_every: int = 1  # in the last of every so many blocks
+    keys: int = 64  # neurons of a head of the fast weights that write, and as many that read
 
     CHOICES = {"head": ("float", "spikes")}
     RANGE = {"levels": (1, math.inf), "noise": (0, math.inf)}
-    RANGE |= {"attention": (0, math.inf), "attention_every": (1, math.inf)}
+    RANGE |= {"keys": (1, math.inf)}
 
 
 @block("snn", SNNSettings)
 class SNNBlock(Block):
-    """Fully spike-driven: floats live in membranes, norms and the stream, spikes cross matrices.
+    """Fully spike-driven: floats live in membranes, norms and the residual stream, spikes cross
+    matrices.
 
-    a = population(x / rms(x));  h = population(W_in a);  x + W_out h + mix(a)
-    mix, in the last of every attention_every blocks, is SpikingAttention.
+    a = population(x / rms(x));  h = population(W_in a);  x + W_out h + FastWeights(a)
     """
 
-    heads = "attention"
+    heads = "n_head"
 
     def __init__(self, config, index):
         super().__init__()
         c, D, N = config, config.n_hidden, config.d_ff
-        self.config = c
         self.a = Population(D, c, True, c.beta_high)
         self.h = Population(N, c, False, c.beta_high)
         self.w_in, self.w_out = matrix(c, D, N), matrix(c, N, D)
         nn.init.normal_(self.w_in.weight, std=D**-0.5)
         nn.init.normal_(self.w_out.weight, std=0.5 / math.sqrt(c.n_layer * N))
-        has_mix = c.attention and (index + 1) % c.attention_every == 0
-        self.mix = SpikingAttention(c) if has_mix else None
+        self.mix = FastWeights(c)
         if c.spikes:
-            of_a, *of_mix = self.mix.fan_out if self.mix else [0]
             self.sites = [len(p.gain) for p in self.populations.values()]
-            self.fan_out = [of_a + N, *of_mix, D]
+            K = len(self.mix.k.gain)
+            # those of q and k are rows of the fast weights
+            self.fan_out = [2 * K + N, *[D // c.n_head + 1] * 2, D, D]
 
     @property
     def populations(self):
         """All of them, in the order in which they fire."""
-        return {"a": self.a} | ({"o": self.mix.o} if self.mix else {}) | {"h": self.h}
+        return {"a": self.a, **self.mix.populations, "h": self.h}
 
     def forward(self, x, state, seen, report):  # (B, T, D) -> (B, T, D)
         state, now = state or {}, {}
         z = F.rms_norm(x, x.shape[-1:])
         a, now["a"] = self.a(z, state.get("a"), report)
-        if self.mix:
-            found, now["mix"] = self.mix(a, z, state.get("mix"), report)
+        found, now["mix"] = self.mix(a, z, state.get("mix"), report)
         h, now["h"] = self.h(self.w_in(a, report), state.get("h"), report)
-        x = x + self.w_out(h, report)
-        return (x + found if self.mix else x), now
+        return x + self.w_out(h, report) + found, now
 
 
 def matrix(c, fan_in, fan_out):
@@ -322,31 +318,103 @@ def matrix(c, fan_in, fan_out):
     return (Synapse if c.spikes else Linear)(fan_in, fan_out, bias=False)
 
 
-class SpikingAttention(nn.Module):
-    """W_o population(o / rms(o)), o = look_back(q / rms(q), k / rms(k), z), (q, k) = W_qk a.
+class FastWeights(nn.Module):
+    """What the text said so far, kept in a small matrix per head that spikes write and read.
 
-    q, k and o are floats that neurons keep to themselves: no matrix is fed by them.
+        S_t = gamma S_(t-1) + k_t (x) v_t    a key's spike adds the token's value to its row
+        o_t = q_t S_t                        a query's spike reads its row
+    q, k: spikes of two populations fed by W_qk a; v: the head's slice of z, and a 1. The last
+    column of S thus counts what was written: o is divided by 1 + its count, and by its rms, and
+    drives a third population, whose spikes W_o carries to the stream. gamma is learned per head.
+    This is linear attention with decay (Schlag et al. 2021, arXiv 2102.11174, on fast weights),
+    Hebbian: a weight grows where a key's neuron and a value were active together.
     """
 
     def __init__(self, config):
         super().__init__()
-        c, D, M = config, config.n_hidden, 32 * config.attention
-        self.config, self.fan_out = c, [2 * M, D]  # of the neurons that feed it, and of its own
-        self.o = Population(D, c, True, c.beta_low)  # what was found is not smeared over time
-        self.w_qk, self.w_o = matrix(c, D, 2 * M), matrix(c, D, D)
+        c, D, K = config, config.n_hidden, config.n_head * config.keys
+        self.config = c
+        self.w_qk, self.w_o = matrix(c, D, 2 * K), matrix(c, D, D)
         nn.init.normal_(self.w_qk.weight, std=D**-0.5)
         nn.init.normal_(self.w_o.weight, std=0.5 / math.sqrt(c.n_layer * D))
+        self.q, self.k = (Population(K, c, False, c.beta_high) for _ in range(2))
+        self.o = Population(D, c, True, c.beta_low)  # what was read is not smeared over time
+        self.log_leak = nn.Parameter(torch.linspace(math.log(0.5), math.log(0.005), c.n_head))
+
+    @property
+    def populations(self):
+        return {"q": self.q, "k": self.k, "o": self.o}
 
     def forward(self, a, z, state, report):  # spikes a, floats z (B, T, D) -> (B, T, D)
-        heads, state, now = self.config.attention, state or {}, {}
-        q, k = in_heads(self.w_qk(a, report), heads, 2)
-        q, k = (F.rms_norm(y, y.shape[-1:]) for y in (q, k))
-        (v,) = in_heads(z, heads, 1)
-        o, now["kept"] = look_back(  # 2: sharp enough to single out
-            2 * q, k, v, state.get("kept"), self.config.window, report
-        )
-        o, now["o"] = self.o(F.rms_norm(o, o.shape[-1:]), state.get("o"), report)
+        c, state, now = self.config, state or {}, {}
+        q, k = in_heads(self.w_qk(a, report), c.n_head, 2)
+        q, k = (rms(y).transpose(1, 2).flatten(2) for y in (q, k))  # (B, T, heads * keys)
+        q, now["q"] = self.q(q, state.get("q"), report)
+        k, now["k"] = self.k(k, state.get("k"), report)
+        q, k, v = (in_heads(y, c.n_head, 1)[0] for y in (q, k, z))
+        v = torch.cat([v, torch.ones_like(v[..., :1])], -1)
+        gamma = 1 - self.log_leak.exp().clamp(max=0.99)
+        if not state:
+            S = v.new_zeros(len(a), c.n_head, c.keys, v.shape[-1])
+            state = {"S": (S, S[..., 0])}
+        is_event = len(a) * a.shape[1] == 1 and not torch.is_grad_enabled()
+        step = read_rows if is_event else fast_weights
+        o, now["S"] = step(q, k, v, gamma, *state["S"])
+        if c.spikes:
+            for rate in report.rates[-2:]:
+                report.fed_by_spikes(rate, v.shape[-1])
+        else:
+            report.macs += 2 * c.n_head * c.keys * v.shape[-1]
+        o = (o[..., :-1] / (1 + F.relu(o[..., -1:]))).transpose(1, 2).flatten(2)
+        o, now["o"] = self.o(rms(o), state.get("o"), report)
         return self.w_o(o, report), now
+
+
+def fast_weights_reference(q, k, v, gamma, S, age):
+    """FastWeights' two equations, token by token. Shapes as for fast_weights."""
+    S, out = S * gamma[:, None, None] ** age[..., None], []
+    for q_t, k_t, v_t in zip(q.unbind(2), k.unbind(2), v.unbind(2)):
+        S = gamma[:, None, None] * S + k_t[..., None] * v_t[..., None, :]
+        out.append((q_t[..., None, :] @ S)[..., 0, :])
+    return torch.stack(out, 2), (S, torch.zeros_like(age))
+
+
+def fast_weights(q, k, v, gamma, S, age, chunk=64):
+    """The same in chunks: within one, token t reads token j <= t as gamma^(t-j) (q_t . k_j) v_j,
+    all at once; what was before the chunk it reads from S.
+
+    q, k (B, heads, T, keys), v (B, heads, T, values), gamma (heads,); S (B, heads, keys, values)
+    and age (B, heads, keys), the tokens for which a row has not decayed yet.
+    Returns (B, heads, T, values) and the state (S, age).
+    """
+    S = S * gamma[:, None, None] ** age[..., None]
+    nth = torch.arange(min(chunk, q.shape[2]), device=q.device)
+    lag = nth[:, None] - nth
+    decay = gamma[:, None, None] ** lag.clamp(min=0) * (lag >= 0)  # (heads, chunk, chunk)
+    out = []
+    for q, k, v in zip(q.split(chunk, 2), k.split(chunk, 2), v.split(chunk, 2)):
+        n = q.shape[2]
+        since = gamma[:, None] ** (nth[:n] + 1)  # (heads, n), of what was before the chunk
+        until = gamma[:, None] ** (n - 1 - nth[:n])  # of each token at the chunk's end
+        inner = (q @ k.transpose(2, 3) * decay[:, :n, :n]) @ v
+        out.append(inner + (q * since[..., None]) @ S)
+        S = S * since[:, -1:, None] + (k * until[..., None]).transpose(2, 3) @ v
+    return torch.cat(out, 2), (S, torch.zeros_like(age))
+
+
+def read_rows(q, k, v, gamma, S, age):
+    """The same for one token: no row is touched but those of the neurons that fired. A row that
+    no key has written for some tokens owes their decay until it is."""
+    heads, keys = S.shape[1:3]
+    q, k, gamma = q.flatten(), k.flatten(), gamma.repeat_interleave(keys)
+    rows, age = S[0].flatten(0, 1), age.flatten() + 1
+    written, read = (x.nonzero()[:, 0] for x in (k, q))
+    kept = rows[written] * (gamma[written] ** age[written])[:, None]
+    rows = rows.index_copy(0, written, kept + k[written, None] * v[0, written // keys, 0])
+    age = age.index_fill(0, written, 0)
+    found = rows[read] * (q[read] * gamma[read] ** age[read])[:, None]
+    o = torch.zeros_like(v[0, :, 0]).index_add(0, read // keys, found)
+    return o[None, :, None], (rows.view_as(S), age.view(1, heads, keys))
 
 
 def in_heads(x, heads, parts):

@@ -45,7 +45,7 @@ def params(
     print(f"{'total':12s} {total:14,d} = {total / 1e6:.2f}M", flush=True)
     with torch.device("meta"):
         _, state, report = model(token)
-        if c.block == "gpt" or c.block == "snn" and c.attention:  # a token before costs as much
+        if c.block == "gpt":  # a token before costs as much
             per_token = model(token, state)[2].macs - report.macs  # as any other one before
             report.macs += (min(c.window, c.longest()) - 1) * per_token
     spike_fed = sum(every for _, every in report.synapses)
