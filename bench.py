@@ -361,9 +361,7 @@ def trained_rates(path):
         was, rates = result["config"], result["log"][-1]["rate"]
     except (ValueError, KeyError, IndexError, TypeError):
         raise ValueError(f"{path} is not the result of a run of train.py") from None
-    every = was.get("attention_every", 1) if was.get("attention") else was["n_layer"] + 1
-    blocks = ["ah" if (i + 1) % every else "aoh" for i in range(was["n_layer"])]
-    sites = [*"".join(blocks), *["head"] * (was.get("head") == "spikes")]
+    sites = [*"aqkoh" * was["n_layer"], *["head"] * (was.get("head") == "spikes")]
     if was["block"] != "snn" or len(rates) != len(sites):
         raise ValueError(f"{path} is not the result of a spiking model of block snn")
     return {

@@ -72,8 +72,9 @@ def spread(n, low, high):
 
 
 def recurrent(n, heads):
-    """Recurrent synapses of n neurons in so many heads: (n, n/heads), a row per presynaptic
-    neuron, its head's columns; None for 0 heads. `heads` gives them the shape that `lif` takes."""
+    """Recurrent synapses of n neurons, which fall into `heads` groups without synapses between them:
+    (n, n/heads), a row per presynaptic neuron; None for 0 heads. The function `heads` below gives
+    them the shape that `lif` takes."""
     return uniform(n // heads, n, n // heads) if heads else None
 
 
@@ -225,7 +226,7 @@ class Population(nn.Module):
     """n leaky membranes without reset, each watched by neurons at thresholds theta, 2 theta, ...
 
         v = beta * v' + sqrt(1 - beta^2) * (g z + b);  sends the spikes of lif.population(v)
-    signed: as many neurons again watch -v. The float twin sends v itself, or relu(v) if unsigned.
+    signed: as many neurons again watch -v. The float control sends v itself, or relu(v) if unsigned.
     beta starts spread from beta_low of the config to beta_high.
     """
 
@@ -266,7 +267,7 @@ class SNNSettings:
     levels: int = 3  # neurons of a population, at thresholds theta, 2 theta, ...; 1 is plain spikes
     head: str = "float"  # what the readout's matrix is fed: float | spikes, of one more population
     spikes: bool = True  # False: the float control, the same block with graded signals
-    noise: float = 0.0  # even noise on membranes in training, so many thetas wide; 0 is off
+    noise: float = 0.0  # even noise on membranes in training, its width in thetas; 0 is off
     keys: int = 64  # neurons of a head of the fast weights that write, and as many that read
 
     CHOICES = {"head": ("float", "spikes")}
@@ -292,21 +293,15 @@ class SNNBlock(Block):
         self.w_in, self.w_out = matrix(c, D, N), matrix(c, N, D)
         nn.init.normal_(self.w_in.weight, std=D**-0.5)
         nn.init.normal_(self.w_out.weight, std=0.5 / math.sqrt(c.n_layer * N))
-        self.mix = FastWeights(c)
-        if c.spikes:
+        mix = self.mix = FastWeights(c)
+        self.populations = {"a": self.a, "q": mix.q, "k": mix.k, "o": mix.o, "h": self.h}
+        if c.spikes:  # in this order they fire; a spike of q or k reads or writes a row
             self.sites = [len(p.gain) for p in self.populations.values()]
-            K = len(self.mix.k.gain)
-            # those of q and k are rows of the fast weights
-            self.fan_out = [2 * K + N, *[D // c.n_head + 1] * 2, D, D]
-
-    @property
-    def populations(self):
-        """All of them, in the order in which they fire."""
-        return {"a": self.a, **self.mix.populations, "h": self.h}
+            self.fan_out = [2 * len(mix.k.gain) + N, mix.width, mix.width, D, D]
 
     def forward(self, x, state, seen, report):  # (B, T, D) -> (B, T, D)
         state, now = state or {}, {}
-        z = F.rms_norm(x, x.shape[-1:])
+        z = rms(x)
         a, now["a"] = self.a(z, state.get("a"), report)
         found, now["mix"] = self.mix(a, z, state.get("mix"), report)
         h, now["h"] = self.h(self.w_in(a, report), state.get("h"), report)
@@ -314,36 +309,33 @@ class SNNBlock(Block):
 
 
 def matrix(c, fan_in, fan_out):
-    """A matrix of block snn: fed by spikes, in the float twin by floats."""
+    """A matrix of block snn: fed by spikes, in the float control by floats."""
     return (Synapse if c.spikes else Linear)(fan_in, fan_out, bias=False)
 
 
 class FastWeights(nn.Module):
     """What the text said so far, kept in a small matrix per head that spikes write and read.
 
-        S_t = gamma S_(t-1) + k_t (x) v_t    a key's spike adds the token's value to its row
-        o_t = q_t S_t                        a query's spike reads its row
+        S_t = gamma S_(t-1) + k_t (x) v_t    a key neuron's spike adds the token's value to its row
+        o_t = q_t S_t                        a query neuron's spike reads its row
     q, k: spikes of two populations fed by W_qk a; v: the head's slice of z, and a 1. The last
     column of S thus counts what was written: o is divided by 1 + its count, and by its rms, and
-    drives a third population, whose spikes W_o carries to the stream. gamma is learned per head.
-    This is linear attention with decay (Schlag et al. 2021, arXiv 2102.11174, on fast weights),
-    Hebbian: a weight grows where a key's neuron and a value were active together.
+    drives a third population, whose spikes W_o carries to the residual stream. The decay gamma is
+    learned per head. This is Hebbian plasticity within the text: a weight grows where a key neuron
+    and a value were active together (Schlag et al. 2021, arXiv 2102.11174, on fast weights).
     """
 
     def __init__(self, config):
         super().__init__()
         c, D, K = config, config.n_hidden, config.n_head * config.keys
-        self.config = c
+        self.config, self.width = c, D // c.n_head + 1  # of a row
         self.w_qk, self.w_o = matrix(c, D, 2 * K), matrix(c, D, D)
         nn.init.normal_(self.w_qk.weight, std=D**-0.5)
         nn.init.normal_(self.w_o.weight, std=0.5 / math.sqrt(c.n_layer * D))
         self.q, self.k = (Population(K, c, False, c.beta_high) for _ in range(2))
         self.o = Population(D, c, True, c.beta_low)  # what was read is not smeared over time
-        self.log_leak = nn.Parameter(torch.linspace(math.log(0.5), math.log(0.005), c.n_head))
-
-    @property
-    def populations(self):
-        return {"q": self.q, "k": self.k, "o": self.o}
+        # gamma = 1 - exp(log_fade), at the start .5 ... .995
+        self.log_fade = nn.Parameter(torch.linspace(math.log(0.5), math.log(0.005), c.n_head))
 
     def forward(self, a, z, state, report):  # spikes a, floats z (B, T, D) -> (B, T, D)
         c, state, now = self.config, state or {}, {}
@@ -351,20 +343,19 @@ class FastWeights(nn.Module):
         q, k = (rms(y).transpose(1, 2).flatten(2) for y in (q, k))  # (B, T, heads * keys)
         q, now["q"] = self.q(q, state.get("q"), report)
         k, now["k"] = self.k(k, state.get("k"), report)
-        q, k, v = (in_heads(y, c.n_head, 1)[0] for y in (q, k, z))
-        v = torch.cat([v, torch.ones_like(v[..., :1])], -1)
-        gamma = 1 - self.log_leak.exp().clamp(max=0.99)
-        if not state:
-            S = v.new_zeros(len(a), c.n_head, c.keys, v.shape[-1])
-            state = {"S": (S, S[..., 0])}
-        is_event = len(a) * a.shape[1] == 1 and not torch.is_grad_enabled()
-        step = read_rows if is_event else fast_weights
-        o, now["S"] = step(q, k, v, gamma, *state["S"])
         if c.spikes:
             for rate in report.rates[-2:]:
-                report.fed_by_spikes(rate, v.shape[-1])
+                report.fed_by_spikes(rate, self.width)
         else:
-            report.macs += 2 * c.n_head * c.keys * v.shape[-1]
+            report.macs += 2 * c.n_head * c.keys * self.width
+        q, k, v = (in_heads(y, c.n_head, 1)[0] for y in (q, k, z))
+        v = torch.cat([v, torch.ones_like(v[..., :1])], -1)
+        gamma = 1 - self.log_fade.exp().clamp(max=0.99)
+        if "S" not in state:
+            S = v.new_zeros(len(a), c.n_head, c.keys, self.width)
+            state["S"] = S, S[..., 0]
+        one_token = len(a) * a.shape[1] == 1 and not torch.is_grad_enabled()
+        o, now["S"] = (read_rows if one_token else fast_weights)(q, k, v, gamma, *state["S"])
         o = (o[..., :-1] / (1 + F.relu(o[..., -1:]))).transpose(1, 2).flatten(2)
         o, now["o"] = self.o(rms(o), state.get("o"), report)
         return self.w_o(o, report), now
@@ -403,8 +394,8 @@ def fast_weights(q, k, v, gamma, S, age, chunk=64):
 
 
 def read_rows(q, k, v, gamma, S, age):
-    """The same for one token: no row is touched but those of the neurons that fired. A row that
-    no key has written for some tokens owes their decay until it is."""
+    """The same for one token: computes with no rows but those of the neurons that fired. A row
+    owes its decay until a key writes it; age counts the tokens."""
     heads, keys = S.shape[1:3]
     q, k, gamma = q.flatten(), k.flatten(), gamma.repeat_interleave(keys)
     rows, age = S[0].flatten(0, 1), age.flatten() + 1
@@ -418,7 +409,7 @@ def read_rows(q, k, v, gamma, S, age):
 
 
 def in_heads(x, heads, parts):
-    """(B, T, parts * n) -> so many (B, heads, T, n / heads)."""
+    """(B, T, parts * n) -> a tensor (B, heads, T, n / heads) for each of the parts."""
     return x.unflatten(-1, (parts, heads, -1)).permute(2, 0, 3, 1, 4)
 
 
@@ -468,8 +459,8 @@ def rotate(x, position):
 @dataclass(frozen=True)
 class GPTSettings:
     # gpt
-    n_head: int = 8  # attention heads
-    window: int = 512  # tokens that attention sees, here and in snn: the present one and before it
+    n_head: int = 8  # heads of attention, and of snn's fast weights
+    window: int = 512  # tokens that attention sees: the present one and those before it
     d_ff: int = 1112  # width of the feed-forward part, here, in snn and in spark
 
     RANGE = {name: (1, math.inf) for name in ("n_head", "window", "d_ff")}

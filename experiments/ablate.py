@@ -1,7 +1,7 @@
 """What is each ingredient worth? Whole training runs, one ingredient apart, at equal parameters.
 
 python bench.py ablate configs/spikewhale_6m.py --dataset=my.txt
-python bench.py ablate configs/snn_6m.py --dataset=my.txt --variants="bare attention head"
+python bench.py ablate configs/snn_6m.py --dataset=my.txt --variants="bare layers head"
 """
 
 import bisect
@@ -47,9 +47,7 @@ SNN = {  # the ingredients of block snn, then traits
     "narrow surrogate": {"slope": 3.0},
     "no budget": {"rate_weight": 0.0},
     "budget per layer": {"rate_penalty": "above"},
-    "no attention": {"attention": 0},
     "two layers": {"n_layer": 2},
-    "two layers, attention in the last": {"n_layer": 2, "attention_every": 2},
     "spiking head": {"head": "spikes"},
     "AdamW": {"optimizer": "adamw"},
     **{name: TRAITS[name] for name in "engram hrm spike_attn moe memory mtp jepa".split()},

@@ -21,7 +21,7 @@ from checkpoint import environment, write_result
 TESTS = "-m pytest -q --maxfail=20 tests/test_kernels.py tests/test_spark.py -k".split()
 MODEL = "out/all_snn_100m"
 TINY = (  # the same models on a laptop
-    "--n_layer=8 --vocab_size=512 --n_embd=64 --n_hidden=64 --d_ff=128 --micro_tokens=128"
+    "--n_layer=1 --n_head=2 --keys=4 --vocab_size=512 --n_embd=64 --n_hidden=64 --d_ff=128 --micro_tokens=128"
     " --tokens_per_step=128 --phases=stories:32 --eval_length=32 --n_state=2 --k_max=2"
 )
 
@@ -46,8 +46,8 @@ def steps(text, tiny, device):
     run += f" --max_steps={last}"
     yield "model", 360, f"{run} --result=results/model_{device}.json"
     yield "resume", 120, f"{run} --init_from=resume"
-    yield "sample", 60, f"sample.py --ckpt={MODEL}/best.pt --max_new_tokens=200"
-    yield "generate", 120, f"bench.py generate --ckpt={MODEL}/best.pt --tokens=200 {few}"
+    yield "sample", 60, f"sample.py --ckpt={MODEL}/best.pt --max_new_tokens={20 if tiny else 200}"
+    yield "generate", 120, f"bench.py generate --ckpt={MODEL}/best.pt --tokens={20 if tiny else 200} {few}"
 
 
 def all(

@@ -32,7 +32,7 @@ def load(words, command=bench.train):
 
 
 RUN = bench.Run(load("--device=cpu --dtype=float32 --threads=1"))
-SNN = "configs/snn_6m.py --vocab_size=60 --n_hidden=32 --n_embd=32 --d_ff=40 --attention=1"
+SNN = "configs/snn_6m.py --vocab_size=60 --n_hidden=32 --n_embd=32 --d_ff=40 --n_head=2 --keys=4"
 SNN += " --rounds=1 --warmup=0"
 
 
@@ -117,13 +117,14 @@ def test_one_long_text_of_ours_alone(monkeypatch):
 
 
 def test_random_weights_fire_at_trained_rates(tmp_path):
-    rates = {"a": 0.3, "o": 0.2, "h": 0.04, "head": 0.15}
-    trained = dict(block="snn", n_layer=2, attention=1, attention_every=2, head="spikes")
+    rates = {"a": 0.3, "q": 0.1, "k": 0.25, "o": 0.2, "h": 0.04, "head": 0.15}
+    trained = dict(block="snn", n_layer=2, keys=64, head="spikes")
     result = tmp_path / "trained.json"
-    per_layer = [0.25, 0.02, 0.35, 0.2, 0.06, 0.15]  # a h, a o h, head
+    layers = [[0.25, 0.05, 0.3, 0.25, 0.02], [0.35, 0.15, 0.2, 0.15, 0.06]]  # a q k o h
+    per_layer = [*layers[0], *layers[1], 0.15]
     result.write_text(json.dumps({"config": trained, "log": [{"rate": per_layer}]}))
     c = load(
-        "configs/snn_6m.py --vocab_size=400 --n_layer=6 --attention=1 --attention_every=6"
+        "configs/snn_6m.py --vocab_size=400 --n_layer=3 --n_head=2 --keys=32"
         " --n_hidden=64 --n_embd=64 --d_ff=128 --head=spikes"
     )
     found = bench.trained_rates(result)
@@ -135,14 +136,14 @@ def test_random_weights_fire_at_trained_rates(tmp_path):
     with torch.no_grad():  # once membranes have filled
         _, state, _ = model(torch.randint(400, (4, 300)))
         fired = [r.mean().item() for r in model(torch.randint(400, (4, 64)), state)[2].rates]
-    wanted = [rates[site] for site in ["a", "h"] * 5 + ["a", "o", "h", "head"]]
+    wanted = [rates[site] for site in "aqkoh" * 3] + [rates["head"]]
     assert fired == pytest.approx(wanted, abs=0.04)
     drawn = list(islice(model.generate(torch.zeros(1, 1, dtype=torch.long)), 164))[100:]
-    # of a block: 64 a to 128 h, 128 h to 64; the last also 64 a to 64 queries and keys, 64 o to 64
-    of_a = 6 * 64 * 128 + 64 * 64
-    work = 0.3 * of_a + 0.04 * 6 * 128 * 64 + 0.2 * 64 * 64 + 0.15 * 64 * 400
+    # of a block: 64 a to 128 h and 128 q, k; 64 q and 64 k to 33 values; 64 o to 64; 128 h to 64
+    of = {"a": 64 * 256, "q": 64 * 33, "k": 64 * 33, "o": 64 * 64, "h": 128 * 64}
+    work = 3 * sum(n * rates[site] for site, n in of.items()) + 0.15 * 64 * 400
     assert bench.triggered_share(model, drawn) == pytest.approx(
-        work / (of_a + 6 * 128 * 64 + 64 * 64 + 64 * 400), rel=0.25
+        work / (3 * sum(of.values()) + 64 * 400), rel=0.25
     )
     del found["o"]
     with pytest.raises(ValueError, match="no neurons called o"):
@@ -310,7 +311,7 @@ def test_params_counts_by_hand():
 
 
 def test_a_plan_by_hand():
-    tiny = "configs/snn_6m.py --n_layer=1 --d_ff=64 --attention=0 --phases=stories:8"
+    tiny = "configs/snn_6m.py --n_layer=1 --d_ff=64 --n_head=2 --keys=4 --phases=stories:8"
     tiny += " --micro_tokens=16 --tokens_per_step=1024"
     machine = {"gpus": "4,16", "gpu": "4090", "reached": 0.5}
     result = params.params(load(tiny), RUN, **machine)
@@ -469,7 +470,7 @@ def test_narrowed_is_the_widest_that_fits():
     "argv, width, variants",
     [
         (
-            "configs/snn_6m.py --n_embd=320 --n_hidden=320 --n_layer=1 --attention=4",
+            "configs/snn_6m.py --n_embd=320 --n_hidden=320 --n_layer=1 --n_head=4",
             "d_ff",
             ablate.SNN,
         ),
@@ -511,7 +512,7 @@ def test_an_ablation_trains(monkeypatch, tmp_path, capsys):
     text.write_text("\n<|endoftext|>\n".join(f"The cat sat on mat {i}." for i in range(300)))
     argv = f"configs/snn_6m.py --dataset={text} --data_dir={tmp_path} --out_dir={tmp_path}/out"
     argv += " --tokenizer=byte --vocab_size=257 --n_embd=16 --n_hidden=16 --d_ff=24 --n_layer=1"
-    argv += " --attention=0 --phases=stories:16 --max_steps=1 --eval_interval=1 --threads=1"
+    argv += " --phases=stories:16 --max_steps=1 --eval_interval=1 --threads=1"
     argv += " --tokens_per_step=16 --micro_tokens=16 --sample_tokens=0"
     c = load(argv)
     rows = ablate.ablate(c, RUN, variants="bare", seeds=1)["variants"]

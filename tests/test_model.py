@@ -3,6 +3,7 @@
 import math
 import re
 from dataclasses import replace
+from functools import partial
 from itertools import islice
 from pathlib import Path
 
@@ -14,7 +15,9 @@ from conftest import check_model, leaves
 
 import blocks
 import config
-from blocks import Block, Population, heads, rotate
+from blocks import (
+    Block, Population, fast_weights, fast_weights_reference, heads, read_rows, rotate,
+)  # fmt: skip
 from kernels import lif
 from lif import Linear, Report, Synapse
 from model import ModelConfig, SpikingLM, pick, spike_encode
@@ -23,14 +26,12 @@ from train import Run, TrainConfig, make_optimizers, train_step
 CONFIGS = sorted(p.name for p in Path(__file__).parent.parent.glob("configs/*.py"))
 ONE_PER_BLOCK = ["sam_6m.py", "spikewhale_6m.py", "neuronspark_6m.py", "snn_6m.py", "gpt_6m.py"]
 SMALL = dict(vocab_size=50, n_embd=16, n_layer=2, n_head=2, d_ff=24, n_state=2, k_max=3, noise=0)
-SMALL |= dict(window=8)
+SMALL |= dict(window=8, keys=5)
 
 
 def shrunk(name, **more):
     c = config.load(TrainConfig, [f"configs/{name}"])
-    most = {"attention": 2, "attention_every": 2, "n_hidden": 16}
-    most["n_hidden"] *= 1 + (c.n_hidden > c.n_embd)
-    small = SMALL | {key: min(getattr(c, key), value) for key, value in most.items()}
+    small = SMALL | {"n_hidden": 32 if c.n_hidden > c.n_embd else 16}
     small["traits"] = re.sub(r"engram:\d+", "engram:61", c.traits)
     return replace(c, **small | more)
 
@@ -96,32 +97,77 @@ def test_golden_losses(name, monkeypatch):
         rates = torch.cat(report.rates or [model.rate]).detach()
         model.observe(nats.item(), rates)
         parameters = list(model.parameters())
-        for p, d in zip(parameters, torch.autograd.grad(nats + sum(others.values()), parameters)):
-            p.data -= 0.1 * d
+        gradient = torch.autograd.grad(nats + sum(others.values()), parameters)
+        norm = torch.cat([d.flatten() for d in gradient]).norm()
+        for p, d in zip(parameters, gradient):  # a silent population's norm has a steep slope
+            p.data -= 0.1 * d * min(1, 100 / norm)
     assert losses == pytest.approx(GOLDEN[name], abs=1e-4)
 
 
-def of_attention(model, T):
-    """Products of floats and floats per token of T: queries and keys, weights and values."""
-    c = model.config
-    pairs = sum(min(t, c.window) for t in range(1, T + 1)) / T
-    return len(model.blocks) * round(pairs * (32 * c.attention + c.n_hidden))
-
-
 @pytest.mark.parametrize("spikes", [True, False])
-def test_snn_with_attention_keeps_its_word(spikes):
-    model = model_of(shrunk("snn_6m.py", attention=2, spikes=spikes))
+def test_snn_keeps_its_word(spikes):
+    model = model_of(shrunk("snn_6m.py", spikes=spikes))
     check_model(model)
     with torch.no_grad():
         _, state, report = model(torch.randint(50, (1, 40)))
-    half = model.config.n_hidden // 2
-    kept = state["block0"]["mix"]["kept"]
-    assert [z.shape for z in kept] == [(1, 2, 7, 32), (1, 2, 7, half), (1,)]
-    if spikes:  # floats cross no matrix but the embedding's, into the stream and out of it
+    assert state["block0"]["mix"]["S"][0].shape == (1, 2, 5, 16 // 2 + 1)
+    if spikes:  # floats cross no matrix but the embedding's, in and out of the residual stream
         blocks = sum(p.numel() for b in model.blocks for n, p in b.named_parameters() if "w_" in n)
-        ends = model.embedding.weight.numel()
-        every = sum(every for _, every in report.synapses)
-        assert every == blocks and report.macs == ends + of_attention(model, 40)
+        rows = 2 * (2 * 2 * 5) * (16 // 2 + 1)  # 2 layers, of q and of k 2 heads of 5 neurons
+        assert report.macs == model.embedding.weight.numel()
+        assert sum(every for _, every in report.synapses) == blocks + rows
+
+
+def fast_weights_inputs(B=2, heads=3, T=37, keys=5, values=4):
+    """Spikes of levels 0 to 3 that are often 0, values and decays, in float64; silence."""
+    torch.manual_seed(0)
+    q, k = torch.randint(0, 4, (2, B, heads, T, keys)) * (torch.rand(2, B, heads, T, keys) < 0.4)
+    v, gamma = torch.randn(B, heads, T, values).double(), torch.tensor([0.5, 0.9, 0.99]).double()
+    S = torch.zeros(B, heads, keys, values).double()
+    return [x.double().requires_grad_() for x in (q, k, v, gamma)], (S, S[..., 0])
+
+
+def test_fast_weights_in_chunks_are_those_of_the_equations():
+    inputs, state = fast_weights_inputs()
+    results = []
+    for form in (fast_weights_reference, partial(fast_weights, chunk=8)):
+        o, (S, age) = form(*inputs, *state)
+        weight = torch.arange(o.numel()).view_as(o).double().sin()
+        results.append([o, S, *torch.autograd.grad((o * weight).sum() + S.sum(), inputs)])
+    for want, got in zip(*results):
+        torch.testing.assert_close(got, want)
+    few, state = fast_weights_inputs(1, 3, 5, 2, 2)
+    assert torch.autograd.gradcheck(lambda *x: fast_weights(*x, *state, chunk=2)[0], few)
+
+
+@torch.no_grad()
+def test_fast_weights_token_by_token_touch_the_rows_of_spikes_alone():
+    (q, k, v, gamma), state = fast_weights_inputs(B=1)
+    want = fast_weights_reference(q, k, v, gamma, *state)[0]
+    for t in range(20):
+        now = slice(t, t + 1)
+        o, state = read_rows(q[:, :, now], k[:, :, now], v[:, :, now], gamma, *state)
+        torch.testing.assert_close(o, want[:, :, now])
+    rest = [x[:, :, 20:] for x in (q, k, v)]
+    torch.testing.assert_close(fast_weights(*rest, gamma, *state)[0], want[:, :, 20:])
+    S, age = state
+    silent = (q[:, :, 20] == 0) & (k[:, :, 20] == 0)
+    S = S.masked_fill(silent[..., None], math.nan)
+    now = slice(20, 21)
+    assert silent.any()
+    assert read_rows(q[:, :, now], k[:, :, now], v[:, :, now], gamma, S, age)[0].isfinite().all()
+
+
+@torch.no_grad()
+def test_what_the_fast_weights_keep_stays_as_large():
+    """State of 100,000 tokens, and what is written is still read: a spike of value 1 at the end."""
+    q = k = torch.ones(1, 1, 100_000, 1)
+    v = torch.zeros(1, 1, 100_000, 2)
+    v[:, :, -1] = 1
+    state = torch.zeros(1, 1, 1, 2), torch.zeros(1, 1, 1)
+    o, (S, age) = fast_weights(q, k, v, torch.tensor([0.999]), *state)
+    assert S.shape == (1, 1, 1, 2) and age.shape == (1, 1, 1)
+    assert o[0, 0, -1].tolist() == [1, 1] and S.flatten().tolist() == [1, 1]
 
 
 @torch.no_grad()
@@ -132,27 +178,20 @@ def reached(model, at, T):
     return (model(tokens)[0] - model(other)[0]).abs().amax(-1)[0]
 
 
-def test_attention_of_snn_finds_what_a_window_hides():
-    near = model_of(shrunk("snn_6m.py", attention=2, n_layer=1, beta_low=0.01, beta_high=0.011))
-    assert reached(near, 1, 9)[8] > 1e-3  # in a window of 8, and far beyond the leaks
-    near.blocks[0].mix.config = replace(near.config, window=7)
-    change = reached(near, 1, 9)
-    assert change[7] > 1e-3 and change[8] < 1e-6
-
-
-def test_attention_stands_in_every_so_manyth_block():
-    model = model_of(shrunk("snn_6m.py", attention=1, attention_every=2, n_layer=5))
-    assert [block.mix is not None for block in model.blocks] == [False, True, False, True, False]
-    assert len(model.sites) == 5 * 2 + 2
-    check_model(model)
+def test_snn_remembers_beyond_its_membranes():
+    """By the fast weights alone: when they fade at once, token 1 is forgotten by token 20."""
+    model = model_of(shrunk("snn_6m.py", n_layer=1, beta_low=0.01, beta_high=0.011))
+    assert reached(model, 1, 21)[20] > 1e-3
+    model.blocks[0].mix.log_fade.data.zero_()  # gamma 0.01
+    assert reached(model, 1, 21)[20] < 1e-6
 
 
 @pytest.mark.parametrize(
     "name, millions, tolerance",
     [("sam_6m.py", 6.04, 0.01), ("gpt_6m.py", 6.04, 0.01), ("sam_v1_char.py", 1, 0.2)]
-    + [("sam_v2.py", 3, 0.1), ("sam_v3.py", 6, 0.05), ("snn_6m.py", 6.12, 0.01)]
+    + [("sam_v2.py", 3, 0.1), ("sam_v3.py", 6, 0.05), ("snn_6m.py", 6.04, 0.01)]
     + [("spikewhale_216m.py", 216.1, 0.001), ("neuronspark_0p9b.py", 874.1, 0.001)]
-    + [("snn_1b.py", 1069.7, 0.001)],
+    + [("snn_1b.py", 1074.6, 0.001)],
 )
 def test_parameters(name, millions, tolerance):
     with torch.device("meta"):
@@ -267,8 +306,10 @@ def test_snn_sends_at_most_one_spike_per_population_at_its_learned_level():
         for source, w in ways + [(block.a, block.w_in), (block.h, block.w_out)]:
             w.register_forward_pre_hook(lambda m, i, source=source: sent.append((source, m, i[0])))
     _, _, report = model(torch.randint(50, (4, 30)))
-    assert len(sent) == len(report.synapses) == 4 * len(model.blocks)
-    for (source, w, q), (synops, synapses) in zip(sent, report.synapses):
+    rows = [5 * 2 * (16 // 2 + 1)] * 2  # those that spikes of q and of k read and write
+    synapses = [pair for pair in report.synapses if pair[1] not in rows]
+    assert len(sent) == len(synapses) == 4 * len(model.blocks)
+    for (source, w, q), (synops, synapses) in zip(sent, synapses):
         levels = source.levels.view(-1, 1, 1, q.shape[-1])  # (neurons of a population, 1, 1, N)
         assert ((q == levels).any(0) | (q == 0)).all()
         spikes = (q != 0).float().mean((0, 1)).sum().item()
@@ -298,8 +339,8 @@ def test_twin_of_snn_is_the_same_block_with_floats():
 @pytest.mark.parametrize("head", ["float", "spikes"])
 @torch.no_grad()
 def test_halved_synapses_say_nearly_the_same(head):
-    model = model_of(shrunk("snn_6m.py", head=head, n_embd=16, n_hidden=16))
-    tokens = torch.randint(50, (1, 20))
+    model = model_of(shrunk("snn_6m.py", head=head, n_embd=16, n_hidden=16, n_layer=1))
+    tokens = torch.arange(20).view(1, 20)
     whole = model(tokens)[0]
     model.halve_synapses()
     halved = model(tokens)[0]
@@ -411,8 +452,8 @@ def test_a_spiking_head_is_fed_by_spikes_and_tied():
     model = model_of(shrunk("snn_6m.py", head="spikes", n_embd=16, n_hidden=16))
     tokens = torch.randint(50, (2, 20))
     logits, _, report = model(tokens)
-    assert report.macs == of_attention(model, tokens.shape[1])  # no matrix is fed by floats
-    assert len(report.rates) == len(model.sites) == 2 * 3 + 1  # a, o, h of two blocks
+    assert report.macs == 0  # no matrix is fed by floats
+    assert len(report.rates) == len(model.sites) == 2 * 5 + 1  # a, q, k, o, h of two blocks
     assert not any(p.shape == (16, 50) for p in model.parameters())
     assert model.embedding.weight.t().is_contiguous()  # what generation reads, row by row
     logits.square().sum().backward()
@@ -510,7 +551,7 @@ def test_penalty_presses_from_its_side(kind, of_0, of_1):
         torch.testing.assert_close(grad, expected)
 
 
-@pytest.mark.parametrize("more", [{}, {"attention": 1, "head": "spikes", "n_embd": 48}])
+@pytest.mark.parametrize("more", [{}, {"head": "spikes", "n_embd": 48}])
 def test_a_budget_is_of_all_synaptic_operations(more):
     """The share that the matrices count; above the budget all is pressed, below it nothing."""
     settings = dict(rate_target=0.2, rate_weight=30.0, n_hidden=48) | more
@@ -627,7 +668,7 @@ def test_attention_knows_its_places_in_the_longest_text():
 
 
 def test_noise_of_training_lets_neurons_near_their_threshold_fire_at_times():
-    config = ModelConfig(block="snn", n_hidden=8, attention=0, theta=0.8, noise=0.4, levels=1)
+    config = ModelConfig(block="snn", n_hidden=8, theta=0.8, noise=0.4, levels=1)
     neurons = Population(8, config, False, 0.9)
     beta = torch.sigmoid(neurons.beta_logit)
     z = (0.9 * 0.8 / (1 - beta**2).sqrt()).expand(4000, 1, 8)  # membranes at 0.9 theta
