@@ -14,13 +14,14 @@ In a path a number counts through a list, from the end if negative; a word picks
 of that phase; "key?" may be missing. FORMAT is Python's, or M for millions and billions.
 """
 
+import io
 import json
 import re
 import statistics
 import sys
 from pathlib import Path
 
-from watch import COLOURS, curves, save, sheet
+from watch import COLOURS, curves, sheet
 
 # ---- tables ------------------------------------------------------------------------------------
 
@@ -146,6 +147,15 @@ RUNS = [  # label, file
     ("snn, Muon", "tinystories_snn_6m"),
     ("transformer, Muon", "tinystories_gpt_6m_muon"),
 ]
+
+
+def save(figure, path):
+    """A small PNG: a palette in place of all the shades of the letters' edges."""
+    from PIL import Image  # matplotlib depends on it
+
+    image = io.BytesIO()
+    figure.savefig(image, dpi=120)
+    Image.open(image).convert("RGB").quantize(64).save(path, optimize=True)
 
 
 def loss(path):

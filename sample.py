@@ -230,7 +230,7 @@ def main(argv):
         if c.picture and Path(c.picture).stem not in ("loss", *watch.PICTURES):
             raise ValueError("--picture draws raster, neurons, rates or loss: name the file so")
         if Path(c.picture).stem == "loss":
-            return watch.loss(c.picture, watch.runs(c.run))
+            return watch.loss(c.run).savefig(c.picture, dpi=120)
         name, checkpoint = open_checkpoint(c.ckpt or c.run.split(" ")[0])
         is_nursery = "nursery" in (checkpoint.get("dataset"), checkpoint["config"].get("dataset"))
         speaker = Speaker.of(name, checkpoint, c)
@@ -240,7 +240,7 @@ def main(argv):
         elif c.serve:
             watch.serve(speaker, name, c, examples)
         elif c.spikes:
-            watch.spikes(speaker, c)
+            watch.spikes(speaker, name, c)
         elif c.eval:
             evaluate(speaker, c.eval, is_nursery or c.eval == "nursery")
         elif c.chat:

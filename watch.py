@@ -11,7 +11,7 @@ neurons. matplotlib is optional: only who draws a picture needs it.
 """
 
 import codecs
-import io
+import itertools
 import json
 import math
 import re
@@ -20,9 +20,7 @@ import sys
 import threading
 import time
 import unicodedata
-from collections import OrderedDict
-from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from contextlib import suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
@@ -37,33 +35,36 @@ from tokenizer import DataError
 
 # ---- inside a model ----------------------------------------------------------------------------
 
+SHOWN, ROWS = 128, 384  # neurons that are shown of a layer, and of all layers together, at most
 
-@dataclass
+
 class Layer:
-    """N spiking neurons, and what is the same at every token. None: it depends on the input."""
+    """N spiking neurons. What depends on the input, or is not known of them, is None."""
 
-    name: str
-    part: str  # the key of its state
-    index: int  # among the layers of that part
-    out: torch.Tensor  # (N,) norm of the weights that a neuron's spikes go through
-    theta: torch.Tensor = None  # (N,) threshold
-    beta: torch.Tensor = None  # (N,) decay
-    levels: tuple = (1,)  # thresholds, in theta: graded neurons have several
-    resets: bool = False  # whether the membrane falls by theta after a token with a spike
-    program: torch.Tensor = None  # (N,) index of the gene program that a neuron follows most
-
-    @property
-    def order(self):
-        """(N,) the neurons, those of a gene program together."""
-        n = torch.arange(len(self.out))
-        return n if self.program is None else self.program.argsort(stable=True)
+    def __init__(self, name, part, index, weight, neurons):
+        self.name, self.part, self.index = name, part, index  # theirs is a state of that part
+        self.out = weight.float().norm(dim=1).cpu()  # (N,) of what their spikes go through
+        self.levels, self.program, N = [1], None, len(weight)  # thresholds, in theta
+        self.resets = isinstance(neurons, Block)  # the membrane falls by theta after a spike
+        logit = getattr(neurons, "w" if isinstance(neurons, PLIF) else "beta_logit", None)
+        beta = getattr(neurons, "beta", None) if logit is None else logit.sigmoid()
+        theta = getattr(neurons, "theta", None)
+        if isinstance(neurons, Population):  # graded
+            self.levels = [k for k in range(-len(theta) * neurons.signed, len(theta) + 1) if k]
+            theta = theta[0].expand(N)
+        elif genes := getattr(neurons, "modulation", None):
+            theta, beta, _ = genes()
+            self.program = genes.P.view(N, DRAWS, -1).mean(1).argmax(1).cpu()  # (N,) the main one
+        self.theta, self.beta = (x if x is None else x.cpu() for x in (theta, beta))  # (N,)
+        order = torch.zeros(N) if self.program is None else self.program
+        self.order = order.argsort(stable=True)  # neurons of a gene program stand together
 
     def membrane(self, state):
         """(N,) at the last token, before the reset; NeuronSpark's, after the last frame."""
         held = [x[0].cpu() for x in tensors(state[self.part]) if x.dim() == 2]
         if not self.resets:
             return held[self.index]
-        v, s = held[2 * self.index], held[2 * self.index + 1]
+        v, s = held[2 * self.index : 2 * self.index + 2]  # as `lif` returns them
         return v if self.theta is None else v + self.theta * s
 
 
@@ -76,55 +77,40 @@ def tensors(state):
 
 
 def neurons_of(part):
-    """[(name, weights of a row per neuron, what has theta and beta)] of the layers of a part."""
+    """[(name, weights in a row per neuron, what has theta and beta)] of the layers of a part."""
     if isinstance(part, SNNBlock):
         known = {"a": ("in", part.w_in.weight), "h": ("hidden", part.w_out.weight)}
-        return [(*known.get(key, (key, None)), p) for key, p in part.populations.items()]
+        every = part.populations.items()
+        return [(*known.get(key, (key, torch.ones(len(p.gain), 1))), p) for key, p in every]
     if isinstance(part, SparkBlock):
-        first, second = part.halves
-        f, g = first.inner, second.inner
-        return [
-            ("in", f.w_in.weight.t(), first.neurons), ("hidden", f.w_out.weight.t(), f),
-            ("in 2", g.w_gate.weight.t(), second.neurons),
-            ("hidden 2", g.w_down.weight.t().repeat(2, 1), g.neurons),  # they meet in pairs
-        ]  # fmt: skip
+        (first, f), (second, g) = ((half, half.inner) for half in part.halves)
+        rows = [x.weight.t() for x in (f.w_in, f.w_out, g.w_gate, g.w_down)]
+        rows[3] = rows[3].repeat(2, 1)  # its neurons meet in pairs
+        names = "in", "hidden", "in 2", "hidden 2"
+        return list(zip(names, rows, (first.neurons, f, second.neurons, g.neurons)))
     if isinstance(part, SparkOutput):
         return [("output", part.w.weight.t(), part.neurons)]
-    return [("", getattr(part, "w_rec", None), part)] * len(part.sites)
+    w = getattr(part, "w_rec", None)
+    return [("", torch.ones(n, 1) if w is None else w, part) for n in getattr(part, "sites", ())]
 
 
 @torch.no_grad()
 def layers(model):
     """The spiking layers, in the order in which they report their rates."""
-    found, sites = [], iter(model.sites)
-    parts = [(key, neurons_of(x)) for key, x in model.parts.items() if getattr(x, "sites", ())]
+    parts = {key: neurons_of(part) for key, part in model.parts.items()} if model.sites else {}
     if model.head is not None and model.config.spikes:
-        parts.append(("readout", [("output", model.embedding.weight.t(), model.head)]))
-    for part, told in parts:
-        number = [str(int(part[5:]) + 1)] if part.startswith("block") else []
-        for k, (name, weight, neurons) in enumerate(told):
-            n = next(sites)
-            theta, beta = getattr(neurons, "theta", None), getattr(neurons, "beta", None)
-            logit = getattr(neurons, "w" if isinstance(neurons, PLIF) else "beta_logit", None)
-            beta = beta if logit is None else logit.sigmoid()
-            out = torch.ones(n) if weight is None else weight.float().norm(dim=1)
-            layer = Layer(" ".join([*number, name]).strip(), part, k, out.cpu())
-            if isinstance(neurons, Population):
-                up = range(1, len(theta) + 1)
-                layer.levels = (*(-i for i in reversed(up) if neurons.signed), *up)
-                theta = theta[0].expand(n)
-            elif genes := getattr(neurons, "modulation", None):
-                theta, beta, _ = genes()
-                layer.program = genes.P.view(n, DRAWS, -1).mean(1).argmax(1).cpu()
-            layer.theta, layer.beta = (x if x is None else x.cpu() for x in (theta, beta))
-            layer.resets = isinstance(neurons, Block)  # then its state is that of `lif`
-            found.append(layer)
+        parts["readout"] = [("output", model.embedding.weight.t(), model.head)]
+    found = []
+    for key, told in parts.items():
+        number = f"{int(key[5:]) + 1} " if key.startswith("block") else ""
+        found += [Layer((number + x[0]).strip(), key, k, *x[1:]) for k, x in enumerate(told)]
+    for layer in found:
+        n = min(SHOWN, max(16, ROWS // len(found)), N := len(layer.out))
+        layer.shown = layer.order[torch.arange(n) * N // n]  # evenly taken from all
     return found
 
 
 # ---- a model that is watched -------------------------------------------------------------------
-
-SHOWN, ROWS = 128, 384  # neurons that are shown of a layer, and of all layers together, at most
 
 
 class Watcher:
@@ -132,20 +118,16 @@ class Watcher:
 
     def __init__(self, model, tokenizer, c):
         self.model, self.tokenizer, self.c = model, tokenizer, c
-        self.device, self.busy = model.stress.device, threading.Lock()
-        self.layers, self.shown = layers(model), []
-        most = min(SHOWN, max(16, ROWS // max(1, len(self.layers))))
-        for layer in self.layers:
-            N, n = len(layer.out), min(most, len(layer.out))
-            self.shown.append(layer.order[torch.arange(n) * N // n])  # evenly taken from all
+        self.layers = layers(model)
         self.forget()
 
     def forget(self):
         """Back to silence, and to the first of the draws."""
-        self.generator = torch.Generator(device=self.device).manual_seed(self.c.seed)
+        self.generator = torch.Generator(self.model.stress.device).manual_seed(self.c.seed)
         self.decoder = codecs.getincrementaldecoder("utf-8")("replace")
         self.state, self.logits, self.seen, self.stopping = None, None, 0, False
-        self.total = [torch.zeros_like(layer.out) for layer in self.layers]  # spikes per neuron
+        for layer in self.layers:
+            layer.total = torch.zeros_like(layer.out)  # spikes per neuron
 
     def read(self, token, own):
         """Run one token: how surprising it was, and what it did. own: the model wrote it."""
@@ -156,17 +138,17 @@ class Watcher:
             for i in nats.topk(min(5, len(nats)), largest=False).indices.tolist():
                 text = self.tokenizer.decode([i]) if i != self.tokenizer.end else "(end)"
                 event["likely"].append([text, round(math.exp(-nats[i]), 4)])
-        tokens = torch.tensor([[token]], device=self.device)
+        tokens = torch.tensor([[token]], device=self.generator.device)
         logits, self.state, report = self.model(tokens, self.state)
         self.logits = logits[:, -1, : self.tokenizer.vocab_size].float()
         self.seen += 1
         event |= {"seen": self.seen, "macs": report.macs, "rate": [], "fired": [], "membrane": []}
-        for layer, shown, total, rate in zip(self.layers, self.shown, self.total, report.rates):
-            total += rate.cpu()
+        for layer, rate in zip(self.layers, (rate.cpu() for rate in report.rates)):
+            layer.total += rate
             event["rate"].append(round(rate.mean().item(), 4))
-            event["fired"].append((rate.cpu()[shown] > 0).nonzero()[:, 0].tolist())
-            v = layer.membrane(self.state)[shown].tolist()
-            event["membrane"].append([round(x, 2) for x in v])
+            event["fired"].append((rate[layer.shown] > 0).nonzero()[:, 0].tolist())
+            v = layer.membrane(self.state)[layer.shown]
+            event["membrane"].append([round(x, 2) for x in v.tolist()])
         event["synops"] = round(sum(float(triggered) for triggered, _ in report.synapses))
         event["synapses"] = sum(every for _, every in report.synapses)
         event["state_bytes"] = sum(x.nbytes for x in tensors(self.state))
@@ -177,49 +159,53 @@ class Watcher:
     def speak(self, text, n, temperature, until=None):
         """Yield what happens at each token of the text, and of n more that the model writes. It
         ends at the end token and, in a turn of a chat, before the string `until`."""
-        self.stopping, ids = False, self.tokenizer.encode(text)
+        self.stopping, ids, c = False, self.tokenizer.encode(text), self.c
         for token in [self.tokenizer.end] * (self.state is None) + ids:
             if not self.stopping:
                 yield self.read(token, own=False)
-        said, held = "", []  # held back: the tokens that could be the start of `until`
+        held = []  # (event, what was before it): what may be the start of `until`
         while n > 0 and not self.stopping:
             n, before = n - 1, (self.state, self.logits, self.seen)
-            likely = self.logits, temperature, self.c.top_k, self.c.top_p, self.generator
-            token = pick(*likely).item()
+            token = pick(self.logits, temperature, c.top_k, c.top_p, self.generator).item()
             if token == self.tokenizer.end:
                 break
-            event = self.read(token, own=True)
-            said += event["text"]
-            held.append((event, len(said), before))
+            held.append((self.read(token, own=True), before))
+            said = "".join(event["text"] for event, _ in held)
             if until and until in said:  # as if it had not begun to say it
-                held, cut = [x for x in held if x[1] <= said.index(until)], held
-                self.state, self.logits, self.seen = cut[len(held)][2]
+                while said.find(until) < sum(len(event["text"]) for event, _ in held):
+                    _, (self.state, self.logits, self.seen) = held.pop()
                 break
             if not until or not any(said.endswith(until[:k]) for k in range(1, len(until))):
-                yield from (event for event, *_ in held)
+                yield from (event for event, _ in held)
                 held = []
-        yield from (event for event, *_ in held)
+        yield from (event for event, _ in held)
 
     def describe(self):
         """What the page has to know of the model."""
-        weights, about = list(self.model.parameters()), {"block": self.model.config.block}
-        about["parameters"] = sum(w.numel() for w in weights)
-        about["weight_bytes"] = sum(w.nbytes for w in weights)
-        about["programs"], about["layers"] = [name.replace("_", " ") for name in PROGRAMS], []
-        for layer, shown in zip(self.layers, self.shown):
-            told = {"name": layer.name, "shown": shown.tolist()}
-            told |= {"levels": layer.levels, "resets": layer.resets}
+        weights, told = list(self.model.parameters()), []
+        for layer in self.layers:
+            told.append({"name": layer.name, "levels": layer.levels, "resets": layer.resets})
+            told[-1]["shown"] = layer.shown.tolist()
             for key in ("theta", "beta", "program"):
                 values = getattr(layer, key)
-                told[key] = None if values is None else values[shown].tolist()
-            about["layers"].append(told)
-        return about
+                told[-1][key] = None if values is None else values[layer.shown].tolist()
+        about = {"block": self.model.config.block, "parameters": sum(w.numel() for w in weights)}
+        about |= {"weight_bytes": sum(w.nbytes for w in weights), "layers": told}
+        return about | {"programs": [name.replace("_", " ") for name in PROGRAMS]}
+
+
+def watched(speaker, name, c):
+    """A Watcher that goes on from --prompt, and what happens then."""
+    watcher = Watcher(speaker.model, speaker.tokenizer, c)
+    if not watcher.layers:
+        raise ValueError(f"{name} has no spiking neurons to look at")
+    return watcher, watcher.speak(c.prompt, c.max_new_tokens, c.temperature)
 
 
 # ---- the page ----------------------------------------------------------------------------------
 
 BODY, TEXT, TOKENS = 65536, 4000, 1000  # bytes of a request, characters, tokens to write, at most
-STATES, SPEAKING = 16, 2  # tabs that are remembered, generations at the same time, at most
+TABS = 16  # that are remembered
 ROUTES = {"/": "GET", "/model": "GET", "/run": "GET"}
 ROUTES |= {"/think": "POST", "/stop": "POST", "/forget": "POST"}
 
@@ -228,19 +214,9 @@ class Refused(Exception):
     """A request that is not answered: an HTTP status and one line."""
 
 
-def refuse(is_wrong, status, why):
+def refuse(is_wrong, *why):
     if is_wrong:
-        raise Refused(status, why)
-
-
-@contextmanager
-def taken(lock, status, why):
-    """Inside it the lock is ours; where it is not to be had at once, the request is refused."""
-    refuse(not lock.acquire(blocking=False), status, why)
-    try:
-        yield
-    finally:
-        lock.release()
+        raise Refused(*why)
 
 
 class Server(ThreadingHTTPServer):
@@ -255,18 +231,19 @@ class Server(ThreadingHTTPServer):
             said = f"cannot listen on port {c.port}: {error}; give another with --port=8001"
             raise ValueError(said) from None
         self.watcher = lambda: Watcher(speaker.model, speaker.tokenizer, c)
-        self.c, self.tabs, self.lock = c, OrderedDict(), threading.Lock()
-        self.speaking = threading.BoundedSemaphore(SPEAKING)
+        self.run, self.tabs, self.lock, self.writing = c.run, {}, threading.Lock(), threading.Lock()
         self.about = {"name": name, "examples": examples, "run": c.run, "tokens": c.max_new_tokens}
         self.about |= {"temperature": c.temperature} | self.watcher().describe()
         self.hosts = [f"{host}:{self.server_address[1]}" for host in ("127.0.0.1", "localhost")]
 
     def tab(self, session):
         """The Watcher of a tab; that of the tab that asked longest ago is dropped."""
+        is_name = isinstance(session, str) and re.fullmatch("[A-Za-z0-9-]{8,64}", session)
+        refuse(not is_name, 400, "session must be 8 to 64 letters, digits or -")
         with self.lock:
             self.tabs[session] = self.tabs.pop(session, None) or self.watcher()
-            if len(self.tabs) > STATES:
-                self.tabs.popitem(last=False)
+            if len(self.tabs) > TABS:
+                del self.tabs[next(iter(self.tabs))]
             return self.tabs[session]
 
     def handle_error(self, request, client_address):
@@ -280,32 +257,28 @@ class Page(BaseHTTPRequestHandler):
 
     def do_GET(self):
         try:
-            self.check()
-            if self.command == "POST":
-                self.act(self.body())
-            elif self.path == "/":
-                self.send("text/html", Path(__file__).with_name("page.html").read_bytes())
+            asked = self.asked()
+            if self.path == "/":
+                self.send(Path(__file__).with_name("page.html").read_bytes(), "text/html")
+            elif self.command == "GET":
+                self.tell(self.server.about if self.path == "/model" else runs(self.server.run))
             else:
-                is_model = self.path == "/model"
-                self.send_json(self.server.about if is_model else runs(self.server.c.run))
+                self.act(self.server.tab(asked.get("session")), asked)
         except Refused as refused:
             self.send_error(*refused.args)
 
     do_POST = do_GET
 
-    def check(self):
-        """Only pages of this server ask: a name that leads here from outside is refused."""
-        origin = self.headers.get("Origin", "http://" + self.server.hosts[0])
-        asked = {self.headers.get("Host"), origin.removeprefix("http://")}
-        refuse(not asked <= {*self.server.hosts}, 403, "this page is for 127.0.0.1 only")
+    def asked(self):
+        """The JSON object that was sent, if one has to be."""
+        host, size = (self.headers.get(key, "") for key in ("Host", "Content-Length"))
+        refuse(host not in self.server.hosts, 403, "this page is for 127.0.0.1 only")
         refuse(self.path not in ROUTES, 404, "there is no such page")
-        wrong = self.command != ROUTES[self.path]
-        refuse(wrong, 405, f"{self.path} does not answer {self.command}")
-
-    def body(self):
-        """The JSON object of a request."""
-        size, kind = self.headers.get("Content-Length", ""), self.headers.get_content_type()
-        refuse(kind != "application/json", 415, "send application/json")  # no foreign form can
+        refuse(self.command != ROUTES[self.path], 405, f"{self.path} takes {ROUTES[self.path]}")
+        if self.command == "GET":
+            return None
+        is_json = self.headers.get_content_type() == "application/json"  # no foreign form is
+        refuse(not is_json, 415, "send application/json")
         refuse(not re.fullmatch("[0-9]{1,9}", size), 411, "send a Content-Length")
         refuse(int(size) > BODY, 413, f"a request has at most {BODY} bytes")
         with suppress(ValueError, RecursionError):
@@ -313,21 +286,23 @@ class Page(BaseHTTPRequestHandler):
                 return asked
         raise Refused(400, "the request is no JSON object")
 
-    def act(self, asked):
-        session = asked.get("session")
-        is_name = isinstance(session, str) and re.fullmatch("[A-Za-z0-9-]{8,64}", session)
-        refuse(not is_name, 400, "session must be 8 to 64 letters, digits or -")
-        tab = self.server.tab(session)
+    def act(self, tab, asked):
+        """Change the state of a tab; only one at a time."""
         if self.path == "/stop":
             tab.stopping = True
-        else:
-            with taken(tab.busy, 409, "this tab is still writing: stop it first"):
-                if self.path == "/think":
-                    return self.think(tab, asked)
-                tab.forget()
-        self.send_json({})
+            return self.tell({})
+        is_free = self.server.writing.acquire(blocking=False)
+        refuse(not is_free, 429, "the model is writing: stop it, or try again in a moment")
+        try:
+            if self.path == "/think":
+                return self.think(tab, asked)
+            tab.forget()
+        finally:
+            self.server.writing.release()
+        self.tell({})
 
     def think(self, tab, asked):
+        """Let the model read a text and write."""
         text, n, heat = (asked.get(key) for key in ("text", "tokens", "temperature"))
         is_text = isinstance(text, str) and len(text) <= TEXT
         refuse(not is_text, 400, f"text must be a string of at most {TEXT} characters")
@@ -341,13 +316,12 @@ class Page(BaseHTTPRequestHandler):
             tab.tokenizer.encode(text.encode().decode())  # not half a character
         except (DataError, UnicodeError) as error:
             raise Refused(400, " ".join(str(error).split())) from None
-        busy = f"{SPEAKING} other tabs are writing: try again in a moment"
-        with taken(self.server.speaking, 429, busy), suppress(OSError):  # the reader left
+        with suppress(OSError):  # the reader left
             self.stream(tab.speak(text, n, heat, until))
 
     def stream(self, events):
         """Server-sent events, a line of JSON each, until they end or the reader leaves."""
-        self.send("text/event-stream")
+        self.send(b"", "text/event-stream")
         last = {"done": True}
         try:
             for event in events:
@@ -356,22 +330,22 @@ class Page(BaseHTTPRequestHandler):
             last["error"] = str(error).splitlines()[0]
         self.wfile.write(b"data: " + json.dumps(last).encode() + b"\n\n")
 
-    def send(self, kind, content=None, status=200):
-        """Headers and content; None: a stream, which ends with the connection."""
+    def send(self, content, kind, status=200):
+        """Headers and content; without any it is a stream, which ends with the connection."""
         self.send_response(status)
         self.send_header("Content-Type", f"{kind}; charset=utf-8")
         self.send_header("X-Content-Type-Options", "nosniff")
         self.send_header("X-Frame-Options", "DENY")
-        if content is not None:
+        if content:
             self.send_header("Content-Length", str(len(content)))
         self.end_headers()
-        self.wfile.write(content or b"")
+        self.wfile.write(content)
 
-    def send_json(self, value, status=200):
-        self.send("application/json", json.dumps(value).encode() + b"\n", status)
+    def tell(self, value, status=200):
+        self.send(json.dumps(value).encode() + b"\n", "application/json", status)
 
     def send_error(self, code, message=None, explain=None):  # http.server calls it too
-        self.send_json({"error": message or "bad request"}, 405 if code == 501 else code)
+        self.tell({"error": message or "bad request"}, 405 if code == 501 else code)
 
     def log_message(self, *args):
         pass
@@ -381,11 +355,10 @@ def runs(folders):
     """[{name, log}] of folders of train.py, between blanks."""
     found = []
     for folder in folders.split():
-        log = []
+        found.append({"name": Path(folder).name, "log": []})
         with suppress(OSError, ValueError):  # not there yet, or half a line at its end
             for line in (Path(folder).expanduser() / "log.jsonl").read_text().splitlines():
-                log.append(json.loads(line))
-        found.append({"name": Path(folder).name, "log": log})
+                found[-1]["log"].append(json.loads(line))
     return found
 
 
@@ -403,41 +376,32 @@ def printable(text):
     return "".join(x if x.isprintable() else " " for x in text)
 
 
-def spikes(speaker, c):
+def spikes(speaker, name, c):
     """Print what the model writes; below each line, of every layer, two rows of blocks, which are
     four neurons: lit at the tokens at which they fire."""
-    watcher, blocks = Watcher(speaker.model, speaker.tokenizer, c), " ▀▄█"
+    (watcher, events), blocks = watched(speaker, name, c), " ▀▄█"
     try:
         blocks.encode(sys.stdout.encoding or "ascii")
     except (UnicodeError, LookupError):
         blocks = " '.:"
-    edge = max([len(layer.name) for layer in watcher.layers], default=0) + 1
-    room = max(20, shutil.get_terminal_size().columns - edge - 6)
-    tokens = []  # of this line: (event, text, columns that it takes)
-
-    def flush():
-        print(" " * edge + "".join(text for _, text, _ in tokens))
-        for i, (layer, shown) in enumerate(zip(watcher.layers, watcher.shown)):
-            rate = sum(event["rate"][i] for event, *_ in tokens) / len(tokens)
-            for row, name, percent in ((0, layer.name, f"{rate:.0%}"), (2, "", "")):
-                upper, lower = ((row + k) * len(shown) // 4 for k in range(2))
-                lit = ""
-                for event, _, width in tokens:
-                    fired = event["fired"][i]
-                    lit += blocks[(upper in fired) + 2 * (lower in fired)] * width
-                print(f"{name:>{edge - 1}} {lit:{room}} {percent:>4}".rstrip())
-        tokens.clear()
-
-    for event in watcher.speak(c.prompt, c.max_new_tokens, c.temperature):
-        text = printable(event["text"].strip("\n"))
+    heads = [head for layer in watcher.layers for head in (layer.name, "")]
+    edge = max(map(len, heads)) + 1
+    room = max(20, shutil.get_terminal_size().columns - edge - 1)
+    line, rows, is_over = "", [""] * len(heads), False
+    for event in itertools.chain(events, [None]):
+        text = printable(event["text"].strip("\n")) if event else ""
         width = sum(1 + (unicodedata.east_asian_width(x) in "WF") for x in text)
-        if tokens and sum(taken for *_, taken in tokens) + width > room:
-            flush()
-        tokens.append((event, text, width))
-        if "\n" in event["text"]:
-            flush()
-    if tokens:
-        flush()
+        if rows[0] and (is_over or not event or len(rows[0]) + width > room):
+            print(" " * edge + line)
+            for head, row in zip(heads, rows):
+                print(f"{head:>{edge - 1}} {row}".rstrip())
+            line, rows = "", [""] * len(heads)
+        line += text
+        is_over = event and "\n" in event["text"]
+        for k in range(len(rows) if event else 0):
+            fired, n = event["fired"][k // 2], len(watcher.layers[k // 2].shown)
+            upper, lower = ((k % 2 * 2 + half) * n // 4 in fired for half in (0, 1))
+            rows[k] += blocks[upper + 2 * lower] * width
 
 
 # ---- pictures ----------------------------------------------------------------------------------
@@ -460,84 +424,63 @@ def sheet(panels=1, size=(7, 4), columns=3, **options):
     return figure, axes[:panels]
 
 
-def save(figure, path):
-    """A PNG is small: a palette in place of all the shades of the letters' edges."""
-    if not str(path).endswith(".png"):
-        return figure.savefig(path)
-    from PIL import Image  # matplotlib depends on it
-
-    image = io.BytesIO()
-    figure.savefig(image, dpi=120)
-    Image.open(image).convert("RGB").quantize(64).save(path, optimize=True)
-
-
-def raster(path, title, watcher, events):
+def raster(title, watcher, events):
     """Tokens by neurons, and the membranes of the three neurons that fire closest to 30%."""
     figure, (above, below) = sheet(2, (9, 3.5), 1, sharex=True, height_ratios=(2, 1))
     start, lively = 0, []
-    for i, (layer, shown) in enumerate(zip(watcher.layers, watcher.shown)):
-        rate = sum(event["rate"][i] for event in events) / len(events)
-        dots = [(t, start + row) for t, event in enumerate(events) for row in event["fired"][i]]
-        x, y = zip(*dots) if dots else ((), ())
-        style = dict(color=f"C{i % 10}", marker=MARKERS[i % 5], linewidths=0)
-        above.scatter(x, y, 5, label=f"layer {layer.name}: {rate:.0%} fire", **style)
-        for row in range(len(shown) if layer.theta is not None else 0):
-            rate = sum(row in event["fired"][i] for event in events) / len(events)
-            lively.append((abs(rate - 0.3), i, row))
-        start += len(shown)
+    for i, layer in enumerate(watcher.layers):
+        fired = torch.zeros(len(events), len(layer.shown))
+        for t, event in enumerate(events):
+            fired[t, event["fired"][i]] = 1
+        t, row = fired.nonzero(as_tuple=True)
+        look = {"color": f"C{i % 10}", "marker": MARKERS[i % 5], "linewidths": 0}
+        label = f"layer {layer.name}: {fired.mean():.0%} fire"
+        above.scatter(t, start + row, 5, label=label, **look)
+        if layer.theta is not None:
+            lively += [(abs(r - 0.3), i, n) for n, r in enumerate(fired.mean(0).tolist())]
+        start += len(layer.shown)
     for k, (_, i, row) in enumerate(sorted(lively)[:3]):
-        layer, n = watcher.layers[i], watcher.shown[i][row]
-        v, style = [event["membrane"][i][row] for event in events], dict(color=COLOURS[k], lw=1)
-        below.plot(v, LINES[k], label=f"layer {layer.name}, neuron {n}", **style)
-        below.axhline(layer.theta[n].item(), linestyle=":", **style)
+        layer, v = watcher.layers[i], [event["membrane"][i][row] for event in events]
+        n = layer.shown[row]
+        below.plot(v, LINES[k], color=COLOURS[k], lw=1, label=f"layer {layer.name}, neuron {n}")
+        below.axhline(layer.theta[n].item(), linestyle=":", color=COLOURS[k], lw=1)
     below.plot([], [], "k:", label="threshold")
     above.set(title=f"Spikes of {title}", ylabel="neuron", xlim=(-1, len(events)))
     below.set(title="Membranes before the reset", ylabel="membrane", xlabel="token (a time step)")
     words = [printable(event["text"]).replace("$", r"\$") for event in events]
-    turned = 90 * (max(map(len, words)) > 2)
-    below.set_xticks(range(len(events)), words, fontsize=6, rotation=turned)
+    below.set_xticks(range(len(words)), words, fontsize=6, rotation=90)
     below.legend(fontsize=7, ncols=4)
     figure.legend(*above.get_legend_handles_labels(), loc="outside right upper", fontsize=7)
-    save(figure, path)
+    return figure
 
 
-def neurons(path, title, watcher, events):
+def neurons(axes, layer, rate):
     """Every neuron a dot: its area is the weight that it sends out, its colour the gene program
     that it follows or, where there are none, its firing rate."""
-    figure, panels = sheet(len(watcher.layers), (4.4, 4.2))
-    for layer, total, axes in zip(watcher.layers, watcher.total, panels):
-        N, n = len(layer.out), torch.arange(len(layer.out))
-        # a sunflower: seed n at sqrt(n), one golden angle further
-        x, y = n.sqrt() * torch.cos(2.39996 * n), n.sqrt() * torch.sin(2.39996 * n)
-        area = (2e4 / N * (layer.out / layer.out.max()).square())[layer.order]
-        if layer.program is None:
-            dots = axes.scatter(x, y, area, total / watcher.seen, cmap="cividis_r")
-            figure.colorbar(dots, ax=axes, label="firing rate, spikes per token", shrink=0.7)
-        for k, name in enumerate(PROGRAMS if layer.program is not None else ()):
-            own = layer.program[layer.order] == k
-            label = f"{name.replace('_', ' ')} ({int(own.sum())})"
-            axes.scatter(x[own], y[own], area[own], f"C{k}", label=label, linewidths=0)
-            axes.legend(loc="upper center", bbox_to_anchor=(0.5, 0), ncols=2, fontsize=7)
-        axes.set(title=f"layer {layer.name}: {N} neurons", aspect="equal", xticks=[], yticks=[])
-    figure.suptitle(f"{title}. Area of a dot: norm of its outgoing weights", fontsize=9)
-    save(figure, path)
+    n = torch.arange(N := len(rate))  # a sunflower: seed n one golden angle further
+    x, y = n.sqrt() * torch.cos(2.39996 * n), n.sqrt() * torch.sin(2.39996 * n)
+    area = (2e4 / N * (layer.out / layer.out.max()).square())[layer.order]
+    if layer.program is None:
+        dots = axes.scatter(x, y, area, rate, cmap="cividis_r")
+        axes.figure.colorbar(dots, ax=axes, label="firing rate, spikes per token", shrink=0.7)
+    for k, name in enumerate(PROGRAMS if layer.program is not None else ()):
+        own = layer.program[layer.order] == k
+        label = f"{name.replace('_', ' ')} ({int(own.sum())})"
+        axes.scatter(x[own], y[own], area[own], f"C{k}", label=label, linewidths=0)
+        axes.legend(loc="upper center", bbox_to_anchor=(0.5, 0), ncols=2, fontsize=7)
+    axes.set(title=f"layer {layer.name}: {N} neurons", aspect="equal", xticks=[], yticks=[])
 
 
-def rates(path, title, watcher, events):
-    """How often the neurons of each layer fire: dead and saturated ones stand out."""
-    figure, panels = sheet(len(watcher.layers), (4, 2.8))
-    for layer, total, axes in zip(watcher.layers, watcher.total, panels):
-        rate = (total / watcher.seen).tolist()
-        axes.hist(rate, [k / 20 for k in range(21)], color=COLOURS[2], ec="white", log=True)
-        for x, marker, word in ((0, "ko", "never"), (1, "kv", "always")):
-            count = rate.count(x)
-            axes.plot([x], [count or math.nan], marker, label=f"{count} {word} fire")
-        mean = sum(rate) / len(rate)
-        axes.axvline(mean, color=COLOURS[1], linestyle="--", label=f"mean {mean:.1%}")
-        axes.set(title=f"layer {layer.name}", xlabel="spikes per token", ylabel="neurons")
-        axes.legend(fontsize=7)
-    figure.suptitle(f"Firing rates of {title}, {watcher.seen} tokens", fontsize=9)
-    save(figure, path)
+def rates(axes, layer, rate):
+    """How often neurons fire: dead and saturated ones stand out."""
+    axes.hist(rate, [k / 20 for k in range(21)], color=COLOURS[2], ec="white", log=True)
+    for x, marker, word in ((0, "ko", "never"), (1, "kv", "always")):
+        count = int((rate == x).sum())
+        axes.plot([x], [count or math.nan], marker, label=f"{count} {word} fire")
+    mean = rate.mean().item()
+    axes.axvline(mean, color=COLOURS[1], linestyle="--", label=f"mean {mean:.1%}")
+    axes.set(title=f"layer {layer.name}", xlabel="spikes per token", ylabel="neurons")
+    axes.legend(fontsize=7)
 
 
 def curves(axes, title, logs, key="tokens"):
@@ -546,30 +489,37 @@ def curves(axes, title, logs, key="tokens"):
     for k, (label, log) in enumerate(logs):
         log = [line for line in log if line["tokens"]]  # untrained it would dwarf the rest
         x, y = [line[key] / unit for line in log], [line["bpb"] for line in log]
-        style = dict(color=COLOURS[k % 6], label=label, markersize=3)
-        axes.plot(x, y, LINES[k % 4] + MARKERS[k % 5], **style)
+        look = LINES[k % 4] + MARKERS[k % 5]
+        axes.plot(x, y, look, color=COLOURS[k % 6], label=label, markersize=3)
     axes.set(title=title, xlabel=f"training {words}", ylabel="held-out text, bits/byte")
     axes.grid(alpha=0.3)
     axes.legend(fontsize=8)
 
 
-def loss(path, found):
-    """The curves of what `runs` found."""
-    if not any(run["log"] for run in found):
+def loss(folders):
+    """The curves of runs."""
+    logs = [(run["name"], run["log"]) for run in runs(folders)]
+    if not any(log for _, log in logs):
         raise ValueError("loss.png needs --run=FOLDER of a run of train.py, with a log.jsonl")
     figure, panels = sheet(2, (5, 4), sharey=True)
     for axes, key in zip(panels, ("tokens", "minutes")):
-        curves(axes, f"Loss against {key}", [(run["name"], run["log"]) for run in found], key)
-    save(figure, path)
+        curves(axes, f"Loss against {key}", logs, key)
+    return figure
 
 
 PICTURES = {"raster": raster, "neurons": neurons, "rates": rates}
+TITLES = {"neurons": "Neurons of {}. Area of a dot: norm of its outgoing weights"}
+TITLES["rates"] = "Firing rates of {}"
 
 
 def picture(path, speaker, name, c):
     """Draw what the file is named after, while the model goes on from --prompt."""
-    watcher = Watcher(speaker.model, speaker.tokenizer, c)
-    if not watcher.layers:
-        raise ValueError(f"{name} has no spiking neurons to draw")
-    events = list(watcher.speak(c.prompt, c.max_new_tokens, c.temperature))
-    PICTURES[Path(path).stem](path, name, watcher, events)
+    (watcher, events), kind = watched(speaker, name, c), Path(path).stem
+    events = list(events)
+    if kind == "raster":
+        return raster(name, watcher, events).savefig(path, dpi=120)
+    figure, panels = sheet(len(watcher.layers), (4.4, 4.2 if kind == "neurons" else 2.8))
+    for layer, axes in zip(watcher.layers, panels):
+        PICTURES[kind](axes, layer, layer.total / watcher.seen)
+    figure.suptitle(TITLES[kind].format(name) + f"; {watcher.seen} tokens", fontsize=9)
+    figure.savefig(path, dpi=120)
