@@ -631,6 +631,11 @@ def test_evaluation_is_exact(monkeypatch):
     assert some["valid"] != lines[0]["valid"] and some["bpb"] == lines[0]["bpb"]
 
 
+def test_what_the_model_writes_is_in_the_log(one):
+    samples = [line["samples"] for line in one[1]]
+    assert any(samples) and all(type(text) is str for texts in samples for text in texts)
+
+
 def test_the_training_loss_is_that_since_the_last_evaluation(text, one, tmp_path):
     each = [x["train"] for x in run(text, tmp_path, STORIES, "--eval_interval=1")][1:]
     for line, steps in zip(one[1][1:], (each[:4], each[4:])):

@@ -2,6 +2,7 @@
 
 import fcntl
 import http.client
+import io
 import json
 import os
 import re
@@ -85,10 +86,11 @@ def test_the_numbers_are_those_of_the_model():
 
 
 def test_it_says_what_sample_says(capsys, tmp_path):
-    ask = f"--ckpt={checkpoint(tmp_path / 'best.pt')}", "--prompt=The", "--max_new_tokens=15"
-    sample.main([*ask, "--device=cpu"])
-    events = list(watcher_of(c=SampleConfig(device="cpu")).speak("The", 15, 0.7))
-    assert capsys.readouterr().out.strip("\n") == "".join(e["text"] for e in events).strip("\n")
+    ask = [f"--ckpt={checkpoint(tmp_path / 'best.pt')}", "--prompt=The", "--device=cpu"]
+    said = "".join(event["text"] for event in watcher_of().speak("The", 5, 0.7))
+    for how in ([], ["--spikes"]):
+        sample.main([*ask, "--max_new_tokens=5", *how])
+        assert watch.printable(said) in watch.printable(capsys.readouterr().out)
 
 
 def test_neurons_of_a_program_stand_together_and_large_layers_are_thinned():
@@ -177,9 +179,8 @@ def test_the_page_stands_alone():
     with serving() as server:
         assert server.server_address[0] == "127.0.0.1"
         assert server.ask("GET", "/") == (200, page)
-        status, model = server.ask("GET", "/model")
-        model = json.loads(model)
-        assert status == 200 and [len(layer["shown"]) for layer in model["layers"]] == [32, 32]
+        model = json.loads(server.ask("GET", "/model")[1])
+        assert [len(layer["shown"]) for layer in model["layers"]] == [32, 32]
         assert model["name"] == "best.pt" and model["examples"] == ["Hello."]
 
 
@@ -300,11 +301,11 @@ def test_a_mistake_of_the_model_is_told(monkeypatch):
         assert "shape '[3]' is invalid" in json.loads(last[6:])["error"]
 
 
-def test_a_taken_port_is_one_line():
-    with serving() as server:
-        port = server.server_address[1]
-        with pytest.raises(ValueError, match=f"cannot listen on port {port}"):
-            watch.serve(watcher_of(), "best.pt", SampleConfig(port=port))
+def test_a_taken_port_is_one_line(tmp_path, capsys):
+    with serving() as server, pytest.raises(SystemExit):
+        ckpt = checkpoint(tmp_path / "best.pt")
+        sample.main([f"--ckpt={ckpt}", "--serve", f"--port={server.server_address[1]}"])
+    assert "error: cannot listen on port" in capsys.readouterr().err
 
 
 LOG = [
@@ -448,27 +449,20 @@ def test_the_page_in_a_browser(browser, name, run_folder):
 # ---- the terminal --------------------------------------------------------------------------------
 
 
-def test_spikes_in_the_terminal(tmp_path, capsys, monkeypatch):
-    monkeypatch.setenv("COLUMNS", "40")
-    ask = [f"--ckpt={checkpoint(tmp_path / 'best.pt')}", "--prompt=a\nbc", "--max_new_tokens=0"]
-    sample.main([*ask, "--spikes", "--device=cpu"])
-    lines = capsys.readouterr().out.splitlines()
+@pytest.mark.parametrize("encoding, blocks", [("utf-8", " ▀▄█"), ("ascii", " '.:")])
+def test_spikes_in_the_terminal(encoding, blocks, monkeypatch):
+    c = SampleConfig(device="cpu", prompt="a\nbc", max_new_tokens=0)
+    watcher, out = watcher_of(c=c), io.TextIOWrapper(io.BytesIO(), encoding=encoding)
+    monkeypatch.setattr(sys, "stdout", out)
+    watch.spikes(watcher, "best.pt", c)
+    out.seek(0)
+    lines = out.read().splitlines()
     assert len(lines) == 2 * (1 + 2 * 2) and lines[0] == "  a" and lines[5] == "  bc"
     assert lines[6][0] + lines[8][0] == "12"
     for column, event in enumerate([*watcher_of().speak("a\nbc", 0, 0.7)][3:]):
         for k in range(4):
             upper, lower = ((k % 2 * 2 + half) * 8 in event["fired"][k // 2] for half in range(2))
-            assert lines[6 + k].ljust(40)[2 + column] == " ▀▄█"[upper + 2 * lower], (k, column)
-
-
-def test_spikes_in_a_terminal_without_blocks(tmp_path):
-    ask = [f"--ckpt={checkpoint(tmp_path / 'best.pt')}", "--prompt=abc", "--spikes", "--device=cpu"]
-    done = subprocess.run(
-        [sys.executable, "sample.py", *ask, "--max_new_tokens=40"], cwd=ROOT, capture_output=True,
-        env=os.environ | {"PYTHONIOENCODING": "ascii", "PYTHONUTF8": "0"},
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    assert set("'.") & set(out := done.stdout.decode("ascii")) and "abc" in out
+            assert lines[6 + k].ljust(40)[2 + column] == blocks[upper + 2 * lower], (k, column)
 
 
 # ---- pictures ------------------------------------------------------------------------------------
