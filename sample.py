@@ -62,7 +62,7 @@ class SampleConfig:
     RANGE = {name: (0, math.inf) for name in ("temperature", "top_k", "max_new_tokens", "seed")}
     RANGE |= {"top_p": (1e-300, 1), "eval_length": (1, math.inf), "threads": (0, 1024)}
     RANGE |= {"port": (0, 65535)}
-    FIRST = "ckpt prompt chat eval temperature top_p top_k max_new_tokens device seed"
+    FIRST = "ckpt prompt chat serve eval temperature top_p top_k max_new_tokens device seed"
 
     __post_init__ = config.check
 

@@ -325,7 +325,7 @@ class Page(BaseHTTPRequestHandler):
         last = {"done": True}
         try:
             for event in events:
-                self.wfile.write(b"data: " + json.dumps(event).encode() + b"\n\n")
+                self.wfile.write(b"data: " + json.dumps(event, allow_nan=False).encode() + b"\n\n")
         except (ValueError, RuntimeError) as error:  # of the model
             last["error"] = str(error).splitlines()[0]
         self.wfile.write(b"data: " + json.dumps(last).encode() + b"\n\n")
