@@ -1,17 +1,18 @@
 """Measure this repository beside its peers: one sub-command per question.
 
-    python bench.py scan                          one layer of neurons: ours and the peers'
     python bench.py train configs/sam_6m.py       training: ours, snnTorch, a transformer
     python bench.py generate configs/sam_6m.py    generation: ours and a transformer
     python bench.py generate configs/snn_1b.py --rates=results/tinystories_snn_6m_sparse.json
     python bench.py report                        writes RESULTS.md and assets/ from results/
 
-Questions about our own models are in experiments/, one file each:
+The other questions are in experiments/, one file each:
 
+    python bench.py scan                          one layer of neurons: ours and the peers'
     python bench.py params configs/sam_6m.py      parameters and operations per token
     python bench.py ablate configs/spikewhale_6m.py --dataset=my.txt   what each ingredient is worth
     python bench.py recall                        a name, hundreds of tokens later: who was it?
     python bench.py frames configs/neuronspark_6m.py --k_max=16   what skipped frames save
+    python bench.py all --text=my.txt             everything, in the order of its worth on a GPU
 
 All contestants of a comparison run in one process, taking turns round by round, so that a slow
 moment of the machine hits all of them; the tables show medians and their ratio to ours. Peers that
@@ -38,9 +39,6 @@ import torch
 import config
 import lif as lif_module
 from checkpoint import build, load_checkpoint
-from experiments.peers import BETA, PEERS, SLOPE, THETA, Contestant, SnnTorchSam, check_spikes
-from kernels import lif
-from lif import lif_reference, lif_torch
 from model import SpikingLM
 from report import write as write_report
 from train import Run, TrainConfig, environment, make_optimizers, train_step, write_result
@@ -66,6 +64,8 @@ class BenchConfig:
             super().__post_init__()
 
 
+OURS = "ours"  # the contestant that all are compared with
+
 # ---- taking turns -----------------------------------------------------------------------------
 
 
@@ -77,19 +77,6 @@ def seconds(run, device):
     run()
     wait()
     return time.perf_counter() - start
-
-
-def captured(run, device):
-    """run() as one CUDA graph: what the GPU needs for it, without Python's launches."""
-    stream = torch.cuda.Stream(device)
-    with torch.cuda.stream(stream):  # a graph is captured on a stream that has warmed up
-        for _ in range(3):
-            run()
-    torch.cuda.synchronize(device)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        run()
-    return lambda: graph.replay() if run else None  # `run` holds what the graph reads
 
 
 def take_turns(contestants, rounds, warmup, device):
@@ -142,106 +129,6 @@ def parameters_of(settings):
         return size_of(SpikingLM(settings))
 
 
-# ---- scan: one layer without recurrent synapses, forward + backward ---------------------------
-#
-# Every contestant gets the same currents, the same decay and the same random cotangent on its
-# spikes, and returns the gradients of current and decay. Each gets the currents in the layout that
-# it likes, contiguous: (B, T, N) ours, (T, B, N) the peers. Only the spikes enter the loss.
-
-
-def _ours(scan, N, device):
-    beta = torch.full((N,), BETA, device=device, requires_grad=True)
-    theta = torch.full((N,), THETA, device=device)
-    options = dict(surrogate="atan", slope=SLOPE, return_membrane=False)
-    return lambda x: scan(x, beta, theta, **options)[0], beta
-
-
-OURS = "ours"
-CONTESTANTS = {
-    OURS: Contestant(partial(_ours, lif), time_major=False),
-    "ours, plain torch": Contestant(partial(_ours, lif_torch), time_major=False),
-    **PEERS,
-    "plain autograd, unbind": Contestant(partial(_ours, lif_reference), time_major=False),
-}
-
-
-def forward_backward(forward, x, decay, cotangent):
-    torch.autograd.grad(forward(x), (x, decay), cotangent)
-
-
-def scan_one(b, device, shape):
-    """All contestants at one shape (B, T, N): dict for JSON.
-
-    On a GPU each runs as a CUDA graph, ours also as called from Python and in bfloat16, and beside
-    them a copy: how fast memory is. `bytes` are those that an ideal scan moves: current and u
-    or membrane in and out, spikes, and the gradients of both.
-    """
-    torch.manual_seed(b.seed)
-    current = (torch.randn(shape) * 0.5 + 0.15).to(device)  # fires in about a fifth of the steps
-    d_spikes = torch.randn(shape).to(device)
-    on_gpu = device.type == "cuda"
-    runs, rows, skipped = {}, {}, {}
-
-    def enter(name, run, graph, **facts):
-        try:
-            runs[name] = captured(run, device) if on_gpu and graph else run
-            rows[name] = facts
-        except RuntimeError as error:
-            skipped[name] = f"no CUDA graph: {str(error).splitlines()[0]}"
-
-    for name, contestant in CONTESTANTS.items():
-        if name == "ours, plain torch" and not on_gpu:
-            continue  # elsewhere it is what `lif` picks
-        try:
-            forward, decay = contestant.build(shape[2], device)
-            facts = check_spikes(name, contestant, forward, current)
-        except Exception as error:  # not installed, or another version of it
-            if name == OURS:
-                raise
-            skipped[name] = f"{type(error).__name__}: {error}"
-            continue
-        x = contestant.lay_out(current / contestant.scale).requires_grad_()
-        run = partial(forward_backward, forward, x, decay, contestant.lay_out(d_spikes))
-        enter(name, run, True, **facts)
-        if on_gpu and name == OURS:
-            rows[name]["bytes"] = 24 * current.numel()
-            enter("ours, from Python", run, False)
-            half = x.detach().bfloat16().requires_grad_()
-            run = partial(forward_backward, forward, half, decay, d_spikes.bfloat16())
-            enter("ours, bfloat16", run, True, bytes=12 * current.numel())
-    if on_gpu:
-        target = torch.empty_like(current)
-        enter("copy", lambda: target.copy_(current), True, bytes=8 * current.numel())
-    for name, row in summary(take_turns(runs, b.rounds, b.warmup, device), OURS).items():
-        rows[name] |= row
-        if "bytes" in rows[name]:
-            rows[name]["gb_per_s"] = rows[name]["bytes"] / row["median_ms"] / 1e6
-    for row in rows.values():
-        if "gb_per_s" in row:
-            row["of_copy"] = row["gb_per_s"] / rows["copy"]["gb_per_s"]
-    columns = {"median_ms": ".3f", "min_ms": ".3f", "max_ms": ".3f", "ratio": ".2f"}
-    columns |= {"gb_per_s": ",.0f", "of_copy": ".0%"} if on_gpu else {}
-    show(f"(B, T, N) = {shape}, {device}", rows, columns | {"wrong_spikes": ".1e"}, skipped)
-    return {"shape": list(shape), "contestants": rows, "skipped": skipped}
-
-
-def scan(
-    b,
-    run,
-    *,
-    shapes: str = "32x64x512,16x256x512,4x1024x1024",  # (B, T, N) as BxTxN
-):
-    """Milliseconds of every contestant at every shape."""
-    try:
-        sizes = [tuple(map(int, shape.split("x"))) for shape in shapes.split(",")]
-    except ValueError:
-        sizes = [()]
-    if any(len(size) != 3 or min(size) < 1 for size in sizes):
-        raise ValueError(f"shapes must be BxTxN,BxTxN,..., got {shapes!r}")
-    scans = [scan_one(b, run.device, size) for size in sizes]
-    return {"what": "one layer, forward + backward, float32; ratio to ours", "scans": scans}
-
-
 # ---- train: whole optimiser steps -------------------------------------------------------------
 
 
@@ -269,6 +156,8 @@ def train(
     shape = {"micro_tokens": c.micro_tokens, "dtype": c.dtype, "vocab_size": c.vocab_size}
     models = {OURS: (SpikingLM, c), "transformer": (SpikingLM, replace(gpt, **shape))}
     if c.block == "sam" and c.residual == "gated" and c.rec_heads == 1:
+        from experiments.peers import SnnTorchSam  # what is asked for by name alone
+
         models["snnTorch, step by step"] = (SnnTorchSam, c)
     runs, facts, skipped = {}, {}, {}
     x, y = random_tokens(c, length), random_tokens(c, length)
@@ -333,16 +222,19 @@ def multiplications(settings, length):
 
 
 class Card(NamedTuple):
-    flops: float  # dense bfloat16 operations per second, as the vendor states them
+    """What the vendors state."""
+
+    flops: float  # dense bfloat16 operations per second
     memory: float  # bytes
-    link: float  # bytes per second at which it exchanges gradients with the next
+    inside: float  # bytes per second to the next card of the same machine (NVLink; 4090: PCIe)
+    between: float  # and of another machine (InfiniBand, one adapter per card)
 
 
 CARDS = {
-    "h200": Card(989e12, 141e9, 100e9),
-    "h100": Card(989e12, 80e9, 100e9),
-    "a100": Card(312e12, 80e9, 100e9),
-    "4090": Card(165e12, 24e9, 10e9),
+    "h200": Card(989e12, 141e9, 450e9, 50e9),
+    "h100": Card(989e12, 80e9, 450e9, 50e9),
+    "a100": Card(312e12, 80e9, 300e9, 25e9),
+    "4090": Card(165e12, 24e9, 25e9, 6e9),
 }
 
 
@@ -501,8 +393,8 @@ def set_rates(model, rates):
 
 # ---- command line -----------------------------------------------------------------------------
 
-COMMANDS = {"scan": scan, "train": train, "generate": generate}
-EXPERIMENTS = "params ablate recall frames all".split()  # experiments/NAME.py, its function NAME
+COMMANDS = {"train": train, "generate": generate}
+EXPERIMENTS = "scan params ablate recall frames all".split()  # experiments/NAME.py, its function NAME
 
 
 def command_of(name):
@@ -510,7 +402,7 @@ def command_of(name):
     if name in EXPERIMENTS:
         return getattr(import_module(f"experiments.{name}"), name)
     if name not in COMMANDS:
-        names = "|".join([*COMMANDS, *EXPERIMENTS, "report"])
+        names = "|".join([*COMMANDS, "report", *EXPERIMENTS])
         raise ValueError(f"write python bench.py {names} [CONFIG.py] [--key=value ...]")
     return COMMANDS[name]
 

@@ -13,7 +13,9 @@ import torch.nn.functional as F
 
 from cell_bridge import Modulation, identity, synthetic_scores
 from kernels import lif
-from lif import RESETS, SURROGATES, Linear, Synapse, fused, population, uniform
+from lif import (
+    RESETS, SURROGATES, Linear, Synapse, dtype_of_products, fused, population, uniform,
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -79,10 +81,7 @@ def heads(w):
     """w (N, d) as the scan's (N/d, d, d), in the dtype of autocast, as of any other matrix."""
     if w is None:
         return None
-    device, dtype = w.device.type, w.dtype
-    if device != "meta" and torch.is_autocast_enabled(device):  # meta tensors know no autocast
-        dtype = torch.get_autocast_dtype(device)
-    return w.view(-1, w.shape[1], w.shape[1]).to(dtype)
+    return w.view(-1, w.shape[1], w.shape[1]).to(dtype_of_products(w))
 
 
 def run_neurons(c, current, beta, theta, w_rec, state, report, **options):
@@ -255,7 +254,8 @@ class Population(nn.Module):
         if self.training and c.noise:
             v_all = v_all + c.noise * c.theta * (torch.rand_like(v_all) - 0.5)
         levels = self.levels.view(1 + self.signed, c.levels, -1)
-        sent, rate = population(v_all, self.theta, levels, c.surrogate, c.slope, z.dtype)
+        dtype = dtype_of_products(z)
+        sent, rate = population(v_all, self.theta, levels, c.surrogate, c.slope, dtype)
         report.fired(sent, rate)
         return sent, v
 

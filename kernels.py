@@ -75,7 +75,7 @@ def _head(p_w, N, width, COLS: tl.constexpr, TRANSPOSED: tl.constexpr):
 # ---- surrogates, resets and the soft clamp ----------------------------------------------------
 
 # those that have a branch below; with any other `lif` takes plain PyTorch
-KERNEL_SURROGATES = "fast_sigmoid atan sigmoid gaussian triangle boxcar multi_gaussian ste".split()
+KERNEL_SURROGATES = ("fast_sigmoid", "atan", "sigmoid", "gaussian", "triangle", "ste")
 KERNEL_RESETS = ("soft", "none")
 
 
@@ -95,20 +95,9 @@ def surrogate_grad(u, k, NAME: tl.constexpr):
         return tl.exp(-x * x) * (k * 0.5641895835477563)  # 1/sqrt(pi)
     elif NAME == "triangle":
         return tl.maximum(k - k * k * tl.abs(u), 0.0)
-    elif NAME == "boxcar":
-        return tl.where(tl.abs(u) < 0.5 / k, k, 0.0)
-    elif NAME == "multi_gaussian":
-        lobes = _normal(u - 1 / k, 6 / k) + _normal(u + 1 / k, 6 / k)
-        return 0.5 * (1.15 * _normal(u, 1 / k) - 0.15 * lobes)
     else:
         tl.static_assert(NAME == "ste", "this surrogate has no kernel")
         return tl.zeros_like(u) + k
-
-
-@triton.jit
-def _normal(u, s):
-    x = u / s
-    return tl.exp(-0.5 * x * x) / (s * 2.5066282746310002)  # sqrt(2 pi)
 
 
 @triton.jit

@@ -141,6 +141,13 @@ def entry(registry, kind, name):
     return registry[name]
 
 
+def dtype_of_products(x):
+    """What matrices multiply in: the dtype of autocast where it is on, else that of x."""
+    device = x.device.type
+    is_on = device != "meta" and torch.is_autocast_enabled(device)  # meta tensors know no autocast
+    return torch.get_autocast_dtype(device) if is_on else x.dtype
+
+
 def at_full_precision(current, beta, theta, w_rec, v, s):
     """The membrane is never of 16 bits, nor is what is added to it; only products s W may be."""
     dtype = torch.promote_types(current.dtype, torch.float32)
@@ -203,19 +210,6 @@ def _triangle_soft(u, k):
     return 0.5 + k * w - 0.5 * k * k * w * w.abs()
 
 
-def _normal(u, s):  # density of the normal distribution with standard deviation s
-    return torch.exp(-0.5 * (u / s) ** 2) / (s * math.sqrt(2 * math.pi))
-
-
-def _normal_cdf(u, s):
-    return 0.5 + 0.5 * torch.erf(u / (s * math.sqrt(2)))
-
-
-def _multi_gaussian(normal, u, k):  # a bump of width 1/k between two negative lobes
-    s = 1 / k
-    return 0.5 * (1.15 * normal(u, s) - 0.15 * (normal(u - s, 6 * s) + normal(u + s, 6 * s)))
-
-
 SURROGATES = {
     "fast_sigmoid": Surrogate(  # Zenke & Ganguli 2018, arXiv 1705.11146
         lambda u, k: u.abs().mul_(k).add_(1).pow_(-2),
@@ -224,7 +218,7 @@ SURROGATES = {
     ),
     "atan": Surrogate(  # Fang et al. 2021, arXiv 2007.05785
         lambda u, k: torch.addcmul(
-            u.new_tensor(2 / k), u, u, value=k / 2 * math.pi**2
+            u.new_full((), 2 / k), u, u, value=k / 2 * math.pi**2
         ).reciprocal_(),
         lambda u, k: 0.5 + torch.atan(u * (math.pi * k / 2)) / math.pi,
         2.0,
@@ -241,16 +235,6 @@ SURROGATES = {
     ),
     "triangle": Surrogate(  # Esser et al. 2016, arXiv 1603.08270
         lambda u, k: u.abs().mul_(-k * k).add_(k).clamp_(min=0), _triangle_soft, 1.0
-    ),
-    "boxcar": Surrogate(
-        lambda u, k: (u.abs() < 0.5 / k).to(u.dtype).mul_(k),
-        lambda u, k: (0.5 + k * u).clamp(0, 1),
-        1.0,
-    ),
-    "multi_gaussian": Surrogate(  # Yin, Corradi, Bohte 2021, arXiv 2103.12593
-        lambda u, k: _multi_gaussian(_normal, u, k),
-        lambda u, k: _multi_gaussian(_normal_cdf, u, k),
-        2.0,
     ),
     "ste": Surrogate(lambda u, k: torch.full_like(u, k), lambda u, k: 0.5 + k * u, 1.0),
 }
@@ -486,7 +470,7 @@ def _send_back(v, theta, levels, d_sent, d_rate, g, slope):
 
 def fused(x, function):
     """The function of x and others; on a GPU compiled, so that each element is read once."""
-    return _compiled(function) if x.is_cuda else function
+    return _compiled(function) if x.is_cuda and not torch.compiler.is_compiling() else function
 
 
 @functools.cache
@@ -607,9 +591,13 @@ def deliver(s, weight, report):
             rows = F.embedding_bag(active, weight, start, mode="sum", per_sample_weights=level)
             return rows.to(s.dtype).sum(0).view(*s.shape[:-1], -1)
     else:
-        fired = (s.detach() != 0).flatten(0, -2).float()
-        report.fed_by_spikes(fired.mean(0), weight.shape[1])
+        report.fed_by_spikes(fused(s, rate_of)(s.detach()), weight.shape[1])
     return F.linear(s.to(weight.dtype), weight.t()).to(s.dtype)
+
+
+def rate_of(s):
+    """The share of tokens at which each neuron of s (..., N) fired: (N,)."""
+    return (s != 0).flatten(0, -2).float().mean(0)
 
 
 def uniform(fan_in, *shape):

@@ -58,13 +58,16 @@ class Frames:
         return x.gather(1, self.token[..., None].expand(-1, -1, x.shape[-1]))
 
     def pool(self, y, weight):
-        """Weighted sums over each token's frames: y (B, F, N), weight (B, T, most) -> (B, T, N)."""
-        B, T, most = weight.shape
-        w = weight.flatten(1).gather(1, self.token * most + self.nth) * self.live  # (B, F)
-        row = torch.arange(B, device=y.device)[:, None] * T + self.token
-        pooled = y.new_zeros(B * T, y.shape[-1])
-        y = (y * w[..., None].to(y.dtype)).flatten(0, 1)
-        return pooled.index_add(0, row.flatten(), y).view(B, T, -1)
+        """Weighted sums over each token's frames: y (B, F, N), weight (B, T, most) -> (B, T, N).
+
+        In the same order every time, which index_add on a GPU does not promise: a recomputed block
+        must ponder as long as it did before.
+        """
+        w = weight.flatten(1).gather(1, self.token * weight.shape[2] + self.nth) * self.live
+        padding = self.size - self.length  # (B,), the frames of a token that is not there
+        lengths = torch.cat([self.count, padding[:, None]], 1)
+        y = y * w[..., None].to(y.dtype)
+        return torch.segment_reduce(y, "sum", lengths=lengths, axis=1, unsafe=True)[:, :-1]
 
 
 # ---- in plain PyTorch -------------------------------------------------------------------------

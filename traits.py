@@ -20,7 +20,7 @@ import torch.nn.functional as F
 
 from config import pairs
 from kernels import lif
-from lif import Linear, Synapse, rms
+from lif import Linear, Synapse, fused, rms
 
 TRAITS = {}  # name -> class, in the order in which a token passes them
 
@@ -347,8 +347,11 @@ IGNORED = -100  # a target that does not count
 
 def cross_entropy(logits, targets):
     """Nats per token of logits (..., V), mean over the targets (...) that count; 0 if none does."""
-    logits, targets = logits.flatten(0, -2).float(), targets.flatten()
-    total = F.cross_entropy(logits, targets, ignore_index=IGNORED, reduction="sum")
+    return fused(logits, _cross_entropy)(logits.flatten(0, -2), targets.flatten())
+
+
+def _cross_entropy(logits, targets):
+    total = F.cross_entropy(logits.float(), targets, ignore_index=IGNORED, reduction="sum")
     return total / (targets != IGNORED).sum().clamp(min=1)
 
 

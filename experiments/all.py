@@ -16,7 +16,7 @@ import sys
 import time
 from pathlib import Path
 
-from train import environment, write_result
+from checkpoint import environment, write_result
 
 TESTS = "-m pytest -q --maxfail=20 tests/test_kernels.py tests/test_spark.py -k".split()
 MODEL = "out/all_snn_100m"

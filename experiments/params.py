@@ -1,14 +1,13 @@
 """What does a config cost? Parameters, operations per token, and a plan for a run on GPUs.
 
 python bench.py params configs/sam_6m.py
-python bench.py params configs/snn_1b.py --gpus=8
+python bench.py params configs/snn_1b.py --gpus=1,8,64,512 --gpu=h100
 """
-
-from dataclasses import replace
 
 import torch
 
-from bench import size_of
+from bench import CARDS, size_of
+from lif import entry
 from model import SpikingLM
 from train import OPTIMIZERS, make_optimizers
 
@@ -17,16 +16,21 @@ def params(
     c,
     run,
     *,
-    gpus: int = 0,  # plan a run of train.py on this many GPUs; 0: no plan
-    gpu_flops: float = 4e14,  # operations per second that a GPU reaches in bfloat16
-    gpu_link: float = 1e11,  # bytes per second at which a GPU exchanges gradients
+    gpus: str = "",  # plan a run of train.py on so many GPUs: 8, or several plans: 1,8,64
+    gpu: str = "h100",  # which: h200 | h100 | a100 | 4090
+    reached: float = 0.25,  # share of its operations that training reaches (bench.py train: MFU)
 ):
     """Parameters and operations per token; on the meta device, so that any size will do.
 
     Attention is counted as for a token that sees the whole window.
     """
-    if gpus < 0 or min(gpu_flops, gpu_link) <= 0:
-        raise ValueError("gpus >= 0, gpu_flops > 0 and gpu_link > 0 must hold")
+    try:
+        counts = [int(n) for n in gpus.split(",") if n]
+    except ValueError:
+        counts = [0]
+    if min(counts, default=1) < 1 or not 0 < reached <= 1:
+        raise ValueError(f"--gpus are numbers, as 1,8,64, and --reached is a share; got {gpus!r}")
+    card = entry(CARDS, "gpu", gpu)
     groups = {}
     with torch.device("meta"):
         model, token = SpikingLM(c), torch.zeros(1, 1, dtype=torch.long)
@@ -47,13 +51,13 @@ def params(
     spike_fed = sum(every for _, every in report.synapses)
     print(f"per token: {spike_fed:,d} spike-fed synapses, {report.macs:,d} float multiplications")
     result = {"parameters": total, "groups": groups, "synapses": spike_fed, "macs": report.macs}
-    if gpus:
-        result["plan"] = plan(c, model, spike_fed + report.macs, gpus, gpu_flops, gpu_link)
+    if counts:
+        result["plan"] = plans(c, model, spike_fed + report.macs, counts, gpu, card, reached)
     return result
 
 
-def plan(c, model, macs, gpus, gpu_flops, gpu_link):
-    """What a step of train.py takes on each of N GPUs: a plan to read before renting them.
+def plans(c, model, macs, counts, gpu, card, reached):
+    """What a step of train.py takes on each of N cards, computed: to be read before renting them.
 
     Weights, gradients and optimiser states are float32. Activations are those that a forward pass
     of micro_tokens saves for backward, in bfloat16 where they enter matrices, counted on the meta
@@ -68,26 +72,25 @@ def plan(c, model, macs, gpus, gpu_flops, gpu_link):
         for group in optimizer.param_groups
         for p in group["params"]
     )
-    states /= gpus if c.shard else 1
-    print(f"\nper GPU of {gpus}, {c.micro_tokens} tokens at a time:", flush=True)
-    gigabytes = {"weights": 4 * total, "gradients": 4 * total, "optimiser": states}
-    for name, checkpointing in (("activations", False), ("activations, checkpointing", True)):
-        gigabytes[name] = activation_bytes(replace(c, checkpointing=checkpointing))
-    gigabytes = {name: size / 1e9 for name, size in gigabytes.items()}
-    compute = (8 if c.checkpointing else 6) * macs * c.tokens_per_step / gpus / gpu_flops
-    moved = 2 * (gpus - 1) / gpus * 4 * total
-    seconds = {"compute": compute, "all-reduce": moved / gpu_link}
-    for name, size in gigabytes.items():
-        print(f"  {name:28s} {size:9.2f} GB")
-    print(f"  {'all-reduce per step':28s} {moved / 1e9:9.2f} GB")
-    took = sum(seconds.values())
-    print(f"  a step of {c.tokens_per_step:,d} tokens takes at least {took:.2f} s", end="")
-    print(f" ({', '.join(f'{name} {t:.2f}' for name, t in seconds.items())}), all GPUs together")
-    print(
-        f"  {c.tokens_per_step / took:,.0f} tokens/s;"
-        f" {c.max_steps} steps in {took * c.max_steps / 3600:,.1f} h"
-    )
-    return {"gpus": gpus, "gigabytes": gigabytes, "all_reduce_bytes": moved, "seconds": seconds}
+    activations = activation_bytes(c)
+    print(f"\n{gpu} at {reached:.0%} of its operations; {c.micro_tokens} tokens at a time:")
+    print("  GPUs  GB per GPU  of these activations  GB sent per step     tokens/s      hours")
+    found = {}
+    for n in counts:
+        memory = 8 * total + states / (n if c.shard else 1) + activations
+        compute = (8 if c.checkpointing else 6) * macs * c.tokens_per_step / n
+        sent = 2 * (n - 1) / n * 4 * total
+        took = compute / card.flops / reached + sent / (card.inside if n <= 8 else card.between)
+        row = found[n] = {
+            "gigabytes": memory / 1e9, "activations": activations / 1e9, "sent": sent / 1e9,
+            "tokens_per_s": c.tokens_per_step / took, "hours": took * c.max_steps / 3600,
+        }  # fmt: skip
+        print(
+            f"{n:6d}  {row['gigabytes']:10.1f}  {row['activations']:20.1f}  {row['sent']:16.2f}"
+            f"  {row['tokens_per_s']:11,.0f}  {row['hours']:9,.1f}"
+            + "  does not fit" * (memory > card.memory)
+        )
+    return found
 
 
 def activation_bytes(settings):

@@ -43,8 +43,9 @@ MAY_IMPORT = {
     "sample": {"checkpoint", "config", "data", "kernels", "model", "sources", "tokenizer"}
     | {"watch"},
     # bench times the training step itself, so it takes it from train.py
-    "bench": {"checkpoint", "config", "experiments.peers", "kernels", "lif", "model", "report"}
-    | {"tokenizer", "train"},
+    "bench": {"checkpoint", "config", "experiments.peers", "lif", "model", "report", "train"},
+    "experiments.scan": {"bench", "experiments.peers", "kernels", "lif"},
+    "experiments.all": {"checkpoint"},
     "experiments.peers": {"lif", "model"},
     "experiments.params": {"bench", "model", "train"},
     "experiments.ablate": {"bench", "checkpoint", "train"},

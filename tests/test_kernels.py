@@ -87,7 +87,8 @@ def compare(arguments, cotangents, loose=(), **options):
             assert torch.equal(a, b), name
         else:  # sums grow with their length, and rounding errors with the sums
             off = (a - b).abs().max() / a.abs().max().clamp(min=1)
-            assert off < (1e-2 if name in loose else 1e-5), f"{name} is off by {off:.1e}"
+            bound = 1e-5 if DEVICE == "cpu" else 3e-5  # tensor cores add in another order
+            assert off < (1e-2 if name in loose else bound), f"{name} is off by {off:.1e}"
 
 
 @pytest.fixture(autouse=True)
@@ -190,7 +191,7 @@ def test_the_sign_of_u_is_the_spike():
     current, beta, theta = torch.zeros(2, 5, 10), torch.zeros(10), -torch.tensor(distance)
     inputs = [x.to(DEVICE) for x in (current.bfloat16(), beta, theta)]
     v0, s0 = torch.zeros(2, 2, 10, device=DEVICE)
-    options = "boxcar", 0.25, "soft", True, 0.0
+    options = "triangle", 0.25, "soft", True, 0.0
     spikes, u, _, _ = kernels._forward(*inputs, None, v0, s0, False, *options)
     want = (torch.tensor(distance) >= 0).expand(2, 5, 10)
     assert u.dtype == torch.bfloat16
@@ -465,7 +466,7 @@ f32, bf16 = torch.float32, torch.bfloat16
 KINDS = [
     (80, "triangle", f32, None, 0, False, True),
     (90, "triangle", bf16, None, 0, True, False),  # the most loads
-    (80, "multi_gaussian", bf16, None, 0, False, False),  # the most registers
+    (80, "gaussian", bf16, None, 0, False, False),  # the most registers
     (90, "triangle", bf16, bf16, 128, False, False),
     (80, "triangle", f32, f32, 128, False, True),
     (80, "triangle", bf16, f32, 64, True, True),

@@ -194,7 +194,6 @@ SPIKINGJELLY = [
     ("fast_sigmoid", 2.0, lambda s: s.SoftSign(2.0)),
     ("gaussian", 2.0, lambda s: s.Erf(2.0)),
     ("triangle", 1.0, lambda s: s.PiecewiseQuadratic(1.0)),
-    ("boxcar", 1.0, lambda s: s.Rect(1.0)),
 ]
 
 

@@ -334,11 +334,10 @@ def test_kernels_equal_the_reference(step, held, used, monkeypatch):
 @pytest.mark.parametrize("scan", (plif_torch, plif_triton))
 def test_charge_fire_reset_by_hand(scan):
     """beta = alpha = 1/2, theta 1: exact numbers, the threshold itself included."""
-    torch.set_default_device(DEVICE if scan is plif_triton else "cpu")
-    frames = Frames(torch.tensor([[3, 1]]), 3)
-    x = torch.tensor([[[2.0], [1.0]]])  # held for 3 frames and for 1
-    out, rate, v = scan(x, torch.zeros(1), torch.ones(1), v=torch.zeros(1, 1), frames=frames)
-    torch.set_default_device("cpu")
+    with torch.device(DEVICE if scan is plif_triton else "cpu"):
+        frames = Frames(torch.tensor([[3, 1]]), 3)
+        x = torch.tensor([[[2.0], [1.0]]])  # held for 3 frames and for 1
+        out, rate, v = scan(x, torch.zeros(1), torch.ones(1), v=torch.zeros(1, 1), frames=frames)
     # pre 1 fires -> 0; pre 1 -> 0; pre 1 -> 0; pre 0.5 stays
     assert out.flatten().tolist() == [0, 0, 0, 0.25] and rate.item() == 0.75 and v.item() == 0.5
 
