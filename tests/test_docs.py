@@ -51,7 +51,6 @@ MAY_IMPORT = {
     "experiments.ablate": {"bench", "checkpoint", "train"},
     "experiments.recall": {"bench", "experiments.ablate", "model", "train"},
     "experiments.frames": {"bench", "model"},
-    "experiments.all": {"train"},
 }
 PACKAGES = {"torch", "numpy", "tiktoken", "requests", "tqdm"}
 OPTIONAL = {"triton", "snntorch", "spikingjelly", "norse", "anndata", "h5py"}  # where used
@@ -193,7 +192,7 @@ def test_results_say_where_they_come_from():
 # ---- the budget ------------------------------------------------------------------------------
 
 CEILINGS = {  # lowered as the code shrinks, never raised; lines, where it says nothing else
-    "all files": 7906,
+    "all files": 7781,
     "largest file": 772,
     "afternoon path": 3275,
     "number of files": 17,
