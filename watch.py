@@ -78,6 +78,8 @@ def tensors(state):
 
 def neurons_of(part):
     """[(name, weights in a row per neuron, what has theta and beta)] of the layers of a part."""
+    if not getattr(part, "sites", ()):  # it has no spikes
+        return []
     if isinstance(part, SNNBlock):
         known = {"a": ("in", part.w_in.weight), "h": ("hidden", part.w_out.weight)}
         every = part.populations.items()
@@ -91,13 +93,13 @@ def neurons_of(part):
     if isinstance(part, SparkOutput):
         return [("output", part.w.weight.t(), part.neurons)]
     w = getattr(part, "w_rec", None)
-    return [("", torch.ones(n, 1) if w is None else w, part) for n in getattr(part, "sites", ())]
+    return [("", torch.ones(n, 1) if w is None else w, part) for n in part.sites]
 
 
 @torch.no_grad()
 def layers(model):
     """The spiking layers, in the order in which they report their rates."""
-    parts = {key: neurons_of(part) for key, part in model.parts.items()} if model.sites else {}
+    parts = {key: neurons_of(part) for key, part in model.parts.items()}
     if model.head is not None and model.config.spikes:
         parts["readout"] = [("output", model.embedding.weight.t(), model.head)]
     found = []

@@ -100,6 +100,7 @@ def test_neurons_of_a_program_stand_together_and_large_layers_are_thinned():
         assert len(program) == watch.SHOWN == len(set(layer.shown.tolist()))
     many = watcher_of("sam_6m.py", n_layer=12, n_hidden=64)
     assert {len(layer.shown) for layer in many.layers} == {watch.ROWS // 12}
+    assert watcher_of("snn_100m.py", spikes=False).layers == []
 
 
 class Scripted(torch.nn.Module):
