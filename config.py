@@ -39,7 +39,7 @@ def one_line():
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # or Python would complain once more at exit
         raise SystemExit(141) from None
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, ImportError) as error:
         stop(error)
     except (MemoryError, RuntimeError) as error:
         said = str(error)

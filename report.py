@@ -21,11 +21,7 @@ import statistics
 import sys
 from pathlib import Path
 
-import torch
-
-from cell_bridge import DRAWS, PROGRAMS
-from checkpoint import build
-from model import ModelConfig, SpikingLM
+from watch import COLOURS, curves, sheet
 
 # ---- tables ------------------------------------------------------------------------------------
 
@@ -144,23 +140,13 @@ def results():
 
 # ---- pictures ----------------------------------------------------------------------------------
 
-COLOURS = ["#0072b2", "#56b4e9", "#d55e00", "#777777"]
-# label, file, colour, marker with line: told apart in grey too
-RUNS = [
-    ("Real Sam, AdamW", "tinystories_sam_6m", "#d55e00", "o-"),
-    ("NeuronSpark, AdamW", "tinystories_neuronspark_6m", "#56b4e9", "s-"),
-    ("transformer, AdamW", "tinystories_gpt_6m", "#777777", "^--"),
-    ("snn, Muon", "tinystories_snn_6m", "#0072b2", "D-."),
-    ("transformer, Muon", "tinystories_gpt_6m_muon", "#000000", "v:"),
+RUNS = [  # label, file
+    ("Real Sam, AdamW", "tinystories_sam_6m"),
+    ("NeuronSpark, AdamW", "tinystories_neuronspark_6m"),
+    ("transformer, AdamW", "tinystories_gpt_6m"),
+    ("snn, Muon", "tinystories_snn_6m"),
+    ("transformer, Muon", "tinystories_gpt_6m_muon"),
 ]
-
-
-def page(panels=1, size=(7, 4), **options):
-    """A figure and its axes. matplotlib is optional: only who draws needs it."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=size, layout="constrained")
-    return figure, figure.subplots(1, panels, squeeze=False, **options)[0]
 
 
 def save(figure, path):
@@ -172,32 +158,23 @@ def save(figure, path):
     Image.open(image).convert("RGB").quantize(64).save(path, optimize=True)
 
 
-def curve(axes, label, file, colour, line):
-    log = [(x["tokens"] / 1e6, x["bpb"]) for x in source(f"{file}/log") if x["tokens"]]
-    axes.plot(*zip(*log), line, color=colour, label=label, markersize=4)
-
-
 def loss(path):
     """Held-out bits per byte against tokens: the runs on TinyStories, and the default run."""
-    figure, (stories, nursery) = page(2)
-    for run in RUNS:
-        curve(stories, *run)
-    stories.set(title="TinyStories, 6M parameters")
-    curve(nursery, "Real Sam, AdamW", "nursery_sam_6m", COLOURS[2], "-")
+    figure, (stories, nursery) = sheet(2, (3.5, 4))
+    logs = [(label, source(f"{file}/log")) for label, file in RUNS]
+    curves(stories, "TinyStories, 6M parameters", logs)
+    curves(nursery, "Nursery: the default run", [("Real Sam, AdamW", source("nursery_sam_6m/log"))])
     entropy = source("nursery_sam_6m/log/-1/entropy_bpb")
     nursery.axhline(entropy, color="black", linestyle="--", label="true entropy")
-    nursery.set(title="Nursery: the default run", yscale="log")
+    nursery.legend(fontsize=8)
+    nursery.set_yscale("log")
     nursery.set_yticks([0.2, 0.5, 1, 2, 5, 10], "0.2 0.5 1 2 5 10".split(), minor=False)
-    for axes in (stories, nursery):
-        axes.set(xlabel="training tokens, millions", ylabel="held-out text, bits/byte")
-        axes.grid(alpha=0.3)
-        axes.legend(fontsize=8)
     save(figure, path)
 
 
 def synops(path):
     """Bits per byte against the share of synaptic operations, beside two models without spikes."""
-    figure, (axes,) = page()
+    figure, (axes,) = sheet()
     files = [f"curve_snn_{target}" for target in (0.05, 0.1, 0.2, 0.33)]
     x, y = [100 * share(f) for f in files], [source(f"{f}/log/-1/bpb") for f in files]
     axes.plot(x, y, "o-", color=COLOURS[0], label="snn: spikes")
@@ -223,7 +200,7 @@ def bars(axes, contestants, key, form, shift=0.0, width=0.8, **options):
 
 def speed(path):
     """Training and generation beside the peers that were measured in the same process."""
-    figure, (training, generating) = page(2)
+    figure, (training, generating) = sheet(2, (3.5, 4))
     half, full = (source(f"train_sam_6m_cpu{more}/contestants") for more in ("", "_float32"))
     bars(training, half, "tokens_per_s", ",.0f", -0.2, 0.4, label="bfloat16", color=COLOURS[0])
     bars(training, full, "tokens_per_s", ",.0f", 0.2, 0.4, label="float32", color=COLOURS[1])
@@ -236,56 +213,9 @@ def speed(path):
     save(figure, path)
 
 
-def raster(path, text="Once upon a time there was a cat that lived in a small red house.", seed=1):
-    """The spikes of a shrunk Real Sam with random weights that reads a text byte by byte."""
-    torch.manual_seed(seed)
-    model = SpikingLM(ModelConfig(vocab_size=256, n_embd=32, n_hidden=40, n_layer=3)).eval()
-    fired = []  # per block (T, N): a neuron that fires adds to the stream
-    for block in model.blocks:
-        block.register_forward_hook(lambda _, given, y: fired.append((y[0] != given[0])[0]))
-    with torch.no_grad():
-        model(torch.tensor([list(text.encode())]))
-    figure, (axes,) = page()
-    for i, (spikes, marker) in enumerate(zip(fired, "osd")):
-        t, neuron = spikes.nonzero(as_tuple=True)
-        label = f"layer {i + 1}: {spikes.float().mean():.0%} fire"
-        axes.scatter(t, neuron + 40 * i, 9, COLOURS[i], marker=marker, label=label)
-    axes.set(title="Spikes of a shrunk Real Sam with random weights", xlim=(-1, len(text)))
-    axes.set(xlabel="time: one byte of the text per step", ylabel="neuron")
-    axes.set_xticks(range(len(text)), text, fontsize=7)
-    figure.legend(loc="outside lower center", ncols=3, fontsize=8)
-    save(figure, path)
-
-
-def neurons(path, name, checkpoint):
-    """Every neuron of every layer as a dot: its colour is the gene program that it follows most,
-    its area the norm of the recurrent weights that it sends out."""
-    blocks = build(checkpoint).blocks
-    figure, panels = page(len(blocks), (5 * len(blocks), 5.6))
-    if not all(getattr(block, "modulation", None) for block in blocks):
-        raise ValueError(f"the neurons of {name} have no gene programs: train with block='whale'")
-    for i, (block, axes) in enumerate(zip(blocks, panels)):
-        P = block.modulation.P
-        program = P.view(len(P), DRAWS, len(PROGRAMS)).mean(1).argmax(1)  # (N,)
-        order = program.argsort(stable=True)
-        weight = block.w_rec.detach().norm(dim=1) if block.w_rec is not None else torch.ones(len(P))
-        n = torch.arange(len(P))  # a sunflower: seed n at sqrt(n), one golden angle further
-        x, y = n.sqrt() * torch.cos(2.39996 * n), n.sqrt() * torch.sin(2.39996 * n)
-        area = 3e4 / len(P) * (weight / weight.max()).square()[order]
-        for k, name in enumerate(PROGRAMS):
-            own = program[order] == k
-            label = f"{name.replace('_', ' ')} ({int(own.sum())})"
-            axes.scatter(x[own], y[own], area[own], f"C{k}", label=label, linewidths=0)
-        axes.set(title=f"layer {i + 1}: {len(P)} neurons", aspect="equal")
-        axes.axis("off")
-        axes.legend(loc="upper center", bbox_to_anchor=(0.5, 0), ncols=2, fontsize=8)
-    figure.savefig(path, dpi=120, bbox_inches="tight")
-    print(f"wrote {path}")
-
-
 # ---- the command -------------------------------------------------------------------------------
 
-PICTURES = {"loss": loss, "synops": synops, "speed": speed, "raster": raster}
+PICTURES = {"loss": loss, "synops": synops, "speed": speed}
 
 
 def write():
@@ -295,5 +225,5 @@ def write():
     try:
         for name, draw in PICTURES.items():
             draw(f"assets/{name}.png")
-    except ImportError:
-        print("assets/ stays as it is: pictures need pip install matplotlib", file=sys.stderr)
+    except ImportError as error:
+        print(f"assets/ stays as it is: {error}", file=sys.stderr)

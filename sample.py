@@ -4,6 +4,7 @@ python sample.py --prompt="Once upon a time"
 python sample.py --chat
 python sample.py --eval=some.txt
 python sample.py --eval=nursery
+python sample.py --serve
 python sample.py --ckpt=out/best.pt --picture=neurons.png
 
 What the model writes goes to stdout, everything else to stderr.
@@ -28,6 +29,7 @@ import config
 import data
 import kernels
 import sources
+import watch
 from checkpoint import build, load_checkpoint
 from model import find_device
 from tokenizer import DataError, tokenizer_from_state
@@ -40,7 +42,11 @@ class SampleConfig:
     prompt: str = ""  # text to continue; empty starts a document of its own; in a chat: said first
     chat: bool = False  # talk: the state is carried from turn to turn
     eval: str = ""  # score this file or folder, or nursery: bits per byte, rates, SynOps
-    picture: str = ""  # draw the neurons into this .png, .pdf or .svg instead (block whale)
+    serve: bool = False  # a page for your browser: watch each neuron while the model writes
+    port: int = 8000  # of the page
+    run: str = ""  # folders of runs, between blanks: the page and loss.png show their curves
+    spikes: bool = False  # print a raster of spikes below each line of the text
+    picture: str = ""  # draw into raster.png, neurons.png, rates.png or loss.png (or .pdf, .svg)
     # how
     max_new_tokens: int = 200  # tokens to write; per turn in a chat
     temperature: float = 0.7  # 0 takes the likeliest token every time
@@ -55,7 +61,8 @@ class SampleConfig:
     CHOICES = {"dtype": ("float32", "bfloat16")}
     RANGE = {name: (0, math.inf) for name in ("temperature", "top_k", "max_new_tokens", "seed")}
     RANGE |= {"top_p": (1e-300, 1), "eval_length": (1, math.inf), "threads": (0, 1024)}
-    FIRST = "ckpt prompt chat eval temperature top_p top_k max_new_tokens device seed"
+    RANGE |= {"port": (0, 65535)}
+    FIRST = "ckpt prompt chat serve eval temperature top_p top_k max_new_tokens device seed"
 
     __post_init__ = config.check
 
@@ -213,17 +220,6 @@ def evaluate(speaker, text, is_judged):
         print(sources.VERDICT.format(**sources.judge(told)))
 
 
-def draw(path, name, checkpoint):
-    """The neurons of the model, into a file."""
-    note(name)
-    try:
-        from report import neurons  # needed here only
-
-        neurons(path, name, checkpoint)
-    except ImportError:
-        config.stop("--picture needs matplotlib: pip install matplotlib")
-
-
 def main(argv):
     with config.one_line():
         # --eval without a text is short for --eval=nursery
@@ -231,15 +227,24 @@ def main(argv):
         c = config.load(SampleConfig, [a + "=nursery" * is_bare for a, is_bare in zip(argv, bare)])
         if c.threads:
             torch.set_num_threads(c.threads)
-        name, checkpoint = open_checkpoint(c.ckpt)
+        if c.picture and Path(c.picture).stem not in ("loss", *watch.PICTURES):
+            raise ValueError("--picture draws raster, neurons, rates or loss: name the file so")
+        if Path(c.picture).stem == "loss":
+            return watch.loss(c.run).savefig(c.picture, dpi=120)
+        name, checkpoint = open_checkpoint(c.ckpt or c.run.split(" ")[0])
         is_nursery = "nursery" in (checkpoint.get("dataset"), checkpoint["config"].get("dataset"))
-        if c.picture:
-            return draw(c.picture, name, checkpoint)
         speaker = Speaker.of(name, checkpoint, c)
-        if c.eval:
+        examples = sources.EXAMPLES if is_nursery else ()
+        if c.picture:
+            watch.picture(c.picture, speaker, name, c)
+        elif c.serve:
+            watch.serve(speaker, name, c, examples)
+        elif c.spikes:
+            watch.spikes(speaker, name, c)
+        elif c.eval:
             evaluate(speaker, c.eval, is_nursery or c.eval == "nursery")
         elif c.chat:
-            chat(speaker, c.prompt, sources.EXAMPLES if is_nursery else ())
+            chat(speaker, c.prompt, examples)
         else:
             show(speaker.speak(c.prompt), c.prompt)
 

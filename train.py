@@ -513,14 +513,12 @@ def table(line, c):
 
 def show(t, line):
     """Print an evaluation: a row of the table, what the model writes by itself, dead layers."""
-    if not t.run.main:
-        return
-    cells = table(line, t.c)
+    cells, line["samples"] = table(line, t.c), sample(t)
     if not t.run.has_header:
         t.run.say(LEGEND + "\n" + "  ".join(head for head, _ in cells))
         t.run.has_header = True
     t.run.say("  ".join(text.rjust(len(head)) for head, text in cells))
-    for text in "  ".join(f'"{document}"' for document in sample(t)).splitlines():
+    for text in "  ".join(f'"{document}"' for document in line["samples"]).splitlines():
         t.run.say(textwrap.fill(text, 98, initial_indent=" " * 8, subsequent_indent=" " * 8))
     for warning in ill_layers(line["rate"]):
         t.run.say(warning)
@@ -712,14 +710,14 @@ def train(c, run):
             rate = (position.tokens - tokens) / max(1e-9, time.time() - mark)
             line = evaluate(t) | {"tokens_per_s": rate}
             check_finite(t, "held-out loss", line["heldout"])
-            show(t, line)
+            if run.main:
+                show(t, line)
+                write_log(t.out, line)
             is_best = line["valid"] < position.best
             position.best = min(position.best, line["valid"])
             position.evaluated, position.losses = position.step, []
             if position.step < c.max_steps:
                 advance(t, line["valid"])
-            if run.main:
-                write_log(t.out, line)
             save(t, is_best)
             mark, tokens = time.time(), position.tokens
         if position.step >= c.max_steps:

@@ -754,7 +754,7 @@ NUMBERS = st.sampled_from(
 )
 ODD = st.sampled_from(["", "True", "None", "[]", "torch", "resume", "\0", "é"])
 WORDS = st.one_of(NUMBERS, ODD, st.text(max_size=8))
-LONG = {"max_steps", "sample_tokens", "threads", "compile", "max_new_tokens"}  # as long as asked
+LONG = {"max_steps", "sample_tokens", "threads", "compile", "max_new_tokens", "serve"}  # as asked
 PATHS = {"out_dir", "data_dir", "dataset", "ckpt", "picture", "result"}  # only those below
 
 

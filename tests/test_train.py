@@ -513,41 +513,6 @@ def test_a_new_optimiser_needs_an_entry_and_nothing_else(text, tmp_path, monkeyp
     assert losses(run(text, tmp_path, *more, "--init_from=resume")) == losses(log)
 
 
-# ---- the picture ---------------------------------------------------------------------------------
-
-
-def test_picture_of_every_neuron(text, tmp_path, monkeypatch):
-    figure = pytest.importorskip("matplotlib.figure")
-    whale = ("--max_steps=1", "--block=whale")
-    run(text, tmp_path, STORIES, *whale, "--beta_low=0.9", "--beta_high=0.9", "--encoder=float")
-    drawn, save = [], figure.Figure.savefig
-    monkeypatch.setattr(
-        figure.Figure, "savefig", lambda f, *a, **k: drawn.append(f) or save(f, *a, **k)
-    )
-    sample.main([f"--ckpt={tmp_path / 'best.pt'}", f"--picture={tmp_path / 'neurons.png'}"])
-    assert (tmp_path / "neurons.png").read_bytes().startswith(b"\x89PNG")
-    model = sample.build(sample.load_checkpoint(tmp_path / "best.pt"))
-    assert len(drawn[0].axes) == len(model.blocks) == 2
-    for axes, block in zip(drawn[0].axes, model.blocks):
-        areas = [area for dots in axes.collections for area in dots.get_sizes()]
-        assert len(areas) == 32 and min(areas) > 0
-        weight = block.w_rec.detach().norm(dim=1)
-        ratio = (weight.max() / weight.min()).item() ** 2
-        assert max(areas) / min(areas) == pytest.approx(ratio, rel=1e-3)
-        program = block.modulation.P.view(32, 3, 6).mean(1).argmax(1)
-        counts = [len(dots.get_offsets()) for dots in axes.collections]
-        assert counts == program.bincount(minlength=6).tolist()
-
-
-def test_picture_without_programs_or_matplotlib(one, monkeypatch, capsys):
-    for hidden, said in ((None, "no gene programs"), ("matplotlib", "pip install matplotlib")):
-        if hidden:
-            monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
-        with pytest.raises(SystemExit) as stopped:
-            sample.main([f"--ckpt={one[0] / 'best.pt'}", "--picture=x.png"])
-        assert stopped.value.code == 2 and said in capsys.readouterr().err
-
-
 # ---- the parts of a step, by hand ----------------------------------------------------------------
 
 
@@ -664,6 +629,11 @@ def test_evaluation_is_exact(monkeypatch):
     some = evaluate(t)
     assert some["valid_bpb"] == pytest.approx(some["valid"] / math.log(2))
     assert some["valid"] != lines[0]["valid"] and some["bpb"] == lines[0]["bpb"]
+
+
+def test_what_the_model_writes_is_in_the_log(one):
+    samples = [line["samples"] for line in one[1]]
+    assert any(samples) and all(type(text) is str for texts in samples for text in texts)
 
 
 def test_the_training_loss_is_that_since_the_last_evaluation(text, one, tmp_path):

@@ -1,0 +1,527 @@
+"""Everything one looks at: the page of a model, spikes in the terminal, pictures.
+
+python sample.py --serve
+python sample.py --serve --run=out/sam_6m
+python sample.py --spikes --prompt="Once upon a time"
+python sample.py --picture=raster.png
+python sample.py --picture=loss.png --run="out/sam_6m out/gpt_6m"
+
+The page is page.html; `Page` answers its requests. `neurons_of` alone knows how a block names its
+neurons. matplotlib is optional: only who draws a picture needs it.
+"""
+
+import codecs
+import itertools
+import json
+import math
+import re
+import shutil
+import sys
+import threading
+import time
+import unicodedata
+from contextlib import suppress
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import torch
+
+from blocks import Block, Population, SNNBlock
+from cell_bridge import DRAWS, PROGRAMS
+from data import YOU, turn
+from model import pick
+from spark import PLIF, SparkBlock, SparkOutput
+from tokenizer import DataError
+
+# ---- inside a model ----------------------------------------------------------------------------
+
+SHOWN, ROWS = 128, 384  # neurons that are shown of a layer, and of all layers together, at most
+
+
+class Layer:
+    """N spiking neurons. What depends on the input, or is not known of them, is None."""
+
+    def __init__(self, name, part, index, weight, neurons):
+        self.name, self.part, self.index = name, part, index  # theirs is a state of that part
+        self.out = weight.float().norm(dim=1).cpu()  # (N,) of what their spikes go through
+        self.levels, self.program, N = [1], None, len(weight)  # thresholds, in theta
+        self.resets = isinstance(neurons, Block)  # the membrane falls by theta after a spike
+        logit = getattr(neurons, "w" if isinstance(neurons, PLIF) else "beta_logit", None)
+        beta = getattr(neurons, "beta", None) if logit is None else logit.sigmoid()
+        theta = getattr(neurons, "theta", None)
+        if isinstance(neurons, Population):  # graded
+            self.levels = [k for k in range(-len(theta) * neurons.signed, len(theta) + 1) if k]
+            theta = theta[0].expand(N)
+        elif genes := getattr(neurons, "modulation", None):
+            theta, beta, _ = genes()
+            self.program = genes.P.view(N, DRAWS, -1).mean(1).argmax(1).cpu()  # (N,) the main one
+        self.theta, self.beta = (x if x is None else x.cpu() for x in (theta, beta))  # (N,)
+        order = torch.zeros(N) if self.program is None else self.program
+        self.order = order.argsort(stable=True)  # neurons of a gene program stand together
+
+    def membrane(self, state):
+        """(N,) at the last token, before the reset; NeuronSpark's, after the last frame."""
+        held = [x[0].cpu() for x in tensors(state[self.part]) if x.dim() == 2]
+        if not self.resets:
+            return held[self.index]
+        v, s = held[2 * self.index : 2 * self.index + 2]  # as `lif` returns them
+        return v if self.theta is None else v + self.theta * s
+
+
+def tensors(state):
+    """The tensors of a state, however nested."""
+    if torch.is_tensor(state):
+        return [state]
+    parts = state.values() if isinstance(state, dict) else state or ()
+    return [x for part in parts for x in tensors(part)]
+
+
+def neurons_of(part):
+    """[(name, weights in a row per neuron, what has theta and beta)] of the layers of a part."""
+    if not getattr(part, "sites", ()):  # it has no spikes
+        return []
+    if isinstance(part, SNNBlock):
+        known = {"a": ("in", part.w_in.weight), "h": ("hidden", part.w_out.weight)}
+        every = part.populations.items()
+        return [(*known.get(key, (key, torch.ones(len(p.gain), 1))), p) for key, p in every]
+    if isinstance(part, SparkBlock):
+        (first, f), (second, g) = ((half, half.inner) for half in part.halves)
+        rows = [x.weight.t() for x in (f.w_in, f.w_out, g.w_gate, g.w_down)]
+        rows[3] = rows[3].repeat(2, 1)  # its neurons meet in pairs
+        names = "in", "hidden", "in 2", "hidden 2"
+        return list(zip(names, rows, (first.neurons, f, second.neurons, g.neurons)))
+    if isinstance(part, SparkOutput):
+        return [("output", part.w.weight.t(), part.neurons)]
+    w = getattr(part, "w_rec", None)
+    return [("", torch.ones(n, 1) if w is None else w, part) for n in part.sites]
+
+
+@torch.no_grad()
+def layers(model):
+    """The spiking layers, in the order in which they report their rates."""
+    parts = {key: neurons_of(part) for key, part in model.parts.items()}
+    if model.head is not None and model.config.spikes:
+        parts["readout"] = [("output", model.embedding.weight.t(), model.head)]
+    found = []
+    for key, told in parts.items():
+        number = f"{int(key[5:]) + 1} " if key.startswith("block") else ""
+        found += [Layer((number + x[0]).strip(), key, k, *x[1:]) for k, x in enumerate(told)]
+    for layer in found:
+        n = min(SHOWN, max(16, ROWS // len(found)), N := len(layer.out))
+        layer.shown = layer.order[torch.arange(n) * N // n]  # evenly taken from all
+    return found
+
+
+# ---- a model that is watched -------------------------------------------------------------------
+
+
+class Watcher:
+    """A model that runs every token alone and tells what each neuron did. c: a SampleConfig."""
+
+    def __init__(self, model, tokenizer, c):
+        self.model, self.tokenizer, self.c = model, tokenizer, c
+        self.layers = layers(model)
+        self.forget()
+
+    def forget(self):
+        """Back to silence, and to the first of the draws."""
+        self.generator = torch.Generator(self.model.stress.device).manual_seed(self.c.seed)
+        self.decoder = codecs.getincrementaldecoder("utf-8")("replace")
+        self.state, self.logits, self.seen, self.stopping = None, None, 0, False
+        for layer in self.layers:
+            layer.total = torch.zeros_like(layer.out)  # spikes per neuron
+
+    def read(self, token, own):
+        """Run one token: how surprising it was, and what it did. own: the model wrote it."""
+        start, event = time.perf_counter(), {"own": own, "likely": []}
+        if self.logits is not None:
+            nats = -self.logits.log_softmax(-1)[0]
+            event["bits"] = round(nats[token].item() / math.log(2), 3)
+            for i in nats.topk(min(5, len(nats)), largest=False).indices.tolist():
+                text = self.tokenizer.decode([i]) if i != self.tokenizer.end else "(end)"
+                event["likely"].append([text, round(math.exp(-nats[i]), 4)])
+        tokens = torch.tensor([[token]], device=self.generator.device)
+        logits, self.state, report = self.model(tokens, self.state)
+        self.logits = logits[:, -1, : self.tokenizer.vocab_size].float()
+        self.seen += 1
+        event |= {"seen": self.seen, "macs": report.macs, "rate": [], "fired": [], "membrane": []}
+        for layer, rate in zip(self.layers, (rate.cpu() for rate in report.rates)):
+            layer.total += rate
+            event["rate"].append(round(rate.mean().item(), 4))
+            event["fired"].append((rate[layer.shown] > 0).nonzero()[:, 0].tolist())
+            v = layer.membrane(self.state)[layer.shown]
+            event["membrane"].append([round(x, 2) for x in v.tolist()])
+        event["synops"] = round(sum(float(triggered) for triggered, _ in report.synapses))
+        event["synapses"] = sum(every for _, every in report.synapses)
+        event["state_bytes"] = sum(x.nbytes for x in tensors(self.state))
+        event["text"] = self.decoder.decode(self.tokenizer.decode_bytes([token]))
+        return event | {"seconds": round(time.perf_counter() - start, 5)}
+
+    @torch.no_grad()
+    def speak(self, text, n, temperature, until=None):
+        """Yield what happens at each token of the text, and of n more that the model writes. It
+        ends at the end token and, in a turn of a chat, before the string `until`."""
+        self.stopping, ids, c = False, self.tokenizer.encode(text), self.c
+        for token in [self.tokenizer.end] * (self.state is None) + ids:
+            if not self.stopping:
+                yield self.read(token, own=False)
+        held = []  # (event, what was before it): what may be the start of `until`
+        while n > 0 and not self.stopping:
+            n, before = n - 1, (self.state, self.logits, self.seen)
+            token = pick(self.logits, temperature, c.top_k, c.top_p, self.generator).item()
+            if token == self.tokenizer.end:
+                break
+            held.append((self.read(token, own=True), before))
+            said = "".join(event["text"] for event, _ in held)
+            if until and until in said:  # as if it had not begun to say it
+                while said.find(until) < sum(len(event["text"]) for event, _ in held):
+                    _, (self.state, self.logits, self.seen) = held.pop()
+                break
+            if not until or not any(said.endswith(until[:k]) for k in range(1, len(until))):
+                yield from (event for event, _ in held)
+                held = []
+        yield from (event for event, _ in held)
+
+    def describe(self):
+        """What the page has to know of the model."""
+        weights, told = list(self.model.parameters()), []
+        for layer in self.layers:
+            told.append({"name": layer.name, "levels": layer.levels, "resets": layer.resets})
+            told[-1]["shown"] = layer.shown.tolist()
+            for key in ("theta", "beta", "program"):
+                values = getattr(layer, key)
+                told[-1][key] = None if values is None else values[layer.shown].tolist()
+        about = {"block": self.model.config.block, "parameters": sum(w.numel() for w in weights)}
+        about |= {"weight_bytes": sum(w.nbytes for w in weights), "layers": told}
+        return about | {"programs": [name.replace("_", " ") for name in PROGRAMS]}
+
+
+def watched(speaker, name, c):
+    """A Watcher that goes on from --prompt, and what happens then."""
+    watcher = Watcher(speaker.model, speaker.tokenizer, c)
+    if not watcher.layers:
+        raise ValueError(f"{name} has no spiking neurons to look at")
+    return watcher, watcher.speak(c.prompt, c.max_new_tokens, c.temperature)
+
+
+# ---- the page ----------------------------------------------------------------------------------
+
+BODY, TEXT, TOKENS = 65536, 4000, 1000  # bytes of a request, characters, tokens to write, at most
+TABS = 16  # that are remembered
+ROUTES = {"/": "GET", "/model": "GET", "/run": "GET"}
+ROUTES |= {"/think": "POST", "/stop": "POST", "/forget": "POST"}
+
+
+class Refused(Exception):
+    """A request that is not answered: an HTTP status and one line."""
+
+
+def refuse(is_wrong, *why):
+    if is_wrong:
+        raise Refused(*why)
+
+
+class Server(ThreadingHTTPServer):
+    """A model on 127.0.0.1, with a Watcher for each tab of a browser."""
+
+    daemon_threads = True
+
+    def __init__(self, speaker, name, c, examples=()):
+        try:
+            super().__init__(("127.0.0.1", c.port), Page)
+        except OSError as error:
+            said = f"cannot listen on port {c.port}: {error}; give another with --port=8001"
+            raise ValueError(said) from None
+        self.watcher = lambda: Watcher(speaker.model, speaker.tokenizer, c)
+        self.run, self.tabs, self.lock, self.writing = c.run, {}, threading.Lock(), threading.Lock()
+        self.about = {"name": name, "examples": examples, "run": c.run, "tokens": c.max_new_tokens}
+        self.about |= {"temperature": c.temperature} | self.watcher().describe()
+        self.hosts = [f"{host}:{self.server_address[1]}" for host in ("127.0.0.1", "localhost")]
+
+    def tab(self, session):
+        """The Watcher of a tab; that of the tab that asked longest ago is dropped."""
+        is_name = isinstance(session, str) and re.fullmatch("[A-Za-z0-9-]{8,64}", session)
+        refuse(not is_name, 400, "session must be 8 to 64 letters, digits or -")
+        with self.lock:
+            self.tabs[session] = self.tabs.pop(session, None) or self.watcher()
+            if len(self.tabs) > TABS:
+                del self.tabs[next(iter(self.tabs))]
+            return self.tabs[session]
+
+    def handle_error(self, request, client_address):
+        print("page:", repr(sys.exc_info()[1]), file=sys.stderr)  # a line, no traceback
+
+
+class Page(BaseHTTPRequestHandler):
+    """Answers one request. What is refused gets a line of JSON."""
+
+    server_version, sys_version, timeout = "page", "", 30
+
+    def do_GET(self):
+        try:
+            asked = self.asked()
+            if self.path == "/":
+                self.send(Path(__file__).with_name("page.html").read_bytes(), "text/html")
+            elif self.command == "GET":
+                self.tell(self.server.about if self.path == "/model" else runs(self.server.run))
+            else:
+                self.act(self.server.tab(asked.get("session")), asked)
+        except Refused as refused:
+            self.send_error(*refused.args)
+
+    do_POST = do_GET
+
+    def asked(self):
+        """The JSON object that was sent, if one has to be."""
+        host, size = (self.headers.get(key, "") for key in ("Host", "Content-Length"))
+        refuse(host not in self.server.hosts, 403, "this page is for 127.0.0.1 only")
+        refuse(self.path not in ROUTES, 404, "there is no such page")
+        refuse(self.command != ROUTES[self.path], 405, f"{self.path} takes {ROUTES[self.path]}")
+        if self.command == "GET":
+            return None
+        is_json = self.headers.get_content_type() == "application/json"  # no foreign form is
+        refuse(not is_json, 415, "send application/json")
+        refuse(not re.fullmatch("[0-9]{1,9}", size), 411, "send a Content-Length")
+        refuse(int(size) > BODY, 413, f"a request has at most {BODY} bytes")
+        with suppress(ValueError, RecursionError):
+            if isinstance(asked := json.loads(self.rfile.read(int(size))), dict):
+                return asked
+        raise Refused(400, "the request is no JSON object")
+
+    def act(self, tab, asked):
+        """Change the state of a tab; only one at a time."""
+        if self.path == "/stop":
+            tab.stopping = True
+            return self.tell({})
+        is_free = self.server.writing.acquire(blocking=False)
+        refuse(not is_free, 429, "the model is writing: stop it, or try again in a moment")
+        try:
+            if self.path == "/think":
+                return self.think(tab, asked)
+            tab.forget()
+        finally:
+            self.server.writing.release()
+        self.tell({})
+
+    def think(self, tab, asked):
+        """Let the model read a text and write."""
+        text, n, heat = (asked.get(key) for key in ("text", "tokens", "temperature"))
+        is_text = isinstance(text, str) and len(text) <= TEXT
+        refuse(not is_text, 400, f"text must be a string of at most {TEXT} characters")
+        is_count = type(n) is int and 0 <= n <= TOKENS
+        refuse(not is_count, 400, f"tokens must be a whole number from 0 to {TOKENS}")
+        is_heat = type(heat) in (int, float) and 0 <= heat <= 5
+        refuse(not is_heat, 400, "temperature must be a number from 0 to 5")
+        until = "\n" + YOU.rstrip() if asked.get("chat") else None
+        text = "\n" * bool(tab.seen) + turn(text) if until else text
+        try:
+            tab.tokenizer.encode(text.encode().decode())  # not half a character
+        except (DataError, UnicodeError) as error:
+            raise Refused(400, " ".join(str(error).split())) from None
+        with suppress(OSError):  # the reader left
+            self.stream(tab.speak(text, n, heat, until))
+
+    def stream(self, events):
+        """Server-sent events, a line of JSON each, until they end or the reader leaves."""
+        self.send(b"", "text/event-stream")
+        last = {"done": True}
+        try:
+            for event in events:
+                self.wfile.write(b"data: " + json.dumps(event, allow_nan=False).encode() + b"\n\n")
+        except (ValueError, RuntimeError) as error:  # of the model
+            last["error"] = str(error).splitlines()[0]
+        self.wfile.write(b"data: " + json.dumps(last).encode() + b"\n\n")
+
+    def send(self, content, kind, status=200):
+        """Headers and content; without any it is a stream, which ends with the connection."""
+        self.send_response(status)
+        self.send_header("Content-Type", f"{kind}; charset=utf-8")
+        self.send_header("X-Content-Type-Options", "nosniff")
+        self.send_header("X-Frame-Options", "DENY")
+        if content:
+            self.send_header("Content-Length", str(len(content)))
+        self.end_headers()
+        self.wfile.write(content)
+
+    def tell(self, value, status=200):
+        self.send(json.dumps(value).encode() + b"\n", "application/json", status)
+
+    def send_error(self, code, message=None, explain=None):  # http.server calls it too
+        self.tell({"error": message or "bad request"}, 405 if code == 501 else code)
+
+    def log_message(self, *args):
+        pass
+
+
+def runs(folders):
+    """[{name, log}] of folders of train.py, between blanks."""
+    found = []
+    for folder in folders.split():
+        found.append({"name": Path(folder).name, "log": []})
+        with suppress(OSError, ValueError):  # not there yet, or half a line at its end
+            for line in (Path(folder).expanduser() / "log.jsonl").read_text().splitlines():
+                found[-1]["log"].append(json.loads(line))
+    return found
+
+
+def serve(speaker, name, c, examples=()):
+    """Answer the browser until Ctrl-C."""
+    with Server(speaker, name, c, examples) as server:
+        print(f"http://{server.hosts[0]}  (Ctrl-C ends)", flush=True)
+        server.serve_forever()
+
+
+# ---- the terminal ------------------------------------------------------------------------------
+
+
+def printable(text):
+    return "".join(x if x.isprintable() else " " for x in text)
+
+
+def spikes(speaker, name, c):
+    """Print what the model writes; below each line, of every layer, two rows of blocks, which are
+    four neurons: lit at the tokens at which they fire."""
+    (watcher, events), blocks = watched(speaker, name, c), " ▀▄█"
+    try:
+        blocks.encode(sys.stdout.encoding or "ascii")
+    except (UnicodeError, LookupError):
+        blocks = " '.:"
+    heads = [head for layer in watcher.layers for head in (layer.name, "")]
+    edge = max(map(len, heads)) + 1
+    room = max(20, shutil.get_terminal_size().columns - edge - 1)
+    line, rows, is_over = "", [""] * len(heads), False
+    for event in itertools.chain(events, [None]):
+        text = printable(event["text"].strip("\n")) if event else ""
+        width = sum(1 + (unicodedata.east_asian_width(x) in "WF") for x in text)
+        if rows[0] and (is_over or not event or len(rows[0]) + width > room):
+            print(" " * edge + line)
+            for head, row in zip(heads, rows):
+                print(f"{head:>{edge - 1}} {row}".rstrip())
+            line, rows = "", [""] * len(heads)
+        line += text
+        is_over = event and "\n" in event["text"]
+        for k in range(len(rows) if event else 0):
+            fired, n = event["fired"][k // 2], len(watcher.layers[k // 2].shown)
+            upper, lower = ((k % 2 * 2 + half) * n // 4 in fired for half in (0, 1))
+            rows[k] += blocks[upper + 2 * lower] * width
+
+
+# ---- pictures ----------------------------------------------------------------------------------
+
+COLOURS = ["#0072b2", "#d55e00", "#56b4e9", "#777777", "#000000", "#e69f00"]
+LINES, MARKERS = ["-", "--", "-.", ":"], "os^Dv"  # told apart in grey too
+
+
+def sheet(panels=1, size=(7, 4), columns=3, **options):
+    """A figure and its axes, each of this size in inches, in rows of at most so many."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        raise ImportError("pictures need matplotlib: pip install matplotlib") from None
+    columns, rows = min(columns, panels), -(-panels // columns)
+    figure = Figure(figsize=(columns * size[0], rows * size[1]), layout="constrained")
+    axes = figure.subplots(rows, columns, squeeze=False, **options).flatten()
+    for empty in axes[panels:]:
+        empty.axis("off")
+    return figure, axes[:panels]
+
+
+def raster(title, watcher, events):
+    """Tokens by neurons, and the membranes of the three neurons that fire closest to 30%."""
+    figure, (above, below) = sheet(2, (9, 3.5), 1, sharex=True, height_ratios=(2, 1))
+    start, lively = 0, []
+    for i, layer in enumerate(watcher.layers):
+        fired = torch.zeros(len(events), len(layer.shown))
+        for t, event in enumerate(events):
+            fired[t, event["fired"][i]] = 1
+        t, row = fired.nonzero(as_tuple=True)
+        look = {"color": f"C{i % 10}", "marker": MARKERS[i % 5], "linewidths": 0}
+        label = f"layer {layer.name}: {fired.mean():.0%} fire"
+        above.scatter(t, start + row, 5, label=label, **look)
+        if layer.theta is not None:
+            lively += [(abs(r - 0.3), i, n) for n, r in enumerate(fired.mean(0).tolist())]
+        start += len(layer.shown)
+    for k, (_, i, row) in enumerate(sorted(lively)[:3]):
+        layer, v = watcher.layers[i], [event["membrane"][i][row] for event in events]
+        n = layer.shown[row]
+        below.plot(v, LINES[k], color=COLOURS[k], lw=1, label=f"layer {layer.name}, neuron {n}")
+        below.axhline(layer.theta[n].item(), linestyle=":", color=COLOURS[k], lw=1)
+    below.plot([], [], "k:", label="threshold")
+    above.set(title=f"Spikes of {title}", ylabel="neuron", xlim=(-1, len(events)))
+    below.set(title="Membranes before the reset", ylabel="membrane", xlabel="token (a time step)")
+    words = [printable(event["text"]).replace("$", r"\$") for event in events]
+    below.set_xticks(range(len(words)), words, fontsize=6, rotation=90)
+    below.legend(fontsize=7, ncols=4)
+    figure.legend(*above.get_legend_handles_labels(), loc="outside right upper", fontsize=7)
+    return figure
+
+
+def neurons(axes, layer, rate):
+    """Every neuron a dot: its area is the weight that it sends out, its colour the gene program
+    that it follows or, where there are none, its firing rate."""
+    n = torch.arange(N := len(rate))  # a sunflower: seed n one golden angle further
+    x, y = n.sqrt() * torch.cos(2.39996 * n), n.sqrt() * torch.sin(2.39996 * n)
+    area = (2e4 / N * (layer.out / layer.out.max()).square())[layer.order]
+    if layer.program is None:
+        dots = axes.scatter(x, y, area, rate, cmap="cividis_r")
+        axes.figure.colorbar(dots, ax=axes, label="firing rate, spikes per token", shrink=0.7)
+    for k, name in enumerate(PROGRAMS if layer.program is not None else ()):
+        own = layer.program[layer.order] == k
+        label = f"{name.replace('_', ' ')} ({int(own.sum())})"
+        axes.scatter(x[own], y[own], area[own], f"C{k}", label=label, linewidths=0)
+        axes.legend(loc="upper center", bbox_to_anchor=(0.5, 0), ncols=2, fontsize=7)
+    axes.set(title=f"layer {layer.name}: {N} neurons", aspect="equal", xticks=[], yticks=[])
+
+
+def rates(axes, layer, rate):
+    """How often neurons fire: dead and saturated ones stand out."""
+    axes.hist(rate, [k / 20 for k in range(21)], color=COLOURS[2], ec="white", log=True)
+    for x, marker, word in ((0, "ko", "never"), (1, "kv", "always")):
+        count = int((rate == x).sum())
+        axes.plot([x], [count or math.nan], marker, label=f"{count} {word} fire")
+    mean = rate.mean().item()
+    axes.axvline(mean, color=COLOURS[1], linestyle="--", label=f"mean {mean:.1%}")
+    axes.set(title=f"layer {layer.name}", xlabel="spikes per token", ylabel="neurons")
+    axes.legend(fontsize=7)
+
+
+def curves(axes, title, logs, key="tokens"):
+    """Held-out bits per byte of [(label, log.jsonl's lines)] against training tokens or minutes."""
+    unit, words = {"tokens": (1e6, "tokens, millions"), "minutes": (1, "minutes")}[key]
+    for k, (label, log) in enumerate(logs):
+        log = [line for line in log if line["tokens"]]  # untrained it would dwarf the rest
+        x, y = [line[key] / unit for line in log], [line["bpb"] for line in log]
+        look = LINES[k % 4] + MARKERS[k % 5]
+        axes.plot(x, y, look, color=COLOURS[k % 6], label=label, markersize=3)
+    axes.set(title=title, xlabel=f"training {words}", ylabel="held-out text, bits/byte")
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize=8)
+
+
+def loss(folders):
+    """The curves of runs."""
+    logs = [(run["name"], run["log"]) for run in runs(folders)]
+    if not any(log for _, log in logs):
+        raise ValueError("loss.png needs --run=FOLDER of a run of train.py, with a log.jsonl")
+    figure, panels = sheet(2, (5, 4), sharey=True)
+    for axes, key in zip(panels, ("tokens", "minutes")):
+        curves(axes, f"Loss against {key}", logs, key)
+    return figure
+
+
+PICTURES = {"raster": raster, "neurons": neurons, "rates": rates}
+TITLES = {"neurons": "Neurons of {}. Area of a dot: norm of its outgoing weights"}
+TITLES["rates"] = "Firing rates of {}"
+
+
+def picture(path, speaker, name, c):
+    """Draw what the file is named after, while the model goes on from --prompt."""
+    (watcher, events), kind = watched(speaker, name, c), Path(path).stem
+    events = list(events)
+    if kind == "raster":
+        return raster(name, watcher, events).savefig(path, dpi=120)
+    figure, panels = sheet(len(watcher.layers), (4.4, 4.2 if kind == "neurons" else 2.8))
+    for layer, axes in zip(watcher.layers, panels):
+        PICTURES[kind](axes, layer, layer.total / watcher.seen)
+    figure.suptitle(TITLES[kind].format(name) + f"; {watcher.seen} tokens", fontsize=9)
+    figure.savefig(path, dpi=120)
