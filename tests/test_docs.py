@@ -47,7 +47,7 @@ MAY_IMPORT = {
     "experiments.scan": {"bench", "experiments.peers", "kernels", "lif"},
     "experiments.all": {"checkpoint"},
     "experiments.peers": {"lif", "model"},
-    "experiments.params": {"bench", "model", "train"},
+    "experiments.params": {"bench", "lif", "model", "train"},
     "experiments.ablate": {"bench", "checkpoint", "train"},
     "experiments.recall": {"bench", "experiments.ablate", "model", "train"},
     "experiments.frames": {"bench", "model"},

@@ -76,7 +76,7 @@ GOLDEN = {
     "sam_6m.py": [3.90515, 1.17743, 3.88878, 1.41285, 3.86995, 1.33781],
     "spikewhale_6m.py": [3.92355, 1.21533, 3.86027, -0.80581, 5.62197, -2.70907],
     "neuronspark_6m.py": [3.9101, 1.19259, 3.85995, 1.17964, 3.81881, 1.17223],
-    "snn_6m.py": [3.9091, 1.18342, 3.86426, 5.72306, 3.85975, 5.51198],
+    "snn_6m.py": [3.9114, 1.18575, 3.88918, 3.51101, 3.89797, 3.36245],
     "gpt_6m.py": [3.92819, 1.18816, 3.83101, 1.1784, 3.76677, 1.16688],
 }
 
@@ -99,8 +99,9 @@ def test_golden_losses(name, monkeypatch):
         parameters = list(model.parameters())
         gradient = torch.autograd.grad(nats + sum(others.values()), parameters)
         norm = torch.cat([d.flatten() for d in gradient]).norm()
-        for p, d in zip(parameters, gradient):  # a silent population's norm has a steep slope
-            p.data -= 0.1 * d * min(1, 100 / norm)
+        share = 1 / norm if "snn" in name else 1  # where all is silent, the slope of rms is steep
+        for p, d in zip(parameters, gradient):
+            p.data -= 0.1 * share * d
     assert losses == pytest.approx(GOLDEN[name], abs=1e-4)
 
 
