@@ -65,7 +65,7 @@ def all(
     ended = call([*TESTS, *only], 240, interpret)
     counts = {what: int(n) for n, what in re.findall(r"(\d+) (passed|failed|skipped|error)", ended)}
     record = environment(run.device, b.seed) | {"what": "tests/test_kernels.py, test_spark.py"}
-    write_result(f"results/kernels_{device}.json", record | counts | {"end": ended[-4000:]})
+    write_result(f"results/kernels_{device}.json", record | counts | {"end": "\n".join(ended.splitlines()[-20:])})
     outcome["kernels"] = {"seconds": time.time() - began, "end": ended.splitlines()[-1:]}
     for name, limit, command in steps(text, tiny, device):
         print(f"\n==== {name}: python {command}", flush=True)
