@@ -15,7 +15,8 @@ from pathlib import Path
 from types import ModuleType
 
 COMMAND_LINE = "the command line"
-PATHS = "dataset data_dir out_dir cell result init_from ckpt eval picture data embedding out rates"
+PATHS = "dataset data_dir out_dir cell result init_from ckpt eval redact picture data embedding"
+PATHS += " out rates text"
 
 
 def stop(message):

@@ -427,7 +427,7 @@ def test_a_damaged_or_hostile_checkpoint_is_refused(tmp_path, capsys):
 # ---- scale: the 1B config, shrunk ----------------------------------------------------------------
 
 BIG = (
-    "--n_embd=32 --n_layer=2 --n_head=2 --keys=4 --d_ff=64"
+    "--n_embd=32 --n_layer=2 --n_head=2 --keys=16 --d_ff=64"
     " --phases=stories:16 --dtype=float32 --tokenizer=byte"
 )
 SNN_1B = "configs/snn_1b.py"
@@ -475,7 +475,7 @@ def test_every_parameter_has_one_optimiser_of_its_kind():
 
 
 def test_muon_moves_a_synapse_as_it_would_the_transposed_linear():
-    settings = ["configs/snn_6m.py", "--n_hidden=8", "--n_embd=8", "--d_ff=32", "--keys=4"]
+    settings = ["configs/snn_6m.py", "--n_hidden=8", "--n_embd=8", "--d_ff=32", "--keys=4", "--n_head=2"]
     moved = []
     for spikes in (True, False):
         c = config.load(TrainConfig, settings + [f"--spikes={spikes}"])

@@ -1,0 +1,300 @@
+"""Find personal data: a spiking tagger for named entities (PII), as Real Sam has one.
+
+python ner.py                          train on built-in sentences, print the scores
+python ner.py --dataset=FILE.jsonl     train on your own: JSON Lines as of ai4privacy, or CoNLL
+python ner.py --eval=FILE.jsonl        score the trained tagger
+python ner.py --tag="I am Ann Lee, my number is 555-0199"
+python ner.py --redact=FILE.txt        print the file with [NAME] in place of a name
+python ner.py --block=gpt --n_hidden=128 --d_ff=232      the transformer, of equal size
+python ner.py --block=snn --spikes=False                 the float control of --block=snn
+
+A word is a time step. It enters as the sum of rows of a hash table, one for each of its features
+(letters, shape, prefixes, suffixes), so that unknown names are read too. Then follow blocks of the
+language models; every second one reads the sentence from its end. Tags are BIO: B-NAME begins a
+name, I-NAME continues it, O is anything else; a conditional random field scores their sequence.
+Entities are found exactly (label and both ends) or partially (label, and some overlap).
+"""
+
+import itertools
+import math
+import random
+import sys
+from collections import Counter, defaultdict
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch.optim.lr_scheduler import OneCycleLR
+
+import config
+from checkpoint import check_weights, locked, read_tensors, set_aside, whole_file
+from lif import Report, Seen
+from model import ModelConfig, SpikingLM, spike_encode
+from pii import built_in, read_records, spans_of, tags_of, words_of
+
+LONGEST = 256  # words that the tagger reads at once
+PARTS = 4  # batches per optimiser step, each of sentences of one length: nothing is padded
+FORGET = 0.3  # training hides this share of a word's features, and half as many whole words
+SWAP = 0.25  # and puts others in place of this share of the words outside entities
+
+
+@dataclass(frozen=True)
+class NerConfig(ModelConfig):
+    # model
+    vocab_size: int = 16384  # rows of the hash table
+    n_embd: int = 128  # width of a row
+    n_hidden: int = 192  # neurons per block
+    n_layer: int = 4  # blocks: the first reads forwards, the second backwards, and so on
+    d_ff: int = 288  # width of the feed-forward part of snn and gpt
+    beta_high: float = 0.9  # membrane decays start between beta_low and this
+    # training
+    dataset: str = "built-in"  # built-in | FILE; every 20th record of a file is held out
+    max_steps: int = 1200  # optimiser steps
+    words: int = 768  # words in one optimiser step
+    lr: float = 4e-3  # peak learning rate of AdamW
+    # use
+    eval: str = ""  # score the tagger on this file
+    tag: str = ""  # print the entities of this text
+    redact: str = ""  # print this file with labels in place of entities
+    ckpt: str = ""  # file of a trained tagger, or its folder; empty: out_dir
+    out_dir: str = "out/ner"  # where training writes ner.pt
+    threads: int = 0  # CPU threads; 0 leaves it to torch
+    seed: int = 1337  # of weights, sentences and batches
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.block not in ("sam", "snn", "gpt"):
+            raise ValueError(f"block must be sam, snn or gpt to tag, got {self.block!r}")
+        if min(self.max_steps, self.words) < 1 or min(self.threads, self.seed, self.lr) < 0:
+            raise ValueError("max_steps and words must be at least 1; threads, seed, lr at least 0")
+
+
+# ---- the tagger ---------------------------------------------------------------------------------
+
+
+class Tagger(SpikingLM):
+    """The language model with a table of features in front; its vocabulary is the tags."""
+
+    def __init__(self, c, labels):
+        tags = ["O"] + [f"{kind}-{label}" for label in labels for kind in "BI"]
+        encoder = "float" if c.block == "gpt" or not c.spikes else c.encoder
+        super().__init__(replace(c, vocab_size=len(tags), encoder=encoder))
+        self.labels, self.tags = labels, tags
+        self.table = torch.nn.Parameter(torch.zeros(c.vocab_size, c.n_embd))  # unseen adds nothing
+        self.follow = torch.nn.Parameter(torch.zeros(len(tags), len(tags)))
+
+    def forward(self, words):
+        """Logits (B, T, tags) of B sentences of T words each, and a Report."""
+        sizes = torch.tensor([len(word) for sentence in words for word in sentence])
+        rows = torch.tensor([row for sentence in words for word in sentence for row in word])
+        keep = torch.ones(len(rows))
+        if self.training:
+            read = torch.rand(len(sizes)) >= FORGET / 2
+            keep *= read.repeat_interleave(sizes) & (torch.rand(len(rows)) >= FORGET)
+        x = F.embedding_bag(
+            rows % len(self.table), self.table, sizes.cumsum(0) - sizes, mode="sum",
+            per_sample_weights=keep,
+        ).view(len(words), len(words[0]), -1)  # fmt: skip
+        report, seen = Report(), Seen(None, self.stress)
+        report.macs += round(len(rows) / len(sizes) * x.shape[-1])  # additions, in fact
+        x = spike_encode(x) if self.config.encoder == "spikes" else x
+        x = x if self.proj_in is None else self.proj_in(x, report)
+        for i, part in enumerate(self.parts.values()):
+            dims = [1] * (i % 2)  # what to flip: time, for every second block
+            x = part(x.flip(dims), None, seen, report)[0].flip(dims)
+        return self.readout(x, None, report)[0], report
+
+    def loss(self, logits, tags, report):
+        """Nats per word of tags (B, T) by a conditional random field, and the other losses."""
+        follow = self.follow[tags[:, :-1], tags[:, 1:]].sum(1)
+        score = logits.gather(2, tags[..., None]).sum((1, 2)) + follow
+        total = logits[:, 0]  # log of the sum over all sequences that end in a tag, (B, tags)
+        for now in logits.unbind(1)[1:]:
+            total = (total[:, :, None] + self.follow).logsumexp(1) + now
+        nats = (total.logsumexp(1) - score).mean() / tags.shape[1]
+        return nats, super().loss(logits, tags, report)[1]
+
+    def likeliest(self, logits):
+        """The likeliest tags, B lists of T: Viterbi's algorithm."""
+        best, origins = logits[:, 0], []
+        for now in logits.unbind(1)[1:]:
+            best, origin = (best[:, :, None] + self.follow).max(1)
+            best = best + now
+            origins.append(origin)
+        path = [best.argmax(1)]
+        for origin in reversed(origins):
+            path.append(origin.gather(1, path[-1][:, None])[:, 0])
+        return [[self.tags[k] for k in row] for row in torch.stack(path[::-1], 1).tolist()]
+
+    @torch.no_grad()
+    def find(self, texts, work):
+        """The spans of each text; work adds up what that takes."""
+        places, words = zip(*map(words_of, texts))
+        tags, groups = [["O"] * len(at) for at in places], defaultdict(list)
+        for i, sentence in enumerate(words):
+            for a in range(0, len(sentence), LONGEST):
+                groups[len(sentence[a : a + LONGEST])].append((i, slice(a, a + LONGEST)))
+        for group in groups.values():
+            for batch in (group[j : j + 32] for j in range(0, len(group), 32)):
+                logits, report = self([words[i][part] for i, part in batch])
+                for (i, part), found in zip(batch, self.likeliest(logits)):
+                    tags[i][part] = found
+                n = logits.shape[0] * logits.shape[1]
+                triggered, every = map(sum, zip((0, 0), *report.synapses))
+                work.update(words=n, macs=n * report.macs, synapses=n * every)
+                work["synops"] += n * float(triggered)
+                work["rates"] += n * torch.tensor([rate.mean() for rate in report.rates])
+        return [spans_of(*pair) for pair in zip(tags, places)]
+
+
+def load(c):
+    """The Tagger that `train` saved."""
+    path = Path(c.ckpt or c.out_dir)
+    path = path / "ner.pt" if path.is_dir() else path
+    saved = read_tensors(path, "tagger", "ner.py")
+    try:
+        tagger = Tagger(NerConfig(**saved["config"]), saved["labels"])
+    except (KeyError, TypeError, RuntimeError):
+        raise ValueError(f"{path} is no tagger of this ner.py: train one") from None
+    check_weights(saved["model"], tagger)
+    tagger.load_state_dict(saved["model"])
+    return tagger.eval()
+
+
+# ---- training and use ---------------------------------------------------------------------------
+
+
+def sentences(c, held, bad):
+    """The sentences of the dataset that are held out, or the others; once, if they are a file's."""
+    if c.dataset == "built-in":
+        return itertools.islice(built_in(c.seed, held), 1000)
+    records = enumerate(read_records(c.dataset, bad))
+    return (record for i, record in records if (i % 20 == 0) == held)
+
+
+def batches(c):
+    """Endless batches (words, tags) of sentences of one length. Each is the beginning of a sentence
+    and the end of another, with some words of that one strewn in: else the tagger would learn the
+    phrases that many sentences share."""
+    rng, pool, groups = random.Random(c.seed), [], defaultdict(list)
+    for epoch in itertools.count():
+        for text, spans in sentences(replace(c, seed=c.seed + epoch), False, Counter()):
+            places, words = words_of(text)
+            tags = tags_of(spans, places)
+            cuts = [i for i, tag in enumerate(tags) if tag[0] != "I"]  # never within an entity
+            pool += [(words, tags, cuts)] * bool(words)
+            if len(pool) <= 4096:
+                continue
+            i = rng.randrange(len(pool))  # random order
+            pool[i], pool[-1] = pool[-1], pool[i]
+            (words, tags, cuts), (more, more_tags, more_cuts) = pool.pop(), rng.choice(pool)
+            a, b = rng.choice([*cuts[1:], len(words)]), rng.choice(more_cuts)
+            words, tags = (words[:a] + more[b:])[:LONGEST], (tags[:a] + more_tags[b:])[:LONGEST]
+            strewn = [word for word, tag in zip(more, more_tags) if tag == "O"]
+            for i, tag in enumerate(tags):
+                if tag == "O" and strewn and rng.random() < SWAP:
+                    words[i] = rng.choice(strewn)
+            groups[len(words)].append((words, tags))
+            if len(groups[len(words)]) * len(words) * PARTS >= c.words:
+                yield zip(*groups.pop(len(words)))
+
+
+def train(c, bad):
+    """Train a Tagger as the settings say and save it as out_dir/ner.pt."""
+    labels = {label for _, spans in sentences(c, False, bad) for _, _, label in spans}
+    if not labels:
+        raise ValueError(f"{c.dataset} has too few entities: there is nothing to learn")
+    if aside := set_aside(Path(c.out_dir)):
+        print(f"the tagger that was in {c.out_dir} is kept in {aside}")
+    torch.manual_seed(c.seed)
+    tagger, losses, stream = Tagger(c, sorted(labels)), [], batches(c)
+    size, table = (sum(p.numel() for p in x) / 1e6 for x in (tagger.parameters(), [tagger.table]))
+    print(f"{size:.2f}M parameters, {table:.2f}M of them the table of features")
+    matrices = {"params": [p for p in tagger.parameters() if p.dim() > 1], "weight_decay": 0.05}
+    vectors = {"params": [p for p in tagger.parameters() if p.dim() < 2], "weight_decay": 0.0}
+    optimizer = torch.optim.AdamW([matrices, vectors], betas=(0.9, 0.95))
+    rate = OneCycleLR(optimizer, c.lr, c.max_steps, pct_start=0.1, cycle_momentum=False)
+    for step in range(1, c.max_steps + 1):
+        for words, tags in itertools.islice(stream, PARTS):
+            logits, report = tagger(words)
+            tags = torch.tensor([[tagger.tags.index(tag) for tag in sentence] for sentence in tags])
+            nats, others = tagger.loss(logits, tags, report)
+            ((nats + sum(others.values())) / PARTS).backward()
+            losses.append(nats.item())
+            if not math.isfinite(losses[-1]):
+                raise ValueError(f"the loss became {losses[-1]} at step {step}: lower --lr")
+            tagger.observe(losses[-1], torch.cat(report.rates or [tagger.rate]).detach())
+        torch.nn.utils.clip_grad_norm_(tagger.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        rate.step()
+        if step % max(1, c.max_steps // 10) == 0:
+            print(f"step {step}: {sum(losses) / len(losses):.3f} nats per word", flush=True)
+            losses.clear()
+    saved = {"config": asdict(c), "labels": tagger.labels, "model": tagger.state_dict()}
+    with whole_file(Path(c.out_dir, "ner.pt")) as file:
+        torch.save(saved, file)
+    return tagger.eval()
+
+
+def evaluate(tagger, records, bad):
+    """Print and return the entities' F1, {label: (exact, partial)}; print what a word costs."""
+    counts, work, records, scores = defaultdict(Counter), Counter(), iter(records), {}
+    while chunk := list(itertools.islice(records, 256)):
+        for (_, true), found in zip(chunk, tagger.find([text for text, _ in chunk], work)):
+            for name, spans, others in (("true", true, found), ("found", found, true)):
+                for a, b, label in spans:
+                    near = any(label == x and a < d and c < b for c, d, x in others)
+                    for n in (counts[label], counts["all"]):
+                        n.update({name: 1, f"near {name}": near, "exact": (a, b, label) in others})
+    if not counts:
+        raise ValueError("nothing to score: there are no entities, neither true nor found")
+    print(f"{'F1':20} exact  partial  entities  found")
+    for name in sorted(counts, key=lambda name: (name == "all", name)):
+        n = counts[name]  # an exact one was counted twice, as true and as found
+        recall, precision = (n[f"near {x}"] / max(1, n[x]) for x in ("true", "found"))
+        partial = 2 * precision * recall / max(1e-9, precision + recall)
+        scores[name] = n["exact"] / (n["true"] + n["found"]), partial
+        print(f"{name:20} {scores[name][0]:.3f}    {partial:.3f}  {n['true']:8}  {n['found']:5}")
+    words = work["words"]
+    if work["synapses"]:
+        print("firing rate ", *(f"{rate:.1%}" for rate in work["rates"] / words))
+        print(f"SynOps       {work['synops'] / words:.0f} of {work['synapses'] / words:.0f} a word")
+    print(f"float-fed    {work['macs'] / words:.0f} multiplications per word")
+    if bad["spans"]:
+        print(f"left out: {bad['spans']} entities whose offsets do not fit their text")
+    return scores
+
+
+def redact(tagger, path):
+    """The file to stdout, [LABEL] in place of entities, line by line (64 kB of a longer one)."""
+    with open(path, encoding="utf-8", errors="surrogateescape", newline="") as file:
+        lines = iter(lambda: file.readline(1 << 16), "")
+        while chunk := list(itertools.islice(lines, 64)):
+            for text, spans in zip(chunk, tagger.find(chunk, Counter())):
+                for start, end, label in reversed(spans):
+                    text = f"{text[:start]}[{label}]{text[end:]}"
+                sys.stdout.buffer.write(text.encode("utf-8", "surrogateescape"))
+    sys.stdout.buffer.flush()
+
+
+def main(argv):
+    with config.one_line():
+        c, bad = config.load(NerConfig, argv), Counter()
+        torch.set_num_threads(c.threads or torch.get_num_threads())
+        if c.tag:
+            for start, end, label in load(c).find([c.tag], Counter())[0]:
+                print(start, end, label, c.tag[start:end], sep="\t")
+        elif c.redact:
+            redact(load(c), c.redact)
+        elif c.eval:
+            evaluate(load(c), read_records(c.eval, bad), bad)
+        else:
+            Path(c.out_dir).mkdir(parents=True, exist_ok=True)
+            with locked(c.out_dir):
+                evaluate(train(c, bad), sentences(c, True, Counter()), bad)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -1,0 +1,235 @@
+"""ner.py and pii.py: words, tags, files, the tagger, its scores, and what it prints."""
+
+import itertools
+import json
+import random
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+
+import pytest
+import torch
+
+import ner
+import pii
+
+ROOT = Path(__file__).parent.parent
+TINY = ["--vocab_size=256", "--n_embd=16", "--n_hidden=16", "--n_layer=2", "--d_ff=16"]
+TINY += ["--n_head=2", "--keys=4", "--max_steps=2", "--words=64", "--threads=1"]
+LABELS = ["AGE", "NAME"]
+
+
+def tiny(**settings):
+    sizes = dict(vocab_size=256, n_embd=16, n_hidden=16, n_layer=2, d_ff=16, n_head=2, keys=4)
+    torch.manual_seed(0)
+    tagger = ner.Tagger(ner.NerConfig(**sizes | settings), LABELS).eval()
+    torch.nn.init.normal_(tagger.table)  # as after training; it starts from zero
+    return tagger
+
+
+class Fixed:
+    """A tagger that knows what it finds: spans by text."""
+
+    def __init__(self, answers):
+        self.answers, self.largest = answers, 0
+
+    def find(self, texts, work):
+        self.largest = max(self.largest, sum(len(text) for text in texts))
+        work.update(words=len(texts), macs=0, synapses=0, synops=0)
+        return [self.answers.get(text, []) for text in texts]
+
+
+# ---- sentences -----------------------------------------------------------------------------------
+
+
+def test_words_hold_numbers_and_addresses_together():
+    text = "Ann-Lee's mail:\n  a.b@c.de, 2:30, +44 555-01 35-year."
+    places, features = pii.words_of(text)
+    words = [text[a:b] for a, b in places]
+    expected = "Ann-Lee ' s mail : a.b@c.de , 2:30 , +44 555-01 35 - year ."
+    assert words == expected.split() and len(features) == len(words)
+    assert pii.features("Ann", " ") != pii.features("ann", " ") != pii.features("ann", "\n")
+    assert pii.features("41", " ")[1:] == pii.features("73", " ")[1:]  # all but the word itself
+
+
+def test_tags_and_spans_are_one_thing():
+    text = "Ann Lee, 30, met Bo Bo"
+    spans = [(0, 7, "NAME"), (9, 11, "AGE"), (17, 19, "NAME"), (20, 22, "NAME")]
+    places, _ = pii.words_of(text)
+    tags = pii.tags_of(spans, places)
+    assert tags == "B-NAME I-NAME O B-AGE O O B-NAME B-NAME".split()
+    assert pii.spans_of(tags, places) == spans
+    assert pii.spans_of(["I-NAME", "I-AGE", "E-AGE"], places) == [(0, 3, "NAME"), (4, 8, "AGE")]
+    assert pii.spans_of(["S-AGE", "S-AGE", "O"], places) == [(0, 3, "AGE"), (4, 7, "AGE")]
+
+
+def test_built_in_sentences_are_seeded_and_true():
+    train, held = (list(itertools.islice(pii.built_in(1, held), 2000)) for held in (False, True))
+    assert train[:50] == list(itertools.islice(pii.built_in(1, False), 50))
+    assert train[:50] != list(itertools.islice(pii.built_in(2, False), 50))
+    frames = []
+    for sentences in (train, held):
+        frames.append(set())
+        for text, spans in sentences:
+            assert spans == sorted(spans) and not set("<>#\\") & set(text)
+            assert all(text[a:b].strip() == text[a:b] != "" for a, b, _ in spans)
+            places, _ = pii.words_of(text)
+            assert pii.spans_of(pii.tags_of(spans, places), places) == spans, text
+            for a, b, label in reversed(spans):
+                text = f"{text[:a]}{label}{text[b:]}"
+            frames[-1].add(text)
+    assert len(frames[0]) > 30 and not frames[0] & frames[1]
+    labels = {label for _, spans in train for _, _, label in spans}
+    assert len(labels) == 14 and labels >= {x for _, spans in held for _, _, x in spans}
+
+
+# ---- files ---------------------------------------------------------------------------------------
+
+
+def record(text, *spans):
+    mask = [{"start": a, "end": b, "label": label, "value": text[a:b]} for a, b, label in spans]
+    return {"source_text": text, "privacy_mask": mask}
+
+
+def test_bad_offsets_are_counted_and_left_out(tmp_path):
+    good = record("Zoë is 30", (0, 4, "NAME"), (7, 9, "AGE"))  # a blank at an end is cut
+    bad = record("Ann is 30", (0, 3, "NAME"), (2, 5, "NAME"), (3, 4, "AGE"), (8, 8, "AGE"))
+    bad["privacy_mask"] += [
+        {"start": 7, "end": 99, "label": "AGE"},
+        {"start": -2, "end": 9, "label": "AGE"},
+        {"start": 7, "end": 9, "label": "AGE", "value": "31"},
+        {"start": "7", "end": 9, "label": "AGE"},
+        {"start": 7, "end": 9},
+    ]
+    path, counted = tmp_path / "a.jsonl", Counter()
+    path.write_text("\ufeff" + "\n\n".join(json.dumps(x) for x in (good, bad)))
+    first, second = pii.read_records(path, counted)
+    assert first == ("Zoë is 30", [(0, 3, "NAME"), (7, 9, "AGE")])
+    assert second == ("Ann is 30", [(0, 3, "NAME")]) and counted["spans"] == 8
+
+
+def test_conll(tmp_path):
+    path = tmp_path / "a.conll"
+    path.write_text(
+        "-DOCSTART- O\n\nAnn NNP B-NAME\nLee NNP I-NAME\nis O O\n30 CD S-AGE\n\n\nBo X B-NAME"
+    )
+    assert list(pii.read_records(path, Counter())) == [
+        ("Ann Lee is 30", [(0, 7, "NAME"), (11, 13, "AGE")]),
+        ("Bo", [(0, 2, "NAME")]),
+    ]
+
+
+@pytest.mark.parametrize(
+    "text", ['{"source_text": "a", "privacy_mask": []}\n{"a": 1}', "Ann B-NAME\nhello", "{\n\n[1]"]
+)
+def test_a_line_that_is_no_record_is_named(tmp_path, text):
+    path = tmp_path / "a.jsonl"
+    path.write_text(text)
+    with pytest.raises(ValueError, match=r"a.jsonl, line [12]: expected"):
+        list(pii.read_records(path, Counter()))
+
+
+# ---- the tagger ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "settings", [{}, {"block": "snn"}, {"block": "snn", "spikes": False}, {"block": "gpt"}], ids=str
+)
+def test_a_word_is_read_with_both_its_neighbours(settings):
+    tagger = tiny(**settings)
+    _, words = pii.words_of("We met Ann Lee on Monday in Oslo")
+    logits, report = tagger([words])
+    assert logits.shape == (1, 8, 5)
+    seen = torch.autograd.grad(logits[0, 4].sum(), tagger.table)[0].abs().sum(1)
+    for at in (0, 3, 5, 7):
+        assert seen[torch.tensor(words[at]) % 256].sum() > 0
+    is_spiking = settings.get("spikes", True) and settings.get("block") != "gpt"
+    assert bool(report.rates) == is_spiking
+    assert not is_spiking or 0 < torch.cat(report.rates).mean() < 1
+
+
+def test_sentences_do_not_see_each_other():
+    tagger, work = tiny(), Counter()
+    texts = ["Ann Lee is 30", "Bo is not 31", "", "one " * 600, "Ann met Bo"]
+    found = tagger.find(texts, work)
+    assert found == [tagger.find([text], Counter())[0] for text in texts]
+    assert work["words"] == 4 + 4 + 600 + 3 and 0 < work["synops"] < work["synapses"]
+
+
+def test_training_learns_and_a_checkpoint_scores_the_same(tmp_path, capsys):
+    lines, path, out = [], tmp_path / "a.jsonl", f"--out_dir={tmp_path}"
+    for name, age in itertools.product(("Ann Li", "Ann Ray", "Bo Li", "Bo Ray", "Cy Li"), "1357"):
+        n = len(name)
+        spans = (0, n, "NAME"), (n + 4, n + 5, "AGE")
+        lines.append(json.dumps(record(f"{name} is {age} now", *spans)))
+    path.write_text("\n".join(lines * 3))
+    ner.main([f"--dataset={path}", out, *TINY, "--max_steps=80", "--lr=0.03"])
+    printed = capsys.readouterr().out
+    ner.main([f"--eval={path}", out])
+    scored = capsys.readouterr().out
+    all_of = [line for line in scored.splitlines() if line.startswith("all")][0].split()
+    assert float(all_of[1]) > 0.9 and all_of[3] == "120"
+    for text in (printed, scored):
+        assert "firing rate" in text and "SynOps" in text and "NAME" in text
+    ner.main(["--tag=Ann Ray is 5 now", out])
+    assert "0\t7\tNAME\tAnn Ray\n" in capsys.readouterr().out
+    text, saved = tmp_path / "text", tmp_path / "ner.pt"
+    text.write_bytes(b"Bo Li is 7 now\r\n")
+    command = [sys.executable, "ner.py", f"--redact={text}", f"--ckpt={saved}"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True)
+    assert (done.returncode, done.stdout) == (0, b"[NAME] is [AGE] now\r\n"), done.stderr
+    ner.main([f"--dataset={path}", out, *TINY])
+    assert "is kept in" in capsys.readouterr().out and (tmp_path / "1" / "ner.pt").exists()
+
+
+@pytest.mark.parametrize("settings", [{"labels": ["A"]}, {"config": {"x": 1}}, {"model": {}}])
+def test_a_damaged_tagger_is_one_line(tmp_path, settings, capsys):
+    tagger = tiny()
+    saved = {"config": {}, "labels": LABELS, "model": tagger.state_dict()}
+    torch.save(saved | settings, tmp_path / "ner.pt")
+    with pytest.raises(SystemExit) as stopped:
+        ner.main(["--tag=Ann", f"--ckpt={tmp_path}"])
+    assert stopped.value.code == 2 and capsys.readouterr().err.count("\n") == 1
+
+
+# ---- redacting, scores ---------------------------------------------------------------------------
+
+
+def test_redacting_keeps_every_other_byte_and_streams(tmp_path, capfdbinary):
+    path, odd = tmp_path / "text", b"\xef\xbb\xbfAnn\r\ncaf\xe9 \xff\x00 Ann\r\n\nZo\xc3\xab\n"
+    path.write_bytes(odd + b"x" * 200_000 + b"\n" + b"a line of it\n" * 300_000 + b"Ann")
+    tagger = Fixed({"Ann": [(0, 3, "NAME")]})
+    ner.redact(tagger, path)
+    assert capfdbinary.readouterr().out == path.read_bytes()[:-3] + b"[NAME]"
+    assert tagger.largest <= 64 << 16
+
+
+def scores_of(pairs):
+    """evaluate's scores of (true spans, found spans) of as many texts."""
+    texts = {str(i): found for i, (_, found) in enumerate(pairs)}
+    records = [(str(i), true) for i, (true, _) in enumerate(pairs)]
+    return ner.evaluate(Fixed(texts), records, Counter(spans=2))
+
+
+def test_scores_by_hand(capsys):
+    true = [(0, 7, "NAME"), (9, 11, "AGE"), (20, 25, "NAME")]
+    found = [(0, 3, "NAME"), (4, 7, "NAME"), (9, 11, "AGE"), (20, 25, "AGE")]
+    scores = scores_of([(true, found), ([], [])])
+    assert scores["AGE"] == pytest.approx((2 / 3, 2 * 0.5 * 1 / 1.5))
+    assert scores["NAME"] == pytest.approx((0, 2 * 1 * 0.5 / 1.5))
+    assert scores["all"] == pytest.approx((2 / 7, 2 * 0.75 * (2 / 3) / (0.75 + 2 / 3)))
+    assert "left out: 2 entities" in capsys.readouterr().out
+
+
+def test_scores_are_those_of_seqeval():
+    metrics = pytest.importorskip("seqeval.metrics")
+    rng, choices = random.Random(0), ["O", "O", "B-NAME", "I-NAME", "B-AGE", "I-AGE"]
+    places = [(2 * i, 2 * i + 1) for i in range(12)]
+    true, found = ([rng.choices(choices, k=12) for _ in range(200)] for _ in range(2))
+    found = [[a if rng.random() < 0.8 else b for a, b in zip(*x)] for x in zip(true, found)]
+    pairs = [tuple(pii.spans_of(tags, places) for tags in pair) for pair in zip(true, found)]
+    scores, report = scores_of(pairs), metrics.classification_report(true, found, output_dict=True)
+    assert scores["all"][0] == pytest.approx(metrics.f1_score(true, found))
+    for label in LABELS:
+        assert scores[label][0] == pytest.approx(report[label]["f1-score"])
