@@ -12,7 +12,6 @@ A word is a time step. It enters as the sum of rows of a hash table, one for eac
 (letters, shape, prefixes, suffixes), so that unknown names are read too. Then follow blocks of the
 language models; every second one reads the sentence from its end. Tags are BIO: B-NAME begins a
 name, I-NAME continues it, O is anything else; a conditional random field scores their sequence.
-Entities are found exactly (label and both ends) or partially (label, and some overlap).
 """
 
 import itertools
@@ -28,7 +27,8 @@ import torch.nn.functional as F
 from torch.optim.lr_scheduler import OneCycleLR
 
 import config
-from checkpoint import check_weights, locked, read_tensors, set_aside, whole_file
+from checkpoint import check_weights, environment, locked, read_tensors
+from checkpoint import set_aside, whole_file, write_result
 from lif import Report, Seen
 from model import ModelConfig, SpikingLM, spike_encode
 from pii import built_in, read_records, spans_of, tags_of, words_of
@@ -48,26 +48,22 @@ class NerConfig(ModelConfig):
     n_layer: int = 4  # blocks: the first reads forwards, the second backwards, and so on
     d_ff: int = 288  # width of the feed-forward part of snn and gpt
     beta_high: float = 0.9  # membrane decays start between beta_low and this
-    # training
+    # training and use
     dataset: str = "built-in"  # built-in | FILE; every 20th record of a file is held out
     max_steps: int = 1200  # optimiser steps
     words: int = 768  # words in one optimiser step
     lr: float = 4e-3  # peak learning rate of AdamW
-    # use
     eval: str = ""  # score the tagger on this file
     tag: str = ""  # print the entities of this text
     redact: str = ""  # print this file with labels in place of entities
     ckpt: str = ""  # file of a trained tagger, or its folder; empty: out_dir
     out_dir: str = "out/ner"  # where training writes ner.pt
+    result: str = ""  # also write the scores to this .json file
     threads: int = 0  # CPU threads; 0 leaves it to torch
     seed: int = 1337  # of weights, sentences and batches
 
-    def __post_init__(self):
-        super().__post_init__()
-        if self.block not in ("sam", "snn", "gpt"):
-            raise ValueError(f"block must be sam, snn or gpt to tag, got {self.block!r}")
-        if min(self.max_steps, self.words) < 1 or min(self.threads, self.seed, self.lr) < 0:
-            raise ValueError("max_steps and words must be at least 1; threads, seed, lr at least 0")
+    CHOICES = {"block": ("sam", "snn", "gpt")}
+    RANGE = {name: (1, math.inf) for name in ("max_steps", "words")} | {"lr": (0, math.inf)}
 
 
 # ---- the tagger ---------------------------------------------------------------------------------
@@ -140,7 +136,7 @@ class Tagger(SpikingLM):
                 logits, report = self([words[i][part] for i, part in batch])
                 for (i, part), found in zip(batch, self.likeliest(logits)):
                     tags[i][part] = found
-                n = logits.shape[0] * logits.shape[1]
+                n = logits[..., 0].numel()
                 triggered, every = map(sum, zip((0, 0), *report.synapses))
                 work.update(words=n, macs=n * report.macs, synapses=n * every)
                 work["synops"] += n * float(triggered)
@@ -209,8 +205,7 @@ def train(c, bad):
         print(f"the tagger that was in {c.out_dir} is kept in {aside}")
     torch.manual_seed(c.seed)
     tagger, losses, stream = Tagger(c, sorted(labels)), [], batches(c)
-    size, table = (sum(p.numel() for p in x) / 1e6 for x in (tagger.parameters(), [tagger.table]))
-    print(f"{size:.2f}M parameters, {table:.2f}M of them the table of features")
+    print(f"{sum(p.numel() for p in tagger.parameters()) / 1e6:.2f}M parameters")
     matrices = {"params": [p for p in tagger.parameters() if p.dim() > 1], "weight_decay": 0.05}
     vectors = {"params": [p for p in tagger.parameters() if p.dim() < 2], "weight_decay": 0.0}
     optimizer = torch.optim.AdamW([matrices, vectors], betas=(0.9, 0.95))
@@ -232,14 +227,14 @@ def train(c, bad):
         if step % max(1, c.max_steps // 10) == 0:
             print(f"step {step}: {sum(losses) / len(losses):.3f} nats per word", flush=True)
             losses.clear()
-    saved = {"config": asdict(c), "labels": tagger.labels, "model": tagger.state_dict()}
     with whole_file(Path(c.out_dir, "ner.pt")) as file:
+        saved = {"config": asdict(c), "labels": tagger.labels, "model": tagger.state_dict()}
         torch.save(saved, file)
     return tagger.eval()
 
 
-def evaluate(tagger, records, bad):
-    """Print and return the entities' F1, {label: (exact, partial)}; print what a word costs."""
+def evaluate(tagger, records, bad, c=NerConfig()):
+    """Print and return F1, {label: (exact: label and both ends; partial: some overlap)}; costs."""
     counts, work, records, scores = defaultdict(Counter), Counter(), iter(records), {}
     while chunk := list(itertools.islice(records, 256)):
         for (_, true), found in zip(chunk, tagger.find([text for text, _ in chunk], work)):
@@ -264,6 +259,11 @@ def evaluate(tagger, records, bad):
     print(f"float-fed    {work['macs'] / words:.0f} multiplications per word")
     if bad["spans"]:
         print(f"left out: {bad['spans']} entities whose offsets do not fit their text")
+    if c.result:
+        work["rates"] = torch.as_tensor(work["rates"]).tolist()
+        size = sum(p.numel() for p in tagger.parameters())
+        found = {"f1": scores, "work": work, "parameters": size}
+        write_result(c.result, environment(torch.device("cpu"), c.seed) | found)
     return scores
 
 
@@ -289,11 +289,11 @@ def main(argv):
         elif c.redact:
             redact(load(c), c.redact)
         elif c.eval:
-            evaluate(load(c), read_records(c.eval, bad), bad)
+            evaluate(load(c), read_records(c.eval, bad), bad, c)
         else:
             Path(c.out_dir).mkdir(parents=True, exist_ok=True)
             with locked(c.out_dir):
-                evaluate(train(c, bad), sentences(c, True, Counter()), bad)
+                evaluate(train(c, bad), sentences(c, True, Counter()), bad, c)
 
 
 if __name__ == "__main__":

@@ -170,6 +170,10 @@ def test_training_learns_and_a_checkpoint_scores_the_same(tmp_path, capsys):
     scored = capsys.readouterr().out
     all_of = [line for line in scored.splitlines() if line.startswith("all")][0].split()
     assert float(all_of[1]) > 0.9 and all_of[3] == "120"
+    ner.main([f"--eval={path}", out, f"--result={tmp_path}/scores.json"])
+    written = json.loads((tmp_path / "scores.json").read_text())
+    assert f"{written['f1']['all'][0]:.3f}" == all_of[1] and written["parameters"] > 0
+    capsys.readouterr()
     for text in (printed, scored):
         assert "firing rate" in text and "SynOps" in text and "NAME" in text
     ner.main(["--tag=Ann Ray is 5 now", out])
