@@ -38,10 +38,10 @@ import torch
 
 import config
 import lif as lif_module
-from checkpoint import build, load_checkpoint
+from checkpoint import build, environment, load_checkpoint, write_result
 from model import SpikingLM
-from report import write as write_report
-from train import Run, TrainConfig, environment, make_optimizers, train_step, write_result
+from machine import Run
+from train import TrainConfig, make_optimizers, train_step
 
 
 @dataclass(frozen=True)
@@ -429,7 +429,7 @@ def main(argv):
         if name == "report":  # measures nothing
             if argv:
                 raise ValueError(f"report has no settings: leave out {argv[0]}")
-            return write_report()
+            return import_module("experiments.report").write()
         command = command_of(name)
         c = settings_of(command, argv)
         own = {key: getattr(c, key) for key in command.__kwdefaults__ or ()}

@@ -328,17 +328,6 @@ class SpikingLM(nn.Module):
             logits, state, _ = self(token, state)
 
 
-def find_device(name):
-    """The torch.device called auto, cpu, cuda or mps; ValueError where there is none."""
-    mps = torch.backends.mps.is_available()
-    there = {"cuda": torch.cuda.is_available(), "mps": mps, "cpu": True}
-    if name == "auto":
-        name = next(kind for kind in there if there[kind])
-    if not there.get(name):
-        raise ValueError(f"there is no device {name!r} here; auto takes the best there is, or cpu")
-    return torch.device(name)
-
-
 def pick(logits, temperature, top_k, top_p, generator):
     """Draw a token (B, 1) from logits (B, V): temperature 0 takes the best; top_k 0 keeps all;
     top_p keeps the fewest tokens that hold that much probability (Holtzman et al. 2019)."""

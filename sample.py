@@ -31,7 +31,7 @@ import kernels
 import sources
 import watch
 from checkpoint import build, load_checkpoint
-from model import find_device
+from machine import find_device
 from tokenizer import DataError, tokenizer_from_state
 
 

@@ -12,17 +12,13 @@ bit as if nothing had happened.
 Read train() last: it is the loop; everything above it is a helper that it calls.
 """
 
-import ctypes
-import datetime
 import json
 import math
-import os
 import signal
-import statistics
 import sys
 import textwrap
 import time
-from contextlib import nullcontext, suppress
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import NamedTuple
@@ -32,7 +28,6 @@ if __name__ == "__main__":  # Ctrl-C while torch is imported ends without a trac
 
 import torch
 import torch.distributed as dist
-from torch.distributed.rendezvous import rendezvous
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import AdamW, Muon
 from tqdm import tqdm
@@ -44,7 +39,8 @@ from checkpoint import (
     check_weights, environment, load_cell, load_checkpoint, locked, newest, restore, rewind_log,
     save, set_aside, shape_of, write_log, write_result,
 )  # fmt: skip
-from model import ModelConfig, SpikingLM, Synapse, find_device
+from machine import Run, fastest_threads
+from model import ModelConfig, SpikingLM, Synapse
 from sources import VERDICT, judge, told_by
 from tokenizer import TOKENIZERS, tokenizer_from_state
 
@@ -52,10 +48,7 @@ from tokenizer import TOKENIZERS, tokenizer_from_state
 # ---- settings ------------------------------------------------------------------------------------
 
 CLIP = 1.0  # norm to which gradients are clipped
-PHASE_GAIN, PHASE_PATIENCE = (
-    0.01,
-    2,
-)  # converged: less relative gain, in so many evaluations running
+PHASE_GAIN, PHASE_PATIENCE = 0.01, 2  # converged: less relative gain, in two evaluations running
 EVAL_TOKENS, FINAL_TOKENS = 8192, 65536  # held-out tokens scored at most; at the last evaluation
 
 
@@ -139,27 +132,6 @@ class TrainConfig(ModelConfig):
         return max(length for _, length in self.curriculum())
 
 
-def has_bfloat16(device):
-    """Whether this kind of device multiplies matrices in bfloat16, rather than imitating it."""
-    if device == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
-    can = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
-    return device == "cpu" and bool(can.get("avx512_bf16") or can.get("amx_bf16"))
-
-
-def keep_memory():
-    """Have glibc keep what is freed for the next step.
-
-    A large tensor is else given back to the system and faulted in anew, page by page, each time:
-    a tenth to a third of a step's time.
-    """
-    M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4
-    with suppress(OSError, AttributeError):  # where there is no glibc
-        libc = ctypes.CDLL("libc.so.6")
-        libc.mallopt(M_MMAP_MAX, 0)
-        libc.mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
-
-
 @dataclass
 class Position:
     """Where a run stands: with weights and optimisers, all that it needs to go on."""
@@ -186,90 +158,6 @@ class Position:
         """Whether a phase, not the last one, has taken its share of the steps."""
         is_last = self.phase + 1 == len(self.curriculum)
         return self.phase_step >= c.phase_share * c.max_steps and not is_last
-
-
-class Run:
-    """The processes and the device of this run; alone or under torchrun."""
-
-    def __init__(self, c):
-        self.world = int(os.environ.get("WORLD_SIZE", 1))
-        self.rank = int(os.environ.get("RANK", 0))
-        self.local = int(os.environ.get("LOCAL_RANK", 0))
-        self.restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0  # by torchrun
-        device = find_device(c.device).type
-        if self.world > 1:
-            device = "cpu" if device == "mps" else device  # gloo can not reduce tensors of MPS
-            backend = "nccl" if device == "cuda" else "gloo"
-            # the store outlives workers that torchrun restarts: without a prefix of their own they
-            # would read the addresses of the dead
-            store, _, _ = next(rendezvous("env://"))
-            store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
-            wait = datetime.timedelta(hours=3)  # for downloads
-            dist.init_process_group(backend, None, wait, self.world, self.rank, store)
-        self.device = torch.device(device, self.local) if device == "cuda" else torch.device(device)
-        if device == "cuda" and self.local >= torch.cuda.device_count():
-            raise ValueError(f"no GPU for process {self.local}: lower --nproc_per_node")
-        has_half = has_bfloat16(device)
-        if c.dtype == "bfloat16" and device == "cuda" and not has_half:
-            raise ValueError("this GPU has no bfloat16: set --dtype=float32")
-        half = c.dtype == "bfloat16" or c.dtype == "auto" and has_half
-        self.autocast = torch.autocast(device, torch.bfloat16) if half else nullcontext()
-        self.main = self.rank == 0
-        if device == "cuda":
-            torch.cuda.set_device(self.device)
-            torch.set_float32_matmul_precision("high")
-        if c.threads:
-            torch.set_num_threads(c.threads)
-        if device == "cpu":
-            keep_memory()
-        self.stopping = False
-        self.has_header = False  # whether the table of evaluations has begun
-        # what dropout and noise draw from; batches and samples have their own
-        other = [] if device == "cpu" else [torch.get_device_module(self.device)]
-        self.generators = [torch, *other]
-
-    def listen(self):
-        """From now on Ctrl-C and SIGTERM let the step end and save."""
-        for s in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(s, self.stop)
-
-    def stop(self, *_):
-        """Ctrl-C: finish the step, save, leave; a second one leaves at once."""
-        if self.stopping:
-            raise SystemExit(130)
-        self.stopping = True
-        self.say("stopping after this step; once more to stop at once")
-
-    def any_stopping(self):
-        return bool(self.mean(torch.tensor(float(self.stopping))) > 0)
-
-    def of_all(self, x):
-        """[x of every process]; all of them have to call it."""
-        found = [x] * self.world
-        if self.world > 1:
-            dist.all_gather_object(found, x)
-        return found
-
-    def one_first(self, work):
-        """work() in the first process of each machine, then, from its cache, in the others."""
-        if self.world == 1:
-            return work()
-        done = work() if self.local == 0 else None
-        dist.barrier()
-        return done if self.local == 0 else work()
-
-    def mean(self, x):
-        """Mean of a tensor over the processes."""
-        if self.world > 1:
-            x = x.to(self.device)
-            dist.all_reduce(x)
-            x = x / self.world
-        return x
-
-    def say(self, text):
-        if self.main:
-            tqdm.write(str(text), file=sys.stdout)
-            sys.stdout.flush()
 
 
 def schedule(c, step):
@@ -584,24 +472,6 @@ def set_threads(t):
         with torch.random.fork_rng(devices=[]):  # the trial leaves nothing behind
             t.position.threads = fastest_threads(step)
     torch.set_num_threads(min(t.position.threads, most))
-
-
-def fastest_threads(step):
-    """The number of CPU threads with which step() is fastest: all, a half, a quarter, ... or 1.
-
-    On a busy machine threads wait for each other: two can be five times slower than one.
-    """
-    counts = [torch.get_num_threads()]
-    while counts[-1] > 1:
-        counts.append(counts[-1] // 2)
-    times, start = {n: [] for n in counts}, time.perf_counter()
-    for n in counts * 4 if len(counts) > 1 else []:
-        if len(times[n]) < 2 or time.perf_counter() - start < 10:
-            torch.set_num_threads(n)
-            began = time.perf_counter()
-            step()
-            times[n].append(time.perf_counter() - began)
-    return min(counts, key=lambda n: statistics.median(times[n][1:] or [0]))  # the first warms up
 
 
 def begin(c, run):

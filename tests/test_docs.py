@@ -39,14 +39,13 @@ MAY_IMPORT = {
     "spark": {"blocks", "kernels", "lif"},
     "model": {"blocks", "cell_bridge", "config", "lif", "spark", "traits"},
     "checkpoint": {"cell_bridge", "config", "model"},
-    "train": {"checkpoint", "config", "data", "kernels", "model", "sources"}
-    | {"tokenizer"},
+    "train": {"checkpoint", "config", "data", "kernels", "machine", "model", "sources", "tokenizer"},
     "watch": {"blocks", "cell_bridge", "data", "model", "spark", "tokenizer"},
-    "report": {"watch"},
-    "sample": {"checkpoint", "config", "data", "kernels", "model", "sources", "tokenizer"}
-    | {"watch"},
+    "machine": set(),
+    "experiments.report": {"watch"},
+    "sample": {"checkpoint", "config", "data", "kernels", "machine", "sources", "tokenizer", "watch"},
     # bench times the training step itself, so it takes it from train.py
-    "bench": {"checkpoint", "config", "experiments.peers", "lif", "model", "report", "train"},
+    "bench": {"checkpoint", "config", "experiments.peers", "lif", "machine", "model", "train"},
     "experiments.scan": {"bench", "experiments.peers", "kernels", "lif"},
     "experiments.all": {"checkpoint"},
     "experiments.peers": {"lif", "model"},
@@ -155,7 +154,8 @@ def test_file_map_names_every_file():
     files = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True).stdout
     top = {f for f in files.split() if "/" not in f and f.endswith((".py", ".txt"))}
     section = README.split("## Files")[1].split("\n## ")[0]
-    mapped = set(re.findall(r"^\| `([\w./]+)`", section, re.M))
+    cells = re.findall(r"^\| (`.*?`) \|", section, re.M)
+    mapped = {name for cell in cells for name in re.findall(r"`([\w./]+)`", cell)}
     assert top - {"requirements.txt"} <= mapped | {"requirements.txt"}
     for name in mapped:
         assert (ROOT / name).exists(), name
@@ -197,13 +197,13 @@ def test_results_say_where_they_come_from():
 # ---- the budget ------------------------------------------------------------------------------
 
 CEILINGS = {  # lowered as the code shrinks, never raised; lines, where it says nothing else
-    "all files": 8264,
-    "largest file": 772,
-    "afternoon path": 3320,
+    "all files": 8042,
+    "largest file": 666,
+    "afternoon path": 3179,
     "number of files": 19,
-    "settings": 75,
+    "settings": 74,
     "longest function of train.py": 58,
-    "longest block": 45,
+    "longest block": 44,
 }
 
 

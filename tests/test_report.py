@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 import bench
-import report
+from experiments import report
 
 ROOT = Path(__file__).parent.parent
 LOG = [
