@@ -52,12 +52,9 @@ class ModelConfig(*reversed(SETTINGS)):  # what the blocks bring, then:
         numbers_of(self.traits)
         heads = BLOCKS[self.block].heads
         if heads and self.n_hidden % (getattr(self, heads) or 1):
-            raise ValueError(
-                f"n_hidden {self.n_hidden} must be a multiple of {heads} {getattr(self, heads)}"
-            )
+            raise ValueError(f"n_hidden must be a multiple of {heads}, {getattr(self, heads)}")
         if self.block == "snn" and self.attention and self.attention_every > self.n_layer:
-            every, n = self.attention_every, self.n_layer
-            raise ValueError(f"attention_every {every} leaves none of {n} blocks with attention")
+            raise ValueError("attention_every must not be larger than n_layer")
         if self.homeostasis and self.block not in ("sam", "gpt"):
             raise ValueError("homeostasis moves the thresholds of block=sam")
         if self.beta_low > self.beta_high:
@@ -145,7 +142,7 @@ class SpikingLM(nn.Module):
         """Take the identities of the neurons from a virtual cell, in place of the synthetic one:
         scores (perturbed genes, programs), as checkpoint.load_cell returns them."""
         if self.identity is None:
-            raise ValueError("a cell sets neurons of block=whale with modulation=program only")
+            raise ValueError("a cell sets the neurons of block=whale, unless modulation=none")
         for i, block in enumerate(self.blocks):
             shuffle = self.config.modulation == "shuffled"
             block.modulation.P.copy_(identity(scores, self.config.n_hidden, i, shuffle))
@@ -208,11 +205,8 @@ class SpikingLM(nn.Module):
         return F.linear(x, self.embedding.weight), now
 
     def loss(self, logits, targets, report):
-        """Cross-entropy in nats per token (alone the basis of bits per byte), and a dictionary of
-        what training adds to it.
-
-        A training step that calls this also calls `observe`, which it depends on.
-        """
+        """Cross-entropy in nats per token, and a dictionary of what training adds to it; this depends
+        on `observe`, which a training step calls, too."""
         losses = dict(report.losses)
         if report.rates and self.config.rate_weight:
             losses["rates"] = self.rate_loss(report.rates)
@@ -224,8 +218,7 @@ class SpikingLM(nn.Module):
         """The penalty of rate_penalty on rates, one (N,) per spiking layer.
 
         Its gradient is that of rate_weight * (rate - target)^2, with the rate of the step before in
-        the outer derivative: that makes it linear in the rate, hence the same however a step is cut
-        into micro-batches and processes.
+        the outer derivative: it is linear in the rate, hence the same for any micro-batches.
         """
         c, before, total = self.config, self.rate.split(self.sites), 0.0
         if c.rate_penalty == "synops":  # of the whole model
@@ -249,10 +242,9 @@ class SpikingLM(nn.Module):
     def observe(self, nats, rates):
         """What training tells the neurons beside gradients: the environment's stress (Real Sam).
 
-        stress = moving average of nats / ln(vocabulary), within 0..1; the published system gives
-        no formula, so this one is ours. rates: spikes per neuron and token of the step, the
-        layers one after the other; the penalty looks at them, and with homeostasis on the
-        thresholds do.
+        stress = moving average of nats / ln(vocabulary), within 0..1; no formula is published, this
+        one is ours. rates: spikes per neuron and token of the step, of all layers, for the penalty
+        and for homeostasis.
         """
         c = self.config
         self.rate.copy_(rates)
