@@ -139,10 +139,8 @@ class Modulation(nn.Module):
 
 @dataclass
 class Screen:
-    """Pseudobulk: mean log expression of the cells in which one gene was perturbed.
-
-    An .npz has these five arrays. ValueError, one line, if the data cannot be trained on.
-    """
+    """Pseudobulk: mean log expression of the cells in which one gene was perturbed; the arrays of
+    an .npz. ValueError, one line, if the data cannot be trained on."""
 
     genes: list  # G symbols that are read out
     perturbations: list  # n symbols that were perturbed
@@ -165,8 +163,7 @@ class Screen:
             raise ValueError("at least 10 perturbed genes are needed, and no gene listed twice")
         for name, symbols in PROGRAMS.items():
             if set(symbols).isdisjoint(self.genes):
-                hint = "HGNC symbols are needed; in a .h5ad, --symbols names their column"
-                raise ValueError(f"unknown genes: none is of {name}; {hint}")
+                raise ValueError(f"unknown genes: none is of {name}; give HGNC symbols (--symbols)")
         self.delta = self.profiles - self.control  # (n, G)
         self.member = membership(self.genes)
 
@@ -244,8 +241,8 @@ def read_h5ad(c):
 
 
 def read_cells(file, c, known):
-    """(all genes, perturbed genes, *pseudobulk) of an open .h5ad. It is read part by part, because
-    anndata.read_h5ad holds all layers in memory, in backed mode too."""
+    """(all genes, perturbed genes, *pseudobulk) of an open .h5ad, read part by part: AnnData itself
+    holds all layers in memory, in backed mode too."""
     from anndata.io import read_elem, sparse_dataset
 
     def demand(setting, there, where):
@@ -254,7 +251,7 @@ def read_cells(file, c, known):
             raise ValueError(f"there is no {name} in {where}; set --{setting} to one of: {some}")
 
     def text(values):
-        return np.array([x.decode() if isinstance(x, bytes) else str(x) for x in values])
+        return [x.decode() if isinstance(x, bytes) else str(x) for x in values]
 
     places = [place for place in ("X", "raw/X") if place in file]
     places += [f"layers/{name}" for name in file.get("layers", ())]
@@ -266,32 +263,31 @@ def read_cells(file, c, known):
     demand("column", list(obs), "obs")
     if c.symbols:
         demand("symbols", list(var), "var")
-    genes = text(var[c.symbols] if c.symbols else var.index)
+    genes = np.array(text(var[c.symbols] if c.symbols else var.index))
     labels = text(obs[c.column].astype(object).where(obs[c.column].notna(), ""))
-    frequent = [label for label, _ in Counter(labels.tolist()).most_common() if label]
+    frequent = [label for label, _ in Counter(labels).most_common() if label]
     demand("control", frequent, f"obs column {c.column}")
 
-    cells = [perturbed(label, c.control) for label in labels.tolist()]
+    cells = [perturbed(label, c.control) for label in labels]
     pool = sorted(set(cells) - {c.control, "", "+"})
     if unknown := [gene for gene in pool if gene not in known]:
         raise ValueError(f"unknown genes: the embedding has no {', '.join(unknown[:5])}")
-    number = {"": -1, "+": -1} | {gene: i for i, gene in enumerate([c.control, *pool])}
     left_out = f"{cells.count('')} without a label, {cells.count('+')} with several genes"
     print(f"{len(cells)} cells; left out: {left_out}")
     X = file[c.layer] if hasattr(file[c.layer], "shape") else sparse_dataset(file[c.layer])
     if X.shape != (len(cells), len(genes)):
         raise ValueError(f"{c.layer} is {X.shape}, not {len(cells)} cells x {len(genes)} genes")
     others = " or ".join(f"--layer={place}" for place in places if place != c.layer)
-    code = np.array([number[gene] for gene in cells])
+    number = {gene: i for i, gene in enumerate([c.control, *pool])}
+    code = np.array([number.get(gene, -1) for gene in cells])
     return genes, pool, *pseudobulk(X, code, c.layer, others or "another file: it has no more")
 
 
 def pseudobulk(X, code, name="X", others="", rows=512):
     """Mean (L, G) of log1p(counts per 10^4) by label, its variance (G,) in cells of label 0.
 
-    X (cells, G) stays on disk, dense, CSR or CSC: `rows` cells are read at a time, of CSC all
-    cells of as few genes as need the same memory. code: label of each cell, -1: left out.
-    name and others: of X, and of where counts may be if X holds none.
+    X (cells, G) stays on disk; `rows` cells are read at a time, of CSC all cells of as few genes as
+    need the same memory. code: label of each cell, -1: left out. others: where counts may be.
     """
     from scipy.sparse import csr_matrix  # comes with anndata
 
@@ -300,7 +296,7 @@ def pseudobulk(X, code, name="X", others="", rows=512):
     length, step = (G, max(1, rows * G // n)) if is_csc else (n, rows)
 
     def entries(what):
-        """(cell, gene, count) of all entries above 0, chunk by chunk."""
+        """Yield (cells, genes, counts) of the entries above 0, chunk by chunk."""
         for first in tqdm(range(0, length, step), what, disable=None, unit=" chunks"):
             part = slice(first, first + step)
             chunk = X[:, part] if is_csc else X[part]
@@ -334,11 +330,8 @@ def pseudobulk(X, code, name="X", others="", rows=512):
 
 
 class VirtualCell(nn.Module):
-    """embedding (n, 1280) -> delta (n, G); the predicted profile is control + delta.
-
-    The last layer starts at zero, so training starts at "no change". Buffers keep statistics of the
-    training data: they z-score the input and scale the output.
-    """
+    """embedding (n, 1280) -> delta (n, G), at the start 0: "no change". Statistics of the training
+    data z-score the input and scale the output."""
 
     def __init__(self, embedding, delta):
         super().__init__()
