@@ -2,8 +2,8 @@
 
     gene embedding -> virtual cell -> program scores -> P -> Modulation -> theta, beta, gain
 
-    python cell_bridge.py                        train on the embedded synthetic screen
-    python cell_bridge.py --data=pseudobulk.npz  arrays: the fields of Screen
+    python cell_bridge.py                          train on the embedded synthetic screen
+    python cell_bridge.py --data=pseudobulk.npz    arrays: the fields of Screen
     python cell_bridge.py --data=cells.h5ad --embedding=esm2.npz
 
 The virtual cell predicts how expression changes when a gene is knocked down. Controls (no

@@ -68,7 +68,7 @@ def spike_encode(x):
 
 
 def run(part, x, state, seen, recompute=False):
-    """What a part returns, and a Report of its own. With `recompute` it keeps none of its inner
+    """What a part returns, and a Report of its own. With `recompute` it stores none of its inner
     values: backward runs it again."""
 
     def once(x, state):
@@ -150,7 +150,7 @@ class SpikingLM(nn.Module):
             self.parts["progsem"].P.copy_(self.identity)
 
     def halve_synapses(self):
-        """Keep the rows that spikes read in bfloat16: half the memory, half the bytes per spike."""
+        """Store the matrices that spikes read in bfloat16: half the memory, half the bytes."""
         rows = [part.weight for part in self.modules() if isinstance(part, Synapse)]
         if self.head is not None and self.config.spikes:
             rows.append(self.embedding.weight)
@@ -186,10 +186,7 @@ class SpikingLM(nn.Module):
         """tokens (B, T) -> what enters the first part (B, T, D), and a fresh Report."""
         report = Report()
         x = self.embedding(tokens).to(self.stress.dtype)  # (B, T, E)
-        if self.config.encoder == "spikes":
-            x = spike_encode(x)
-        else:
-            x = self.config.embed_gain * x
+        x = spike_encode(x) if self.config.encoder == "spikes" else self.config.embed_gain * x
         return (x if self.proj_in is None else self.proj_in(x, report)), report
 
     def readout(self, x, state, report):
