@@ -202,8 +202,8 @@ class SpikingLM(nn.Module):
         return F.linear(x, self.embedding.weight), now
 
     def loss(self, logits, targets, report):
-        """Cross-entropy in nats per token, and a dictionary of what training adds to it; this depends
-        on `observe`, which a training step calls, too."""
+        """Cross-entropy in nats per token, and a dictionary of what training adds to it. This needs
+        `observe` to have been called, as every training step does."""
         losses = dict(report.losses)
         if report.rates and self.config.rate_weight:
             losses["rates"] = self.rate_loss(report.rates)

@@ -236,8 +236,8 @@ class Kuramoto(Trait):
         phase = W rms(x), and `steps` times  phase + omega + K r sin(psi - phase)
         r e^(i psi) = mean over the oscillators of e^(i phase)
         x + W_out [cos phase; sin phase]       W_out starts at 0
-    |K| is clamped to 1.5, as K r >= 2 would overshoot. The mean r is logged, from 0 (phases all over
-    the circle, as W starts) to 1 (all phases equal).
+    |K| is clamped to 1.5, as K r >= 2 would overshoot. The mean r is logged, from 0 (phases all
+    over the circle, as W starts) to 1 (all phases equal).
     """
 
     def __init__(self, d, oscillators, steps=2):
