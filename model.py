@@ -52,9 +52,12 @@ class ModelConfig(*reversed(SETTINGS)):  # what the blocks bring, then:
         numbers_of(self.traits)
         heads = BLOCKS[self.block].heads
         if heads and self.n_hidden % (getattr(self, heads) or 1):
-            raise ValueError(f"n_hidden must be a multiple of {heads}, {getattr(self, heads)}")
+            raise ValueError(
+                f"n_hidden {self.n_hidden} must be a multiple of {heads} {getattr(self, heads)}"
+            )
         if self.block == "snn" and self.attention and self.attention_every > self.n_layer:
-            raise ValueError("attention_every must not be larger than n_layer")
+            every, n = self.attention_every, self.n_layer
+            raise ValueError(f"attention_every {every} leaves none of {n} blocks with attention")
         if self.homeostasis and self.block not in ("sam", "gpt"):
             raise ValueError("homeostasis moves the thresholds of block=sam")
         if self.beta_low > self.beta_high:

@@ -137,9 +137,9 @@ def test_help_lists_every_setting_with_its_comment(cls, capsys):
     [
         ("--surrogate=step", "surrogate must be one of"),
         ("--block=lstm", "block must be one of"),
-        ("--rec_heads=7", "n_hidden must be a multiple of rec_heads, 7"),
+        ("--rec_heads=7", "n_hidden 512 must be a multiple of rec_heads 7"),
         ("--beta_high=1.5", "beta_high must be 1e-06 to 0.999999, got 1.5"),
-        ("--block=snn --attention=8 --attention_every=7", "must not be larger than n_layer"),
+        ("--block=snn --attention=8 --attention_every=7", "leaves none of 6 blocks with attention"),
         ("--rehearse=1.0", "rehearse must be 0 to 0.99"),
         ("--lr=-1.0", "lr must be at least 0, got -1.0"),
         ("--phases=novels:64", "phases must be name:length"),
