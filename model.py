@@ -34,7 +34,7 @@ class ModelConfig(*reversed(SETTINGS)):  # what the blocks bring, then:
     n_hidden: int = 512  # width of the residual stream = neurons per block
     n_layer: int = 6  # blocks
     encoder: str = "spikes"  # spikes: 1[sigmoid(embedding) > 1/2] | float: the embedding as it is
-    embed_gain: float = 1.0  # factor on a float embedding as it enters the stream, for Muon
+    embed_gain: float = 1.0  # factor on a float embedding as it enters the blocks, for Muon
     traits: str = "none"  # of traits.py, name:numbers ..., such as engram:8192 memory:64 jepa
     checkpointing: bool = False  # backward computes a part's inner values again: less memory
     # firing rate
@@ -68,7 +68,7 @@ def spike_encode(x):
 
 
 def run(part, x, state, seen, recompute=False):
-    """What a part returns, and a Report of its own. With `recompute` it keeps none of its inner
+    """What a part returns, and a Report of its own. With `recompute` it stores none of its inner
     values: backward runs it again."""
 
     def once(x, state):
@@ -88,14 +88,14 @@ class SpikingLM(nn.Module):
         super().__init__()
         c = self.config = config
         block = BLOCKS[c.block]
-        D = getattr(c, block.width)  # of the stream
+        D = getattr(c, block.width)  # of the residual stream
         self.embedding = nn.Embedding(c.vocab_size, c.n_embd)
         # bits of a spike code flip too easily near 0; a float embedding starts as GPT-2's does
         nn.init.normal_(self.embedding.weight, std=1 / 16 if c.encoder == "spikes" else 0.02)
         self.head = None
         if c.head == "spikes":
             if c.n_embd != D:
-                raise ValueError("head=spikes needs n_embd equal to the width of the stream")
+                raise ValueError("head=spikes needs n_embd equal to the residual stream's width")
             self.head = Population(D, c, True, c.beta_high)
             # tied, but in memory a row per neuron of the head: what generation reads
             weight = self.embedding.weight.data.t().contiguous().t()
@@ -117,11 +117,9 @@ class SpikingLM(nn.Module):
         if c.n_embd != D:
             self.proj_out = Linear(D, c.n_embd)
         self.ahead = nn.ModuleDict(build(c.traits, "ahead", D))  # what adds a loss in training
-        # of each spiking layer the neurons, and the synapses of one of them
-        self.sites, self.fan_out = (
-            [n for part in self.parts.values() for n in getattr(part, name, ())]
-            for name in ("sites", "fan_out")
-        )
+        parts = self.parts.values()  # of each spiking layer the neurons, and a neuron's synapses
+        self.sites = [n for part in parts for n in getattr(part, "sites", ())]
+        self.fan_out = [n for part in parts for n in getattr(part, "fan_out", ())]
         if self.head is not None:
             self.sites, self.fan_out = [*self.sites, D], [*self.fan_out, c.vocab_size]
         if c.rate_penalty == "synops" and len(self.sites) > len(self.fan_out):
@@ -137,18 +135,14 @@ class SpikingLM(nn.Module):
     @property
     def identity(self):
         """P (neurons of all layers, programs x draws) of neurons set by gene programs, or None."""
-        bridged = [
-            block.modulation.P for block in self.blocks if getattr(block, "modulation", None)
-        ]
-        return torch.cat(bridged) if bridged else None
+        P = [block.modulation.P for block in self.blocks if getattr(block, "modulation", None)]
+        return torch.cat(P) if P else None
 
     def adopt(self, scores):
-        """Take the identities of the neurons from a virtual cell: scores (perturbations, programs)
-        as checkpoint.load_cell returns them, in place of the synthetic screen's."""
+        """Take the identities of the neurons from a virtual cell, in place of the synthetic one:
+        scores (perturbed genes, programs), as checkpoint.load_cell returns them."""
         if self.identity is None:
-            raise ValueError(
-                "a cell needs neurons set by gene programs: block=whale, modulation=program"
-            )
+            raise ValueError("a cell sets the neurons of block=whale, unless modulation=none")
         for i, block in enumerate(self.blocks):
             shuffle = self.config.modulation == "shuffled"
             block.modulation.P.copy_(identity(scores, self.config.n_hidden, i, shuffle))
@@ -156,7 +150,7 @@ class SpikingLM(nn.Module):
             self.parts["progsem"].P.copy_(self.identity)
 
     def halve_synapses(self):
-        """Keep the rows that spikes read in bfloat16: half the memory, half the bytes per spike."""
+        """Store the matrices that spikes read in bfloat16: half the memory, half the bytes."""
         rows = [part.weight for part in self.modules() if isinstance(part, Synapse)]
         if self.head is not None and self.config.spikes:
             rows.append(self.embedding.weight)
@@ -182,7 +176,7 @@ class SpikingLM(nn.Module):
             if tokens.shape[1] > 1 and not torch.is_grad_enabled() and x.shape == y.shape:
                 updates[name] = (y - x).norm(dim=-1).mean()
             x = y
-        for name, norm in updates.items():  # a part's share of all that is added to the stream
+        for name, norm in updates.items():  # a part's share of all that the residual stream gains
             report.log[f"share {name}"] = norm / sum(updates.values())
         report.hidden = x
         logits, after["readout"] = self.readout(x, state.get("readout"), report)
@@ -192,10 +186,7 @@ class SpikingLM(nn.Module):
         """tokens (B, T) -> what enters the first part (B, T, D), and a fresh Report."""
         report = Report()
         x = self.embedding(tokens).to(self.stress.dtype)  # (B, T, E)
-        if self.config.encoder == "spikes":
-            x = spike_encode(x)
-        else:
-            x = self.config.embed_gain * x
+        x = spike_encode(x) if self.config.encoder == "spikes" else self.config.embed_gain * x
         return (x if self.proj_in is None else self.proj_in(x, report)), report
 
     def readout(self, x, state, report):
@@ -211,11 +202,8 @@ class SpikingLM(nn.Module):
         return F.linear(x, self.embedding.weight), now
 
     def loss(self, logits, targets, report):
-        """Cross-entropy in nats per token (alone the basis of bits per byte), and a dictionary of
-        what training adds to it.
-
-        A training step that calls this also calls `observe`, which it depends on.
-        """
+        """Cross-entropy in nats per token, and a dictionary of what training adds to it. This needs
+        `observe` to have been called, as every training step does."""
         losses = dict(report.losses)
         if report.rates and self.config.rate_weight:
             losses["rates"] = self.rate_loss(report.rates)
@@ -227,8 +215,7 @@ class SpikingLM(nn.Module):
         """The penalty of rate_penalty on rates, one (N,) per spiking layer.
 
         Its gradient is that of rate_weight * (rate - target)^2, with the rate of the step before in
-        the outer derivative: that makes it linear in the rate, hence the same however a step is cut
-        into micro-batches and processes.
+        the outer derivative: it is linear in the rate, hence the same for any micro-batches.
         """
         c, before, total = self.config, self.rate.split(self.sites), 0.0
         if c.rate_penalty == "synops":  # of the whole model
@@ -243,8 +230,8 @@ class SpikingLM(nn.Module):
         return total
 
     def synop_share(self, rates):
-        """The share of all synapses that spike-fed matrices have which is triggered at such rates,
-        one (N,) per spiking layer: what is spared is the optimiser's to choose."""
+        """The share of the synapses in spike-fed matrices that spikes trigger at such rates, one
+        (N,) per spiking layer."""
         triggered = sum(rate.sum() * n for rate, n in zip(rates, self.fan_out))
         return triggered / sum(len(rate) * n for rate, n in zip(rates, self.fan_out))
 
@@ -252,10 +239,9 @@ class SpikingLM(nn.Module):
     def observe(self, nats, rates):
         """What training tells the neurons beside gradients: the environment's stress (Real Sam).
 
-        stress = moving average of nats / ln(vocabulary), within 0..1; the published system gives
-        no formula, so this one is ours. rates: spikes per neuron and token of the step, the
-        layers one after the other; the penalty looks at them, and with homeostasis on the
-        thresholds do.
+        stress = moving average of nats / ln(vocabulary), within 0..1; no formula is published, this
+        one is ours. rates: spikes per neuron and token of the step, of all layers, for the penalty
+        and for homeostasis.
         """
         c = self.config
         self.rate.copy_(rates)
@@ -267,7 +253,7 @@ class SpikingLM(nn.Module):
 
     @torch.no_grad()
     def score(self, tokens, length, counted=None):
-        """How well the model predicts tokens (n,), a stream that begins with an end token.
+        """How well the model predicts tokens (n,), a text that begins with an end token.
 
         Rows of `length` tokens, each from silence, overlap by one token, so that every token
         after the first is scored once; or of these only those whose `counted` (n,) is not 0.
@@ -275,25 +261,20 @@ class SpikingLM(nn.Module):
         layer), synops and synapses (per token: synaptic operations triggered, and their number if
         all neurons fired), macs (float-fed, per token), log (the report's, averaged).
         """
-        device, n = self.stress.device, len(tokens) - 1
-        if n < 1:
-            raise ValueError("nothing to score: the text is empty")
-        tokens = torch.from_numpy(tokens.astype("int64")).to(device)
-        targets = tokens
+        n = len(tokens) - 1
+        tokens = targets = torch.from_numpy(tokens.astype("int64")).to(self.stress.device)
         if counted is not None:
-            targets = tokens.masked_fill(torch.from_numpy(counted == 0).to(device), IGNORED)
+            targets = tokens.masked_fill(torch.from_numpy(counted == 0).to(tokens.device), IGNORED)
         n_counted = (targets[1:] != IGNORED).sum().item()
         if not n_counted:
-            raise ValueError("nothing to score: no token counts")
-        x, y, whole = tokens[:-1], targets[1:], n // length * length
-        batches = [(x[None, whole:], y[None, whole:])]  # the rest, a row of its own, may be empty
-        rows = [z[:whole].view(-1, length).split(max(1, 8192 // length)) for z in (x, y)]
+            raise ValueError("nothing to score: the text is empty, or none of its tokens counts")
+        step = max(1, 8192 // length) * length  # whole rows; the rest is a row of its own
+        sizes = [step] * (n // step) + [n % step // length * length, n % length]
+        sizes = [size for size in sizes if size]
         nats, rate, synops, macs, log = 0.0, 0, 0.0, 0, {}
-        for x, y in (pair for pair in [*zip(*rows), *batches] if pair[0].numel()):
-            logits, _, report = self(x)
-            nats += F.cross_entropy(
-                logits.flatten(0, 1).float(), y.flatten(), reduction="sum"
-            ).item()
+        for x, y in zip(tokens[:-1].split(sizes), targets[1:].split(sizes)):
+            logits, _, report = self(x.view(-1, min(length, len(x))))
+            nats += F.cross_entropy(logits.flatten(0, 1).float(), y, reduction="sum").item()
             share = x.numel() / n
             rate = rate + share * torch.tensor([r.mean().item() for r in report.rates])
             synops += share * sum(triggered.item() for triggered, _ in report.synapses)
@@ -317,10 +298,10 @@ class SpikingLM(nn.Module):
         """Yield (token (B, 1), state) for ever, in constant time and memory per token.
 
         tokens (B, T) is the prompt after `state`. The yielded state has seen all but the yielded
-        token, so a chat goes on with generate([token, more ...], state). vocab: draw only from
-        so many tokens, for a tokenizer that uses fewer than the embedding has.
+        token, so a chat goes on with generate([token, more ...], state). vocab: draw from the first
+        `vocab` tokens only, for a tokenizer that uses fewer than the embedding has.
         """
-        for chunk in tokens.split(512, dim=1):  # a long prompt in pieces: memory stays flat
+        for chunk in tokens.split(512, dim=1):  # so that a long prompt takes no more memory
             logits, state, _ = self(chunk, state)
         while True:
             token = pick(logits[:, -1, :vocab], temperature, top_k, top_p, generator)

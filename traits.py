@@ -1,13 +1,13 @@
 """Traits: what may be added before, between or after the blocks of any model here, one class each.
 
 A trait is built from the width d of the residual stream and the numbers in `--traits=name:numbers`;
-what it needs of the model besides it asks for by name. It has a block's forward, with x (B, T, d)
-the residual stream, never spikes. MTP and JEPA, used in training only, have instead
+what else it needs of the model it asks for by name. It has a block's forward, with x (B, T, d) the
+residual stream, never spikes. MTP and JEPA, used in training only, have instead
 `loss(report, targets, readout) -> scalar`. B sequences, T tokens.
 
 Each starts as the identity, because exactly one factor of what it adds is zero. That factor has a
-gradient at step 0, and once it moves, the other factors have one too; two zeros would never move.
-Each is causal, and whole = split = token by token.
+gradient at step 0; with two zero factors neither would have one. Each is causal, and whole = split
+= token by token.
 """
 
 import inspect
@@ -36,10 +36,7 @@ def trait(name):
 
 
 class Trait(nn.Module):
-    """What all traits have. A number in `--traits` is 1 or more, if RANGE does not say otherwise."""
-
     place = "after"  # the blocks; or "before" them, or "ahead": it adds a loss
-    RANGE = {}  # name of a number -> lowest, highest
 
 
 def numbers_of(text):
@@ -54,9 +51,8 @@ def numbers_of(text):
             usual = [p.name + f" ({p.default})" * (p.default is not p.empty) for p in sizes]
             raise ValueError(f"write the trait {name} as {name}:{','.join(usual)}")
         for size, number in zip(sizes, numbers):
-            low, high = TRAITS[name].RANGE.get(size.name, (1, 2**31 - 1))
-            if not low <= number <= high:
-                raise ValueError(f"{size.name} of {name} must be {low} to {high}, got {number}")
+            if not 1 <= number < 2**31:
+                raise ValueError(f"{size.name} of {name} must be 1 to {2**31 - 1}, got {number}")
     return {name: asked[name] for name in TRAITS if name in asked}
 
 
@@ -79,7 +75,7 @@ def matrix(fan_in, fan_out, spread):
 
 
 class Derf(nn.Module):
-    """A gate, (1 + erf(alpha z + b)) / 2, at the start 0.079 for z = 0 (after arXiv 2512.10938)."""
+    """A gate, (1 + erf(alpha z + b)) / 2; 0.079 for z = 0 at the start (after arXiv 2512.10938)."""
 
     def __init__(self, n):
         super().__init__()
@@ -104,11 +100,11 @@ class Engram(Trait):
         e     = rows mix_n mod p, for each n and head        p a prime per table, all different
         gate  = Derf(<rms(W_k e), rms(x)> / sqrt(d))
         x     + W_out (gate * W_v e)                         W_out starts at 0
-    All 2 x heads tables, each of about `rows` rows of `width`, are one embedding. The tokens before
-    the first are a pad token, vocab_size. State: the last two tokens (B, 2).
+    All 2 x heads tables of about `rows` rows are one embedding. State: the last two tokens (B, 2);
+    at the start pad tokens, vocab_size.
     """
 
-    place, RANGE = "before", {"heads": (1, 1000)}
+    place = "before"
 
     def __init__(self, d, rows, heads=2, width=64, *, vocab_size):
         super().__init__()
@@ -122,7 +118,7 @@ class Engram(Trait):
         self.gate = Derf(1)
 
     def rows_of(self, tokens, state=None):
-        """tokens (B, T) int64 -> rows of the embedding (B, T, 2 heads), pairs first; the state."""
+        """tokens (B, T) int64 -> rows of the embedding (B, T, 2 heads), and the state."""
         past = tokens.new_full((len(tokens), 2), self.pad) if state is None else state
         tokens = torch.cat([past, tokens], 1)
         a, b, c = (tokens[:, 2 - k : tokens.shape[1] - k] * self.multiplier[k] for k in range(3))
@@ -144,8 +140,6 @@ class HRM(Trait):
     h = x, and `steps` times  h + tanh(gate_t) * W_up SiLU(W_down [rms(h); x]);  gates start at 0
     """
 
-    RANGE = {"steps": (1, 1000)}
-
     def __init__(self, d, steps, width=128):
         super().__init__()
         self.down, self.up = Linear(2 * d, width), matrix(width, d, 0.02 * width**0.5)
@@ -165,7 +159,7 @@ class SpikeAttn(Trait):
         S_t = gamma S_{t-1} + k_t^T v_t          q_t, k_t spikes of W_q x, W_k x; v_t = W_v x
         o_t = rms(q_t S_t)                       gamma = 1 - 2^-(3 + head) (RetNet, 2307.08621)
         x   + W_out o                            W_out starts at 0
-    The neurons of q and k are memoryless (beta 0, theta 1): S is the only memory. q.k counts common
+    The neurons of q and k have decay 0 and threshold 1: S is the only memory. q.k counts common
     spikes and grows without bound, hence rms. State: S (B, heads, width, width), float32.
     """
 
@@ -185,17 +179,15 @@ class SpikeAttn(Trait):
             y.float().reshape(B, T, self.heads, self.width).transpose(1, 2)
             for y in (*s.chunk(2, -1), self.value(h, report))
         )
-        start = q.new_zeros(B, self.heads, self.width, self.width)
-        o, S = self.attend(q, k, v, start if state is None else state, self.chunk)
+        S = q.new_zeros(B, self.heads, self.width, self.width) if state is None else state
+        o, S = self.attend(q, k, v, S, self.chunk)
         return x + self.out(rms(o).transpose(1, 2).flatten(2).to(x.dtype), report), S
 
     @staticmethod
     def attend(q, k, v, S, chunk):
         """q, k, v (B, heads, T, width), S (B, heads, width, width) -> q_t S_t for all t, S_T.
 
-        In chunks of C tokens i = 0..C-1 (C = T: parallel form, 1: recurrent), S that of before:
-            o_i = gamma^(i+1) q_i S + sum over j <= i of gamma^(i-j) (q_i.k_j) v_j
-            S   = gamma^C S + sum over j of gamma^(C-1-j) k_j^T v_j
+        Between chunks of C tokens it is recurrent (C = 1: all of it), within one parallel.
         """
         gamma, out = 1 - 2.0 ** -(3 + torch.arange(q.shape[1], device=q.device)[:, None, None]), []
         for q_c, k_c, v_c in zip(q.split(chunk, 2), k.split(chunk, 2), v.split(chunk, 2)):
@@ -213,13 +205,12 @@ class ProgSem(Trait):
 
         a = f P / sqrt(F)               f (.., F) features of the neurons, P (F, slots) programs
         x + W_out W_slots Derf(a)       a learned vector per program; W_out starts at 0
-    With P, the virtual cell's identity matrix, f = tanh of the membranes of all blocks, side by
-    side; without it f = rms(x), and P is learned. No equations were published; these are ours.
+    With gene programs P is theirs, and f = tanh of the membranes of all blocks; without them P is
+    learned, and f = rms(x). No equations were published; these are ours.
     """
 
     def __init__(self, d, slots, width=64, *, P=None):
         super().__init__()
-        self.reads_membranes = P is not None
         if P is None:
             self.P = nn.Parameter(torch.randn(d, slots))
         else:
@@ -228,8 +219,9 @@ class ProgSem(Trait):
         self.slots, self.out = matrix(slots, width, 1), matrix(width, d, 0)
 
     def activity(self, x, seen, report):
-        """Of each program at each token, in 0..1 (B, T, slots)."""
-        f = torch.cat(seen.membranes, -1).tanh().to(x.dtype) if self.reads_membranes else rms(x)
+        """How active each program is at each token, 0 to 1: (B, T, slots)."""
+        is_learned = isinstance(self.P, nn.Parameter)
+        f = rms(x) if is_learned else torch.cat(seen.membranes, -1).tanh().to(x.dtype)
         report.macs += self.P.numel()
         return self.gate(f @ self.P / math.sqrt(len(self.P)))
 
@@ -244,11 +236,9 @@ class Kuramoto(Trait):
         phase = W rms(x), and `steps` times  phase + omega + K r sin(psi - phase)
         r e^(i psi) = mean over the oscillators of e^(i phase)
         x + W_out [cos phase; sin phase]       W_out starts at 0
-    A step is one unit of time; |K| is clamped to 1.5, as K r >= 2 would overshoot. The mean r is
-    logged, from 0 (phases all over the circle, as W starts) to 1 (all phases equal).
+    |K| is clamped to 1.5, as K r >= 2 would overshoot. The mean r is logged, from 0 (phases all
+    over the circle, as W starts) to 1 (all phases equal).
     """
-
-    RANGE = {"steps": (1, 1000)}
 
     def __init__(self, d, oscillators, steps=2):
         super().__init__()
@@ -271,21 +261,19 @@ class Kuramoto(Trait):
 
 @trait("moe")
 class MoE(Trait):
-    """Mixture of experts; spikes choose `top` of them per token (Shazeer 2017, 1701.06538).
+    """Mixture of experts; spikes choose two of them per token (Shazeer 2017, 1701.06538).
 
         trace_t = 0.9 trace_{t-1} + 0.1 s_t         s the layer that fired last, else 1[x > 0]
-        p       = softmax(W_r rms(trace) + b_r);  the `top` best are computed, no other
+        p       = softmax(W_r rms(trace) + b_r);  the two best are computed, no other
         x       + sum of p_e / (sum of the chosen p) * GELU(rms(x) W_up,e) W_down,e
     W_down starts at 0. Loss "moe", smallest (= balance) when all experts are used alike
     (2101.03961): balance * experts * sum over e of (share of choices of e) * (mean of p_e).
     last: neurons of the layer that fired last, if not d. State: (trace, no spikes), (B, last) each.
     """
 
-    RANGE = {"experts": (2, 2**31 - 1)}  # a token goes to two
-
-    def __init__(self, d, experts, width=256, *, top=2, balance=0.01, last=None):
+    def __init__(self, d, experts, width=256, *, balance=0.01, last=None):
         super().__init__()
-        self.experts, self.top, self.balance = experts, top, balance
+        self.experts, self.top, self.balance = experts, min(2, experts), balance
         self.router = Linear(last or d, experts)
         self.up = nn.Parameter(torch.randn(experts * width, d) * d**-0.5)
         # one tensor for all experts, so that one nobody chose still gets a (zero) gradient
@@ -319,8 +307,8 @@ class Memory(Trait):
         g   = sigmoid(W_g rms(x) + b)            b from -2 to -6: slower neurons are written less
         pre = beta (1 - g) v + g W_w rms(x)      beta 0.99 to 0.999 at the start, then learned
         x   + W_read 1[pre >= 0.05]              W_read starts at 0
-    An open gate overwrites v; with a closed one v decays by beta. Without reset a neuron fires at
-    every token while v stays above threshold. State: (v, s), each (B, neurons). This trait is ours.
+    An open gate overwrites v; with a closed one v decays by beta, and without reset a neuron fires
+    at every token while v stays above threshold. State: (v, s), each (B, neurons).
     """
 
     def __init__(self, d, neurons):
@@ -360,22 +348,19 @@ class MTP(Trait):
     """Multi-token prediction (arXiv 2404.19737): position t also predicts token t+1+k, k = 1..n,
     by the model's own readout of h + h W_k; W_k starts at 0."""
 
-    place, RANGE = "ahead", {"n": (1, 1000)}
+    place = "ahead"
 
     def __init__(self, d, n, *, weight=0.3):
         super().__init__()
         self.weight, self.matrices = weight, nn.ParameterList(torch.zeros(d, d) for _ in range(n))
 
     def loss(self, report, targets, readout):
-        """weight * mean over k of the cross-entropy of token t+1+k, in nats. h (B, T, d) is
-        report.hidden; targets (B, T), [t] is token t+1; readout (B, *, d) -> logits."""
-        h, n, T = report.hidden, len(self.matrices), targets.shape[1]
-        if T <= n:
-            raise ValueError(f"to predict {n} more tokens takes sequences longer than {n}, not {T}")
-        nats = 0.0
+        """weight * mean over k of the cross-entropy of token t+1+k, in nats. targets (B, T): [t] is
+        token t+1; readout: (B, *, d) -> logits."""
+        h, nats = report.hidden, 0.0
         for k, W in enumerate(self.matrices, 1):
             nats = nats + cross_entropy(readout(h[:, :-k] + h[:, :-k] @ W), targets[:, k:])
-        return self.weight * nats / n
+        return self.weight * nats / len(self.matrices)
 
 
 @trait("jepa")

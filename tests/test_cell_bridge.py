@@ -17,6 +17,7 @@ from cell_bridge import (
 )  # fmt: skip
 from checkpoint import load_cell
 
+anndata, h5py, pd, sparse = map(pytest.importorskip, ("anndata", "h5py", "pandas", "scipy.sparse"))
 CONTROL = CellConfig.control
 NEURON = [draw * 6 + 1 for draw in range(3)]  # columns of neuron_identity
 
@@ -57,13 +58,11 @@ def test_each_draw_gives_a_neuron_all_scores_of_one_gene():
 
 
 def test_identity_is_its_seed_and_leaves_the_global_generator_alone():
-    scores = synthetic_scores()
-    torch.manual_seed(1)
-    P, after = identity(scores, 50, 7), torch.rand(1)
-    torch.manual_seed(2)
+    scores, state = synthetic_scores(), torch.get_rng_state()
+    P = identity(scores, 50, 7)
+    assert torch.equal(state, torch.get_rng_state())
+    torch.rand(1)
     assert torch.equal(P, identity(scores, 50, 7)) and not torch.equal(P, identity(scores, 50, 8))
-    torch.manual_seed(1)
-    assert torch.equal(after, torch.rand(1))
 
 
 def test_identity_clips_and_a_constant_column_is_zero():
@@ -98,9 +97,8 @@ def test_modulation_by_hand():
 
 def test_modulation_starts_from_the_neuron_program_only_and_learns_all():
     m = Modulation(identity(synthetic_scores(), 200, 0), 1.0, 0.9)
-    for g, total in ((m.g_theta, -0.1), (m.g_beta, 0.2), (m.g_in, 0.1)):
-        assert g.nonzero().flatten().tolist() == NEURON
-        assert g[NEURON].tolist() == pytest.approx([total / 3] * 3)
+    for g in m.parameters():
+        assert g.nonzero().flatten().tolist() == NEURON and len(g.unique()) == 2
     sum(x.square().sum() for x in m()).backward()
     assert all(g.grad.abs().min() > 0 for g in m.parameters())
     assert set(m.state_dict()) == {"P", "theta0", "beta0", "gain0", "g_theta", "g_beta", "g_in"}
@@ -142,24 +140,15 @@ def small_screen(n=12, seed=0):
     }  # fmt: skip
 
 
-def test_read_npz(tmp_path):
-    screen = small_screen()
-    np.savez(tmp_path / "a.npz", **screen)
-    read = Screen(*cell_bridge.read_npz(tmp_path / "a.npz", *screen))
-    assert read.genes == screen["genes"].tolist() and read.perturbations == MARKERS[:12]
-    assert np.allclose(read.delta, screen["profiles"] - screen["control"], atol=1e-6)
-    assert np.allclose(read.embedding, screen["embedding"])
-
-
 BROKEN = {
     "cannot read .*control is not a file": lambda s: s.pop("control"),
     "cannot read .*embedding is not a file": lambda s: s.pop("embedding"),
     "profiles holds NaN": lambda s: s["profiles"].__setitem__((3, 2), np.nan),
     "control holds NaN or inf": lambda s: s["control"].__setitem__(0, np.inf),
     "embedding holds NaN": lambda s: s["embedding"].__setitem__((0, 5), np.nan),
-    r"embedding must have shape \(12, 1280\)": lambda s: s.update(embedding=np.ones((12, 640))),
-    r"control must have shape \(8,\)": lambda s: s.update(control=np.zeros(0)),
-    r"profiles must have shape \(12, 8\)": lambda s: s.update(profiles=np.ones((8, 12))),
+    r"embedding must have shape \[12, 1280\]": lambda s: s.update(embedding=np.ones((12, 640))),
+    r"control must have shape \[8\]": lambda s: s.update(control=np.zeros(0)),
+    r"profiles must have shape \[12, 8\]": lambda s: s.update(profiles=np.ones((8, 12))),
     "could not convert": lambda s: s.update(control=np.array(["x"] * 8)),
     "unknown genes: none is of metabolism": lambda s: s["genes"].__setitem__(4, "ENSG1"),
     "no gene listed twice": lambda s: s["perturbations"].__setitem__(0, MARKERS[1]),
@@ -205,7 +194,6 @@ def embeddings():
 
 def save(folder, X, labels, genes, column="target_gene", raw=None, **parts):
     """CellConfig of an .h5ad that anndata writes, and of embeddings."""
-    anndata, pd = pytest.importorskip("anndata"), pytest.importorskip("pandas")
     obs = pd.DataFrame({column: labels}, index=[f"c{i}" for i in range(len(labels))])
     var = genes if isinstance(genes, pd.DataFrame) else pd.DataFrame(index=genes)
     file = anndata.AnnData(X, obs, var, **parts)
@@ -238,41 +226,29 @@ def check_screen(screen, counts, labels, genes):
         assert screen.embedding[i, 0] == MARKERS[::-1].index(name)
 
 
-def doubled(counts):
-    """CSR that stores two entries of half the count, as well as zeros."""
-    sparse = pytest.importorskip("scipy.sparse")
-    (n, G), gene = counts.shape, np.tile(np.arange(counts.shape[1]), 2)
-    data = np.hstack([counts / 2, counts / 2]).ravel()
-    return sparse.csr_matrix((data, np.tile(gene, n), np.arange(0, 2 * n * G + 1, 2 * G)), (n, G))
-
-
 @pytest.mark.parametrize(
-    "how, dtype",
-    [("dense", "object"), ("csr", "string"), ("csc", "category"), ("doubled", "category")],
+    "how, dtype", [("array", "object"), ("csr_matrix", "string"), ("csc_matrix", "category")]
 )
 def test_h5ad_is_pseudobulk_of_normalised_cells(tmp_path, few, how, dtype):
-    pd, sparse = pytest.importorskip("pandas"), pytest.importorskip("scipy.sparse")
     counts, labels, genes = cells()
-    forms = {"dense": np.array, "doubled": doubled}
-    X = forms.get(how) or getattr(sparse, f"{how}_matrix")
+    X = getattr(np if how == "array" else sparse, how)(counts)
     column = pd.array(labels, dtype=dtype)
-    c = save(tmp_path, X(counts), column, pd.DataFrame(index=pd.Index(genes, dtype=dtype)))
+    c = save(tmp_path, X, column, pd.DataFrame(index=pd.Index(genes, dtype=dtype)))
     check_screen(cell_bridge.read_h5ad(c), counts, labels, genes)
 
 
 def edit(c, change):
     """Change a file in a way that anndata would not: an old layout, or damage."""
-    with pytest.importorskip("h5py").File(c.data, "r+") as file:
+    with h5py.File(c.data, "r+") as file:
         change(file)
 
 
 @pytest.mark.filterwarnings("ignore:Element")
 def test_h5ad_of_anndata_0_7(tmp_path, few):
     counts, labels, genes = cells()
-    pd = pytest.importorskip("pandas")
     c = save(tmp_path, counts, pd.Categorical([None, *labels[1:]]), genes)
 
-    ascii_text = pytest.importorskip("h5py").string_dtype("ascii")  # which is read as bytes
+    ascii_text = h5py.string_dtype("ascii")  # which is read as bytes
 
     def age(file):
         known = [CONTROL, *MARKERS[:10]]
@@ -312,7 +288,6 @@ class Disk:
 
 @pytest.mark.parametrize("how", ["array", "csr_matrix", "csc_matrix"])
 def test_h5ad_is_streamed(how):
-    sparse = pytest.importorskip("scipy.sparse")
     counts, labels, _ = cells(3000)
     names, code = np.unique(labels, return_inverse=True)
     code = (code + 1) % 11  # controls, the last of the names, are 0
@@ -326,11 +301,12 @@ def test_h5ad_is_streamed(how):
     assert np.allclose(variance, expected(counts, labels, CONTROL).var(0))
 
 
-def test_the_sum_of_doubled_entries_does_not_wrap_around():
-    sparse, bytes_ = pytest.importorskip("scipy.sparse"), np.array([200, 100, 100], np.uint8)
-    X = sparse.csr_matrix((bytes_, [0, 0, 1], [0, 3]), (1, 2))
-    mean, _ = cell_bridge.pseudobulk(X, np.array([0]))
-    assert np.allclose(mean, np.log1p([[7500, 2500]]))
+@pytest.mark.parametrize("values", [np.uint8([200, 100, 100, 0, 0]), [1.5, 1.5, 1.0, 0.0, 0.0]])
+def test_doubled_entries_are_summed(values):
+    """Without wrapping around, and before they are asked to be whole; a stored zero is nothing."""
+    X = sparse.csr_matrix((values, [0, 0, 1, 1, 0], [0, 4, 5]), (2, 2))
+    mean, _ = cell_bridge.pseudobulk(X, np.array([0, 1]))
+    assert np.allclose(mean, [np.log1p([7500, 2500]), [0, 0]])
 
 
 def test_labels():
@@ -342,7 +318,6 @@ def test_labels():
 
 def test_labels_of_gears(tmp_path, few, capsys):
     """GEARS: A+ctrl or ctrl+A is one gene, A+B two; symbols stand in a column of var."""
-    pd = pytest.importorskip("pandas")
     counts, labels, genes = cells()
     written = [f"{x}+ctrl" if i % 2 else f"ctrl+{x}" for i, x in enumerate(labels)]
     written = np.where(labels == CONTROL, "ctrl", np.array(written, object))
@@ -374,7 +349,6 @@ def test_counts_are_demanded_and_found_elsewhere(tmp_path, few):
 @pytest.mark.filterwarnings("ignore:Variable names are not unique")
 def test_a_symbol_listed_twice_is_read_out_once(tmp_path, monkeypatch):
     counts, labels, genes = cells()
-    pd = pytest.importorskip("pandas")
     c = save(tmp_path, counts, labels, pd.DataFrame({"symbol": [*genes[:-1], "A3"]}, index=genes))
     screen, control = cell_bridge.read_h5ad(replace(c, symbols="symbol")), labels == CONTROL
     more = max((genes.index("A3"), 25), key=lambda g: expected(counts, labels, CONTROL)[:, g].var())
@@ -419,7 +393,6 @@ WRONG = {
 
 @pytest.mark.parametrize("message", [*DAMAGE, *WRONG])
 def test_broken_cells_are_one_clear_line(tmp_path, message, capsys):
-    pd, sparse = pytest.importorskip("pandas"), pytest.importorskip("scipy.sparse")
     counts, labels, genes = cells()
     labels[0], labels[20:70] = MARKERS[0], CONTROL  # the most frequent comes first
     c = save(tmp_path, sparse.csr_matrix(counts), pd.Categorical(labels), genes)
@@ -572,7 +545,7 @@ def test_synthetic_scores_are_those_of_the_screen():
     scores = synthetic_scores(4)
     assert scores.shape == (150, 6) and set(screen.perturbations) < set(MARKERS)
     assert torch.allclose(scores[:, 3], screen.delta[:, first].mean(1), atol=1e-6)
-    assert torch.equal(scores, synthetic_scores(4)) and not torch.equal(scores, synthetic_scores(5))
+    assert scores is synthetic_scores(4) and not torch.equal(scores, synthetic_scores(5))
     down = [scores[i, p] - scores[:, p].mean() for i, gene in enumerate(screen.perturbations)
             for p, symbols in enumerate(PROGRAMS.values()) if gene in symbols]  # fmt: skip
     assert np.mean(down) < -0.05  # a knock-down lowers its own program
@@ -589,13 +562,17 @@ def test_command_writes_one_file_that_load_cell_reads(tmp_path, monkeypatch, cap
     printed = capsys.readouterr().out
     result = json.loads((tmp_path / "r.json").read_text())
     assert list(result) == ["what", "data", "seed", "table"] and result["seed"] == 5
-    assert result["data"]["name"] == "a.npz" and len(result["data"]["sha256"]) == 64
+    assert result["data"] == "a.npz"
     assert all(row in printed for row in ("cell", "no change", "mean delta", "ridge"))
     scores, genes = load_cell(tmp_path / "new" / "cell.pt")
     assert genes == MARKERS[:40] and scores.shape == (40, 6)
     file = torch.load(tmp_path / "new" / "cell.pt", weights_only=True)
     assert file["table"] == result["table"] and file["data"] == result["data"]
-    screen = Screen(*small_screen(40).values())
+    arrays = small_screen(40)
+    screen = Screen(*arrays.values())
+    assert screen.genes == arrays["genes"].tolist() and screen.perturbations == MARKERS[:40]
+    assert np.allclose(screen.delta, arrays["profiles"] - arrays["control"], atol=1e-6)
+    assert np.allclose(screen.embedding, arrays["embedding"])
     cell = VirtualCell(screen.embedding, screen.delta)
     cell.load_state_dict(file["cell"])
     assert torch.allclose(cell(screen.embedding) @ screen.member, scores, atol=1e-6)
@@ -612,20 +589,7 @@ def test_wrong_settings_end_in_one_line(flag, capsys):
 def test_what_cannot_be_written_is_found_before_training(tmp_path, flag, monkeypatch, capsys):
     monkeypatch.setattr(cell_bridge, "validate", None)
     (tmp_path / "file").write_text("kept")
-    for path in (tmp_path, tmp_path / "file" / "c.pt"):
-        with pytest.raises(SystemExit, match="2"):
-            main([f"--out={tmp_path}/file", f"--{flag}={path}"])
-        assert capsys.readouterr().err.count("\n") == 1
+    with pytest.raises(SystemExit, match="2"):
+        main([f"--out={tmp_path}/file", f"--{flag}={tmp_path}"])
+    assert capsys.readouterr().err.count("\n") == 1
     assert (tmp_path / "file").read_text() == "kept"
-
-
-@pytest.mark.parametrize("end, code", [(KeyboardInterrupt, "130"), (BrokenPipeError, "141")])
-def test_ctrl_c_and_a_closed_pipe_end_without_a_word(end, code, tmp_path, monkeypatch, capsys):
-    def stopped(*_):
-        raise end
-
-    monkeypatch.setattr(cell_bridge, "validate", stopped)
-    monkeypatch.setattr(cell_bridge.config.os, "dup2", lambda *_: None)
-    with pytest.raises(SystemExit, match=code):
-        main([f"--out={tmp_path}/cell.pt"])
-    assert capsys.readouterr() == ("", "") and not (tmp_path / "cell.pt").exists()

@@ -55,8 +55,8 @@ MAY_IMPORT = {
     "experiments.frames": {"bench", "model"},
 }
 PACKAGES = {"torch", "numpy", "tiktoken", "requests", "tqdm"}
-OPTIONAL = {"triton", "snntorch", "spikingjelly", "norse", "anndata", "h5py"}  # where used
-OPTIONAL |= {"matplotlib", "PIL"}
+OPTIONAL = {"triton", "snntorch", "spikingjelly", "norse"}  # imported where they are used
+OPTIONAL |= {"anndata", "h5py", "scipy", "matplotlib", "PIL"}
 
 
 def imports(path):

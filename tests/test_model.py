@@ -646,7 +646,7 @@ def test_recurrent_synapses_are_multiplied_in_the_dtype_of_autocast():
         ({"levels": 0}, "levels must be at least 1"),
         ({"k_max": 1001}, "k_max must be 1 to 1000"),
         ({"rec_heads": -1}, "rec_heads must be at least 0"),
-        ({"traits": "moe:1"}, "experts of moe must be 2 to"),
+        ({"traits": "moe:0"}, "experts of moe must be 1 to"),
         ({"traits": "memory:0"}, "neurons of memory must be 1 to"),
         ({"traits": "memory:2.5"}, "'memory:2.5' must be name:number"),
         ({"traits": "jepa memory"}, "write the trait memory as memory:neurons$"),

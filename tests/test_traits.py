@@ -20,7 +20,7 @@ TRAITS = {
     "programs of a cell": lambda: ProgSem(D, 5, P=torch.randn(sum(NEURONS), 5), width=8),
     "programs learned": lambda: ProgSem(D, 5, width=8),
     "kuramoto": lambda: Kuramoto(D, oscillators=16, steps=2),
-    "moe": lambda: MoE(D, experts=4, width=8, top=2, last=NEURONS[-1]),
+    "moe": lambda: MoE(D, experts=4, width=8, last=NEURONS[-1]),
     "memory": lambda: Memory(D, neurons=32),
 }
 
@@ -140,8 +140,8 @@ def test_causal_by_gradient_and_sequences_apart(name):
 def test_bfloat16_autocast_meta_and_seed(name):
     x, tokens, spikes, membranes = stream(9)
     half = (x.bfloat16(), tokens, spikes.bfloat16(), membranes)
-    traits, twin = woken(build(name)), woken(build(name))  # the seed decides all
-    for a, b in zip(traits.state_dict().values(), twin.state_dict().values(), strict=True):
+    traits, again = woken(build(name)), woken(build(name))  # the seed decides all
+    for a, b in zip(traits.state_dict().values(), again.state_dict().values(), strict=True):
         assert torch.equal(a, b)
     exact, _, _ = run(traits, (x, tokens, spikes, membranes))
     with torch.autocast("cpu", torch.bfloat16):
@@ -341,8 +341,8 @@ def test_kuramoto_couples_all_pairs_and_falls_into_step_with_k():
 # ---- MoE -----------------------------------------------------------------------------------------
 
 
-def moe_routed(bias, T=40):
-    trait = MoE(D, experts=4, width=8, top=2, balance=0.01)
+def moe_routed(bias):
+    trait = MoE(D, experts=4, width=8, balance=0.01)
     with torch.no_grad():
         trait.down.normal_()
         trait.router.weight.zero_()
@@ -361,6 +361,9 @@ def test_moe_computes_the_chosen_experts_and_no_other():
     with torch.no_grad():
         up[[0, 3]] = math.nan
     assert torch.equal(trait(x, None, Seen(tokens), Report())[0], y)
+    alone, report = MoE(D, experts=1, width=8), Report()  # one expert gets every token
+    assert torch.equal(alone(x, None, Seen(tokens), report)[0], x)
+    assert report.macs == D + 2 * D * 8 and report.losses["moe"].item() == pytest.approx(0.01)
 
 
 def test_moe_balance_is_least_when_all_share_the_work():
@@ -387,7 +390,7 @@ def test_moe_balance_is_least_when_all_share_the_work():
 
 
 @torch.no_grad()
-def test_moe_routes_by_a_leaky_trace_of_the_spikes():
+def test_moe_routes_by_a_decaying_trace_of_the_spikes():
     trait, (x, tokens, spikes, _) = build("moe")[0], stream(63)
     spikes[:, :, 0] = 1
     seen, report = Seen(tokens, spikes=spikes), Report()
@@ -475,8 +478,7 @@ def test_mtp_predicts_the_right_tokens():
     assert mtp.loss(report, targets, readout).item() < 1e-6
     for off in (text[:, :T], text[:, 2 : T + 2]):  # an off-by-one is not what h holds
         assert mtp.loss(report, off, readout).item() > 1
-    with pytest.raises(ValueError, match="longer than 2"):
-        mtp.loss(Report(hidden=h[:, :2]), targets[:, :2], readout)
+    assert mtp.loss(Report(hidden=h[:, :1]), targets[:, :1], readout) == 0  # nothing lies ahead
 
 
 def test_mtp_starts_as_the_models_own_readout_and_is_awake():
@@ -521,19 +523,3 @@ def test_jepa_predicts_by_its_equation():
     pred = h + 2 * jepa.predict(F.rms_norm(h, (D,)))
     cos = F.cosine_similarity(pred[:, :-1], h[:, 1:], dim=-1)
     torch.testing.assert_close(jepa.loss(Report(hidden=h)), 0.1 * (1 - cos).mean())
-
-
-def test_jepa_learns_what_comes_next():
-    torch.manual_seed(0)
-    turn = torch.linalg.qr(torch.randn(D, D))[0]
-    h = [torch.randn(64, D)]
-    for _ in range(3):
-        h.append(h[-1] @ turn)
-    h, jepa = torch.stack(h, 1), JEPA(D, width=64)
-    optimizer, losses = torch.optim.Adam(jepa.parameters(), lr=1e-2), []
-    for _ in range(100):
-        losses.append(jepa.loss(Report(hidden=h)))
-        losses[-1].backward()
-        optimizer.step()
-        optimizer.zero_grad()
-    assert losses[0] > 0.08 and losses[-1] < 0.03
