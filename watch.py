@@ -81,9 +81,10 @@ def neurons_of(part):
     if not getattr(part, "sites", ()):  # it has no spikes
         return []
     if isinstance(part, SNNBlock):
-        known = {"a": ("in", part.w_in.weight), "h": ("hidden", part.w_out.weight)}
-        every = part.populations.items()
-        return [(*known.get(key, (key, torch.ones(len(p.gain), 1))), p) for key, p in every]
+        rows = torch.ones(len(part.mix.q.gain), 1)  # each spike reads or writes one
+        fed = [part.w_in.weight, rows, rows, part.mix.w_o.weight, part.w_out.weight]
+        names = "in", "query", "key", "found", "hidden"
+        return list(zip(names, fed, part.populations.values()))
     if isinstance(part, SparkBlock):
         (first, f), (second, g) = ((half, half.inner) for half in part.halves)
         rows = [x.weight.t() for x in (f.w_in, f.w_out, g.w_gate, g.w_down)]
@@ -468,7 +469,8 @@ def neurons(axes, layer, rate):
     for k, name in enumerate(PROGRAMS if layer.program is not None else ()):
         own = layer.program[layer.order] == k
         label = f"{name.replace('_', ' ')} ({int(own.sum())})"
-        axes.scatter(x[own], y[own], area[own], f"C{k}", label=label, linewidths=0)
+        marker = "o^sDvP"[k]  # told apart in grey, too
+        axes.scatter(x[own], y[own], area[own], f"C{k}", marker, label=label, linewidths=0)
         axes.legend(loc="upper center", bbox_to_anchor=(0.5, 0), ncols=2, fontsize=7)
     axes.set(title=f"layer {layer.name}: {N} neurons", aspect="equal", xticks=[], yticks=[])
 
