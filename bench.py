@@ -24,6 +24,7 @@ import inspect
 import json
 import math
 import os
+import signal
 import statistics
 import sys
 import time
@@ -33,6 +34,9 @@ from importlib import import_module
 from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
+
+if __name__ == "__main__":  # Ctrl-C while torch is imported ends without a traceback
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 import torch
 

@@ -293,6 +293,7 @@ def evaluate(t):
         "valid": t.run.mean(torch.tensor(valid["nats"] / valid["tokens"])).item(),
         "valid_bpb": valid["nats"] / math.log(2) / len(corpus.tokenizer.decode_bytes(of_phase)),
         "heldout": score["nats"] / score["tokens"],
+        "bits_per_token": score["nats"] / math.log(2) / score["tokens"],
         "bpb": score["nats"] / math.log(2) / t.sizes[len(heldout)],
         "rate": score["rate"],
         "synops": score["synops"],

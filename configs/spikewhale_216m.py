@@ -31,7 +31,9 @@ max_steps = 32000
 warmup_steps = 500
 
 tokenizer = "lengthmax"
-dataset = "auto"
+# streamed, nothing large is stored: what the model card says
+dataset = "stream:HuggingFaceFW/fineweb-edu/sample-10BT@0.75"
+dataset += ",HuggingFaceTB/finemath/finemath-4plus@0.25"
 phases = "stories:512"
 eval_interval = 500
 eval_length = 512
