@@ -96,7 +96,7 @@ def derive(rule: str, pick=None, goal="", keep=True):
 
     pick(weights) -> index makes each choice. Without it every choice is followed at once, as far
     as the text is that of `goal`, so garbage costs no more than a text. A derivation is (text,
-    facts, bits): fact -> (its number in the rule, its forms), and -log2 of its probability.
+    facts, bits): fact -> (rule, which alternative, its forms), and -log2 of its probability.
     keep=False: a fact that is named again may have become another choice of its rule.
     """
     far, known = 0, {}
@@ -113,39 +113,27 @@ def derive(rule: str, pick=None, goal="", keep=True):
                 far, known = end, facts
         return [(text + piece, facts, bits)]
 
-    def choose(options, state, barred=()):
-        """(number, nodes, the state that took it) of each alternative that may be taken."""
-        text, facts, bits = state
-        weights = [0 if i in barred else weight for i, (weight, _) in enumerate(options)]
-        for i in [pick(weights)] if pick else range(len(weights)):
-            if weights[i]:
-                yield i, options[i][1], (text, facts, bits - math.log2(weights[i] / sum(weights)))
-
-    def recall(rule, fact, form, state):
-        """Write a fact that is known."""
-        kept = state[1][fact][1]
-        said = {forms[form] for forms in ([kept] if keep else _forms(rule))}
-        return [end for piece in said for end in write(piece, state, True)]
-
-    def learn(rule, fact, form, state):
-        """Write a fact for the first time: it is none of the other facts of its rule."""
-        barred = {i for other, (i, _) in state[1].items() if other.rstrip("0123456789") == rule}
-        for i, nodes, now in choose(rules()[rule], state, barred):
-            forms = _forms(rule)[i]
-            ends = write(forms[form], now, True) if forms else sequence(nodes, now)
-            for text, facts, bits in ends:
-                yield text, facts | {fact: (i, forms)}, bits
-
     def expand(node, state):
+        """The states in which `state` can be after this node."""
         if isinstance(node, str):
             return write(node, state)
-        if isinstance(node, tuple) and node[1]:
-            return (recall if node[1] in state[1] else learn)(*node, state)
-        options = node if isinstance(node, list) else rules()[node[0]]
-        return [end for _, nodes, now in choose(options, state) for end in sequence(nodes, now)]
+        rule, fact, form = (None, None, 0) if isinstance(node, list) else node
+        text, facts, bits = state
+        if fact in facts:
+            words = {forms[form] for forms in ([facts[fact][2]] if keep else _forms(rule))}
+            return [end for word in words for end in write(word, state, True)]
+        options = rules()[rule] if rule else node
+        taken = {i for other, i, _ in facts.values() if fact and other == rule}
+        weights = [0 if i in taken else weight for i, (weight, _) in enumerate(options)]
+        ends = []
+        for i in [pick(weights)] if pick else [i for i, weight in enumerate(weights) if weight]:
+            now = text, facts, bits - math.log2(weights[i] / sum(weights))
+            forms = _forms(rule)[i] if fact else None
+            after = write(forms[form], now, True) if forms else sequence(options[i][1], now)
+            ends += [(t, f | {fact: (rule, i, forms)}, b) for t, f, b in after] if fact else after
+        return ends
 
     def sequence(nodes, state):
-        """The states in which `state` can be after these nodes."""
         states = [state]
         for node in nodes:
             states = [end for state in states for end in expand(node, state)]
@@ -384,14 +372,7 @@ def download(url, path, max_bytes=None, attempts=6, timeout=30.0, pause=1.0):
     the server declares. max_bytes: take only the first bytes and cut them back to the last
     END_TEXT. timeout: seconds without a byte. pause: see `retry`.
     """
-    part = Path(f"{path}.part")
-
-    def attempt():
-        part.parent.mkdir(parents=True, exist_ok=True)
-        _fetch(url, part, max_bytes, timeout)
-        os.replace(part, path)
-
-    retry(attempt, url, attempts, pause)
+    retry(lambda: _fetch(url, Path(path), max_bytes, timeout), url, attempts, pause)
 
 
 def retry(attempt, url, attempts, pause):
@@ -409,19 +390,21 @@ def retry(attempt, url, attempts, pause):
     raise DataError(f"cannot download {url} ({reason}): run again to resume, or use a local file")
 
 
-def _fetch(url, part: Path, max_bytes, timeout) -> None:
-    """One attempt to complete `part`; OSError when another one may go better."""
+def _fetch(url, path: Path, max_bytes, timeout) -> None:
+    """One attempt to complete `path`; OSError when another one may go better."""
+    part = Path(f"{path}.part")
+    part.parent.mkdir(parents=True, exist_ok=True)
     have = part.stat().st_size if part.exists() else 0
     headers = {"Accept-Encoding": "identity"}  # or sizes would be those of compressed bytes
     if have or max_bytes:
         headers["Range"] = f"bytes={have}-{max_bytes - 1 if max_bytes else ''}"
     with requests.get(url, headers=headers, stream=True, timeout=timeout) as answer:
         _check_status(answer, url, (200, 206, 416))
-        span = re.fullmatch(r"bytes (\d+)-\d+/(\d+)", answer.headers.get("Content-Range", ""))
+        span = re.match(rf"bytes {have}-\d+/(\d+)", answer.headers.get("Content-Range", ""))
         if answer.status_code == 200:  # the whole file, even if a range was asked for
             have, total = 0, int(answer.headers.get("Content-Length", 0)) or None
-        elif span and int(span[1]) == have:
-            total = int(span[2])
+        elif span:
+            total = int(span[1])
         else:
             part.unlink(missing_ok=True)  # it may be no beginning of this file: start again
             raise OSError(f"no bytes from {have} on")
@@ -444,14 +427,14 @@ def _fetch(url, part: Path, max_bytes, timeout) -> None:
     is_whole = total in (None, size)
     tags = [step.headers.get("X-Linked-ETag", "").strip('"') for step in (*answer.history, answer)]
     declared = [tag for tag in tags if re.fullmatch("[0-9a-f]{64}", tag)]  # Hugging Face does
-    if (wanted and size > wanted) or (
-        is_whole and declared and declared[0] != sha256_of({"": part})
-    ):
+    is_other = is_whole and declared and declared[0] != sha256_of({"": part})
+    if is_other or (wanted and size > wanted):
         part.unlink()
         raise OSError(f"the {size} bytes received are not those announced")
     last = part.read_bytes().rfind(END_TEXT.encode()) if max_bytes and not is_whole else 0
     if last > 0:
         os.truncate(part, last)
+    os.replace(part, path)
 
 
 def sha256_of(files: dict[str, Path]) -> str:
