@@ -17,6 +17,7 @@ from functools import partial
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -65,12 +66,13 @@ def texts_of(stream, tokenizer) -> list[str]:
 
 
 class Server(http.server.ThreadingHTTPServer):
-    """Serves `content` with Range; each fault of `faults` spoils one request, in turn."""
+    """Serves `content` with Range, and the rows of ROWS as the dataset viewer does; each fault of
+    `faults` spoils one answer, in turn."""
 
     daemon_threads = True
 
-    def __init__(self, content: bytes, faults=(), tag=None, handler=None):
-        super().__init__(("127.0.0.1", 0), handler or Handler)
+    def __init__(self, content=b"", faults=(), tag=None):
+        super().__init__(("127.0.0.1", 0), Handler)
         self.content, self.faults, self.tag, self.asked = content, list(faults), tag, []
         self.release = threading.Event()
         self.url = f"http://127.0.0.1:{self.server_port}"
@@ -89,48 +91,64 @@ class Handler(http.server.BaseHTTPRequestHandler):
     def log_message(self, *_):
         pass
 
-    def do_HEAD(self):
-        self.send_response(200)
+    def reply(self, status, body=b"", fault=None, **headers):
+        self.send_response(status)
+        for name, value in {"Content_Length": len(body), **headers}.items():
+            if value is not None:
+                self.send_header(name.replace("_", "-"), str(value))
         self.end_headers()
-
-    def do_GET(self):
-        server, asked = self.server, self.headers.get("Range")
-        server.asked.append(asked)
-        fault = server.faults.pop(0) if server.faults else None
-        if isinstance(fault, int):
-            self.send_response(fault)
-            self.send_header("Retry-After", "0")
-            self.send_header("Content-Length", "0")
-            return self.end_headers()
-        start, stop = 0, len(server.content)
-        if asked and fault != "no range":
-            first, last = re.fullmatch(r"bytes=(\d+)-(\d*)", asked).groups()
-            start, stop = int(first), min(stop, int(last or stop) + 1)
-            if start >= stop:
-                self.send_response(416)
-                return self.end_headers()
-        body = server.content[start:stop]
-        self.send_response(206 if asked and fault != "no range" else 200)
-        if asked and fault != "no range":
-            shift = 1 if fault == "wrong range" else 0
-            total = len(server.content)
-            self.send_header("Content-Range", f"bytes {start + shift}-{stop - 1}/{total}")
-        if fault not in ("no length", "silent drop"):
-            extra = {"long": 100, "short": -100}.get(fault, 0)
-            self.send_header("Content-Length", str(len(body) + extra))
-        if server.tag:
-            self.send_header("X-Linked-ETag", f'"{server.tag}"')
-        self.end_headers()
-        if fault == "other bytes":
-            body = bytes(255 - b for b in body)
-        if fault in ("drop", "silent drop", "stall"):
-            body = body[: len(body) // 2]
-        self.wfile.write(body)
+        self.wfile.write(body[: len(body) // 2] if fault in PARTIAL else body)
         if fault == "stall":
             self.wfile.flush()
-            server.release.wait(5)
+            self.server.release.wait(5)
+
+    def do_HEAD(self):
+        self.reply(200)
+
+    def do_GET(self):
+        fault = self.server.faults.pop(0) if self.server.faults else None
+        if isinstance(fault, int):
+            self.reply(fault, Retry_After=0)
+        elif fault == "close":
+            self.connection.close()
+        else:
+            (self.rows if "?" in self.path else self.file)(fault)
+
+    def file(self, fault):
+        asked, body, tag = self.headers.get("Range"), self.server.content, self.server.tag
+        self.server.asked.append(asked)
+        status, headers = 200, {"X_Linked_ETag": tag and f'"{tag}"'}
+        if asked and fault != "no range":
+            first, last = re.fullmatch(r"bytes=(\d+)-(\d*)", asked).groups()
+            start, stop = int(first), min(len(body), int(last or len(body)) + 1)
+            if start >= stop:
+                return self.reply(416)
+            shown = start + (fault == "wrong range")
+            headers["Content_Range"] = f"bytes {shown}-{stop - 1}/{len(body)}"
+            status, body = 206, body[start:stop]
+        headers["Content_Length"] = len(body) + {"long": 100, "short": -100}.get(fault, 0)
+        if fault in ("no length", "silent drop"):
+            headers["Content_Length"] = None
+        if fault == "other bytes":
+            body = bytes(255 - b for b in body)
+        self.reply(status, body, fault, **headers)
+
+    def rows(self, fault):
+        asked = dict(urllib.parse.parse_qsl(urllib.parse.urlsplit(self.path).query))
+        name = "/".join(asked[key] for key in ("dataset", "config", "split"))
+        offset, length = int(asked["offset"]), int(asked["length"])
+        self.server.asked.append((name, offset // length))
+        if name not in ROWS:
+            return self.reply(404)
+        numbers = range(offset, min(offset + length, ROWS[name]))
+        rows = [{"row_idx": i, "row": {"text": row(name, i), "id": i}} for i in numbers]
+        rows += [{"row_idx": 0, "row": {"text": None}}] * (offset == 0)  # one without text
+        body = json.dumps({"rows": rows, "num_rows_total": ROWS[name], "partial": False}).encode()
+        bad = {"other": b'{"error": "busy"}', "truncate": body[: len(body) // 2]}
+        self.reply(200, bad.get(fault, body), fault)
 
 
+PARTIAL = ("drop", "silent drop", "stall")  # faults: half the bytes that were announced
 CONTENT = random.Random(5).randbytes(300_000)
 DIGEST = hashlib.sha256(CONTENT).hexdigest()
 
@@ -173,35 +191,22 @@ def test_download_resumes_across_calls(tmp_path):
             fetch(server, path, attempts=1)
         fetch(server, path)
         assert server.asked[0] is None and re.fullmatch(r"bytes=1\d{5}-", server.asked[1])
+        assert path.read_bytes() == CONTENT
+        write(tmp_path / "file.bin.part", b"x" * 400_000)  # stale, longer than the file: 416
+        fetch(server, path)
     assert path.read_bytes() == CONTENT
 
 
-def test_a_stale_part_is_dropped(tmp_path):
-    write(tmp_path / "file.bin.part", b"x" * 400_000)  # longer than the file: 416
-    with Server(CONTENT) as server:
-        fetch(server, tmp_path / "file.bin")
-    assert (tmp_path / "file.bin").read_bytes() == CONTENT
-
-
-def test_retry_after_is_honoured(tmp_path, monkeypatch):
+def test_retry_after_is_honoured_up_to_a_minute(tmp_path, monkeypatch):
     naps = []
     monkeypatch.setattr(sources.time, "sleep", naps.append)
     with Server(CONTENT, [503, "drop"]) as server:
         fetch(server, tmp_path / "file.bin", pause=1.0)
-    assert naps == [0.0, 2.0]
-
-
-def test_nobody_is_made_to_wait_for_more_than_a_minute(monkeypatch):
-    def attempt():
-        error = OSError("busy")
-        error.wait = 5000.0
-        raise error
-
-    naps = []
-    monkeypatch.setattr(sources.time, "sleep", naps.append)
+    error = OSError("busy")
+    error.wait = 5000.0
     with pytest.raises(DataError, match="busy"):
-        sources.retry(attempt, "x", 3, 1.0)
-    assert naps == [60.0, 60.0]  # and none after the last attempt
+        sources.retry(Mock(side_effect=error), "x", 3, 1.0)
+    assert naps == [0.0, 2.0, 60.0, 60.0]  # and none after the last attempt
 
 
 @pytest.mark.parametrize("faults", [[], ["no range"], ["drop"]])
@@ -258,49 +263,11 @@ def row(name: str, i: int) -> str:
     return f"{name} {i}: " + " ".join(rng.choices(SAMPLE.split(), k=rng.randint(1, 60)))
 
 
-class RowHandler(Handler):
-    """Serves rows of ROWS as the dataset viewer does; `content` is not used."""
-
-    def do_GET(self):
-        server = self.server
-        asked = dict(urllib.parse.parse_qsl(urllib.parse.urlsplit(self.path).query))
-        name = "/".join(asked[key] for key in ("dataset", "config", "split"))
-        offset, length = int(asked["offset"]), int(asked["length"])
-        server.asked.append((name, offset // length))
-        fault = server.faults.pop(0) if server.faults else None
-        if isinstance(fault, int) or name not in ROWS:
-            self.send_response(fault or 404)
-            self.send_header("Retry-After", "0")
-            self.send_header("Content-Length", "0")
-            return self.end_headers()
-        if fault == "close":
-            return self.connection.close()
-        numbers = range(offset, min(offset + length, ROWS[name]))
-        rows = [{"row_idx": i, "row": {"text": row(name, i), "id": i}} for i in numbers]
-        rows += [{"row_idx": 0, "row": {"text": None}}] * (offset == 0)  # one without text
-        body = json.dumps({"rows": rows, "num_rows_total": ROWS[name], "partial": False}).encode()
-        if fault == "other":
-            body = b'{"error": "busy"}'
-        self.send_response(200)
-        half = body[: len(body) // 2]
-        self.send_header("Content-Length", str(len(half if fault == "truncate" else body)))
-        self.end_headers()
-        self.wfile.write(half if fault in ("truncate", "drop", "stall") else body)
-        if fault == "stall":
-            self.wfile.flush()
-            server.release.wait(5)
-
-
 @pytest.fixture
-def small_pages(monkeypatch):
-    monkeypatch.setattr(sources, "PAGE", 5)
-    monkeypatch.setattr(sources, "HELD_BYTES", 1_500)
-    monkeypatch.setattr(sources, "SAMPLE_BYTES", 6_000)
-
-
-@pytest.fixture
-def rows_server(small_pages, monkeypatch):
-    with Server(b"", handler=RowHandler) as server:
+def rows_server(monkeypatch):
+    for name, size in {"PAGE": 5, "HELD_BYTES": 1_500, "SAMPLE_BYTES": 6_000}.items():
+        monkeypatch.setattr(sources, name, size)
+    with Server() as server:
         serve_from(server.url, monkeypatch)
         yield server
 
