@@ -168,7 +168,7 @@ def read_documents(path, log=print) -> list[str]:
 
 def read_files(files: dict[str, Path], log=print):
     """(name, documents) of each file. DataError when one is unreadable or has none, unless it is
-    a .json beside others: that may be metadata."""
+    a .json among other files: that may be metadata."""
     for name, path in files.items():
         documents, refused = read_file(path, name)
         if not documents and (len(files) == 1 or not name.lower().endswith(".json")):
@@ -292,8 +292,8 @@ def hold_out(documents: list[str], share=0.02, most=1_000_000) -> tuple[list[str
 
 
 # ---- Phases ----------------------------------------------------------------------------------
-# The same documents at five grains. A piece keeps the blank before it, as in the running text,
-# so that a word is made of the same tokens in every phase.
+# The same documents cut into five sizes. A piece keeps the blank before it, as in the running
+# text, so that a word is made of the same tokens in every phase.
 
 PHASE_TOKENS = 1_000_000  # at most, of words, phrases, sentences: more would cost minutes
 
@@ -416,11 +416,11 @@ class Data:
     tokenizer: Tokenizer
     train: dict[str, np.memmap]  # phase -> stream; a phase that the source lacks is missing
     valid: dict[str, np.memmap]  # the same of held-out documents
-    heldout: np.memmap  # the held-out documents whole, in a fixed random order
+    heldout: np.memmap  # the held-out documents, not cut, in a fixed random order
     heldout_bytes: int  # UTF-8 bytes of their text: END counts none
     entropy_bits: float | None  # nursery: -log2 probability of the held-out documents
     mixture: list[Source]  # what a Stream reads; `train` is a sample of it. Else empty
-    answers: dict[str, np.memmap]  # split -> uint8 beside its conversations: 1 for Sam's tokens
+    answers: dict[str, np.memmap]  # split -> uint8 for each token of its conversations: 1 if Sam's
     dataset: str  # what `prepare` takes to find the same again: a word or an absolute path
 
 
@@ -524,7 +524,7 @@ def _answers(tokens: np.ndarray, talks: list[str], tokenizer: Tokenizer) -> np.n
     answer = re.compile(rf"\n{SAM[:-1]}(.*?)(\n{YOU[:-1]}|\Z)".encode(), re.DOTALL)
     for talk, a, b in zip(talks, ends, ends[1:]):
         raw = talk.encode()
-        said = np.zeros(len(raw) + 1, np.uint8)  # the byte that is not there stands for END
+        said = np.zeros(len(raw) + 1, np.uint8)  # one more, for END
         for match in answer.finditer(raw):
             said[match.start(1) : match.end() + (not match[2])] = 1
         parts.append(said[np.cumsum(lengths[tokens[a:b]])])  # END before the talk adds nothing

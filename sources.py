@@ -62,7 +62,7 @@ def rules() -> dict[str, list]:
 
 def _parse(marks) -> list:
     """Alternatives up to the closing bracket. A node is a string, a list of alternatives or
-    (rule, fact, form), in which fact None means: afresh."""
+    (rule, fact, form); without a fact the rule is expanded anew each time."""
     options, weight, nodes = [], 1, []
     for mark in marks:
         rule, fact, digit, form, times, sign, literal = mark.groups()
@@ -94,9 +94,10 @@ def _forms(rule: str) -> list:
 def derive(rule: str, pick=None, goal="", keep=True):
     """(the derivations of `rule`, how many characters of `goal` they reach, the facts known there).
 
-    pick(weights) -> index makes each choice. Without it every choice is followed at once, as far
-    as the text is that of `goal`, so garbage costs no more than a text. A derivation is (text,
-    facts, bits): fact -> (rule, which alternative, its forms), and -log2 of its probability.
+    pick(weights) -> index makes each choice, whose probability is its share of the weights.
+    Without `pick` all choices are followed at once, each as long as its text begins `goal`, so
+    garbage costs no more than a text. A derivation is (text, facts, bits): the facts are fact ->
+    (rule, which alternative, its forms), the bits -log2 of the probability.
     keep=False: a fact that is named again may have become another choice of its rule.
     """
     far, known = 0, {}
@@ -143,15 +144,14 @@ def derive(rule: str, pick=None, goal="", keep=True):
 
 
 def tell(rule: str, pick) -> tuple[str, float]:
-    """A text of `rule` and its -log2 probability (bits). pick(weights) -> index makes every
-    choice; its probability is its weight's share."""
+    """A text of `rule` and its -log2 probability (bits); `pick` as in `derive`."""
     ((text, _, bits),) = derive(rule, pick)[0]
     return _finish(text), bits
 
 
 def follow(text: str, rule="document", keep=True) -> tuple[list[float], int, dict]:
-    """Parse `text`: (-log2 probability of each derivation, how far the grammar came, the facts
-    it knew there). How far: in characters of the text with each "an" before a vowel as "a"."""
+    """Parse `text`: (-log2 probability of each derivation, how many of its characters the grammar
+    derives, the facts known there). An "an" before a vowel counts as "a"."""
     ends, far, known = derive(rule, goal=_plain(text).lower(), keep=keep)
     return [bits for end, _, bits in ends if _finish(end) == text], far, known
 

@@ -284,8 +284,8 @@ LENGTHMAX_ROUNDS = 16
 class LengthMax(Tokenizer):
     """Length-MAX (arXiv 2511.20849): tokens that maximise frequency x length.
 
-    Encoding is greedy: at each place the longest token that fits. The tokens are a trie, written
-    as a table of steps, which is walked at many places of a text at once.
+    Encoding is greedy: at each position it takes the longest token that fits. The tokens form a
+    trie, stored as a table of steps, which is walked from many positions of a text at once.
     """
 
     def __init__(self, vocab=()):
@@ -309,8 +309,7 @@ class LengthMax(Tokenizer):
     def train(cls, texts, vocab_size):
         """Each round encodes the text, adds the runs of 2 to 4 tokens that promise to save most,
         four times as many as there is room for, encodes again, and keeps the tokens that save
-        most. A token that replaces k others saves k - 1 each time it is used.
-        """
+        most. A token that replaces k others saves k - 1 each time it is used."""
         n_tokens = _room(cls.kind, vocab_size)
         if vocab_size > 50_000:
             raise DataError(f"vocab_size {vocab_size} is too large: lengthmax goes up to 50000")
@@ -382,7 +381,7 @@ def _runs(ids: np.ndarray, pieces: list[bytes]) -> Counter:
 
 
 def _parts(token: bytes, known: set[bytes]) -> int:
-    """How many tokens would stand for `token` if it were not known itself."""
+    """How many tokens would encode `token` if it were not a token itself."""
     at = parts = 0
     while at < len(token):
         stops = range(len(token) - (at == 0), at, -1)
