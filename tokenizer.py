@@ -124,8 +124,9 @@ class Chars(Tokenizer):
     """The characters of a text and nothing else: `vocab` is a list of them."""
 
     def __init__(self, vocab=()):
-        super().__init__((), [char.encode(errors="surrogatepass") for char in vocab])
-        self.vocab, self._ids = list(vocab), {ord(char): i for i, char in enumerate(vocab)}
+        chars = list(vocab)
+        super().__init__((), [char.encode(errors="surrogatepass") for char in chars])
+        self.vocab, self._ids = chars, {ord(char): i for i, char in enumerate(chars)}
 
     @classmethod
     def train(cls, texts, vocab_size):
