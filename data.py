@@ -6,7 +6,6 @@
 What a document is, and where documents come from beside files, stands in sources.py.
 """
 
-import codecs
 import functools
 import gzip
 import itertools
@@ -169,7 +168,7 @@ def read_documents(path, log=print) -> list[str]:
 
 def read_files(files: dict[str, Path], log=print):
     """(name, documents) of each file. DataError when one is unreadable or has none, unless it is
-    a .json beside others: that may be metadata."""
+    a .json among other files: that may be metadata."""
     for name, path in files.items():
         documents, refused = read_file(path, name)
         if not documents and (len(files) == 1 or not name.lower().endswith(".json")):
@@ -187,7 +186,7 @@ def read_file(path: Path, name: str) -> tuple[list[str], str]:
     is_gz, start = name.lower().endswith(".gz"), 0
     try:
         raw = gzip.decompress(path.read_bytes()) if is_gz else path.read_bytes()
-        has_mark = raw.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
+        has_mark = raw[:2] in (b"\xff\xfe", b"\xfe\xff")
         text = raw.decode("utf-16" if has_mark else "utf-8-sig")
     except UnicodeDecodeError as error:
         text, start = "\0", error.start
@@ -198,11 +197,11 @@ def read_file(path: Path, name: str) -> tuple[list[str], str]:
         encoding = _encoding(raw[first : first + 200_000])
         if not encoding and b"\0" in raw:
             raise DataError(f"{name} is binary or damaged: give UTF-8 text")
-        source = shlex.quote(str(path))
+        guess = f" but seems to be {encoding}" if encoding else ""
+        show = f"{'gunzip -c' if is_gz else 'cat'} {shlex.quote(str(path))}"
         raise DataError(
-            f"{name} is not UTF-8 (byte {start}){f' but seems to be {encoding}' * bool(encoding)}: "
-            + f"convert it, as in {f'gunzip -c {source} | ' * is_gz}iconv -c -f "
-            + f"{encoding or 'ITS_ENCODING'} -t utf-8 {'' if is_gz else source} > new.txt"
+            f"{name} is not UTF-8 (byte {start}){guess}: convert it, as in "
+            f"{show} | iconv -c -f {encoding or 'ITS_ENCODING'} -t utf-8 > new.txt"
         )
     text = re.sub(r"\r\n?", "\n", text)
     is_text = name.lower().removesuffix(".gz").endswith(TEXT)
@@ -293,8 +292,8 @@ def hold_out(documents: list[str], share=0.02, most=1_000_000) -> tuple[list[str
 
 
 # ---- Phases ----------------------------------------------------------------------------------
-# The same documents at five grains. A piece keeps the blank before it, as in the running text,
-# so that a word is made of the same tokens in every phase.
+# The same documents cut into five sizes. A piece keeps the blank before it, as in the running
+# text, so that a word is made of the same tokens in every phase.
 
 PHASE_TOKENS = 1_000_000  # at most, of words, phrases, sentences: more would cost minutes
 
@@ -417,11 +416,11 @@ class Data:
     tokenizer: Tokenizer
     train: dict[str, np.memmap]  # phase -> stream; a phase that the source lacks is missing
     valid: dict[str, np.memmap]  # the same of held-out documents
-    heldout: np.memmap  # the held-out documents whole, in a fixed random order
+    heldout: np.memmap  # the held-out documents, not cut, in a fixed random order
     heldout_bytes: int  # UTF-8 bytes of their text: END counts none
     entropy_bits: float | None  # nursery: -log2 probability of the held-out documents
     mixture: list[Source]  # what a Stream reads; `train` is a sample of it. Else empty
-    answers: dict[str, np.memmap]  # split -> uint8 beside its conversations: 1 for Sam's tokens
+    answers: dict[str, np.memmap]  # split -> uint8 for each token of its conversations: 1 if Sam's
     dataset: str  # what `prepare` takes to find the same again: a word or an absolute path
 
 
@@ -439,7 +438,7 @@ def prepare(dataset, tokenizer, vocab_size, data_dir, seed=0, log=print, ignore=
     known = None if isinstance(tokenizer, str) else tokenizer.hash
     for recipe in [tokenizer] if known is None else [tokenizer.kind, known]:
         key = sha256(repr((checksum, recipe, vocab_size, seed, FORMAT)))[:12]
-        folder = data_dir / f"{name}-{key}"
+        folder, is_damaged = data_dir / f"{name}-{key}", False
         if folder.exists():
             try:
                 found = _load(folder, key, dataset)
@@ -447,6 +446,7 @@ def prepare(dataset, tokenizer, vocab_size, data_dir, seed=0, log=print, ignore=
                     return found
             except DataError as error:
                 log(f"{error}: building it again")
+                is_damaged = True
     try:
         data_dir.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=".building-", dir=data_dir) as temporary:
@@ -459,7 +459,12 @@ def prepare(dataset, tokenizer, vocab_size, data_dir, seed=0, log=print, ignore=
                 raise DataError(f"{name}: too little to learn some and hold out some: add text")
             meta = {"name": name, "key": key, "sha256": checksum} | facts
             _build(building, meta, train, held, tokenizer, vocab_size, seed)
-            return _publish(building, folder, key, dataset)
+            if is_damaged:
+                with suppress(OSError):
+                    os.rename(folder, building.with_name("damaged"))  # deleted with `temporary`
+            with suppress(OSError):  # another process was first
+                os.rename(building, folder)
+            return _load(folder, key, dataset)
     except OSError as error:
         raise DataError(f"cannot write to {data_dir} ({error}): free or choose a disk") from None
 
@@ -503,8 +508,7 @@ def _write(path: Path, texts: list[str], tokenizer: Tokenizer, dtype: str) -> in
         for start in range(0, len(texts), step):
             ids = [] if start else [tokenizer.end]
             for text_ids in tokenizer.encode_batch(texts[start : start + step]):
-                ids += text_ids
-                ids.append(tokenizer.end)
+                ids += [*text_ids, tokenizer.end]
             block = np.array(ids, dtype).tobytes()
             file.write(block)
             checksum = zlib.crc32(block, checksum)
@@ -520,7 +524,7 @@ def _answers(tokens: np.ndarray, talks: list[str], tokenizer: Tokenizer) -> np.n
     answer = re.compile(rf"\n{SAM[:-1]}(.*?)(\n{YOU[:-1]}|\Z)".encode(), re.DOTALL)
     for talk, a, b in zip(talks, ends, ends[1:]):
         raw = talk.encode()
-        said = np.zeros(len(raw) + 1, np.uint8)  # the byte that is not there stands for END
+        said = np.zeros(len(raw) + 1, np.uint8)  # one more, for END
         for match in answer.finditer(raw):
             said[match.start(1) : match.end() + (not match[2])] = 1
         parts.append(said[np.cumsum(lengths[tokens[a:b]])])  # END before the talk adds nothing
@@ -556,19 +560,6 @@ def _load(folder: Path, key: str, dataset: str) -> Data:
         streams["heldout"], meta["heldout_bytes"], meta.get("entropy_bits"),
         [Source(*source) for source in meta.get("mixture", ())], answers, dataset,
     )  # fmt: skip
-
-
-def _publish(building: Path, folder: Path, key: str, dataset: str) -> Data:
-    """Rename the finished folder into place, unless another process was first with a good one."""
-    with suppress(OSError):  # raised when `folder` exists
-        os.rename(building, folder)
-    try:
-        return _load(folder, key, dataset)
-    except DataError:
-        for old, new in ((folder, building.with_name("damaged")), (building, folder)):
-            with suppress(OSError):  # "damaged" goes with the temporary folder
-                os.rename(old, new)
-        return _load(folder, key, dataset)
 
 
 def main():

@@ -15,7 +15,6 @@ import random
 import re
 import threading
 import time
-from collections import defaultdict
 from contextlib import suppress
 from dataclasses import astuple, dataclass, replace
 from pathlib import Path
@@ -55,7 +54,7 @@ VERDICT = (
 @functools.cache
 def rules() -> dict[str, list]:
     """The grammar: rule -> alternatives (weight, nodes)."""
-    text = re.sub(r"^#.*\n", "", GRAMMAR.read_text(), flags=re.MULTILINE)
+    text = re.sub(r"^#.*\n", "", _plain(GRAMMAR.read_text()), flags=re.MULTILINE)
     text = re.sub(r"\n +(?=\(?\|)|(?<=\|)\n +", "", text.strip())  # next to a | no blank
     lines = (line.split(": ", 1) for line in re.sub(r"\n +", " ", text).splitlines() if line)
     return {name: _parse(MARKS.finditer(body.replace("\\n", "\n"))) for name, body in lines}
@@ -63,7 +62,7 @@ def rules() -> dict[str, list]:
 
 def _parse(marks) -> list:
     """Alternatives up to the closing bracket. A node is a string, a list of alternatives or
-    (rule, fact, form), in which fact None means: afresh."""
+    (rule, fact, form); without a fact the rule is expanded anew each time."""
     options, weight, nodes = [], 1, []
     for mark in marks:
         rule, fact, digit, form, times, sign, literal = mark.groups()
@@ -85,33 +84,76 @@ def _parse(marks) -> list:
     return options + [(weight, nodes)]
 
 
-def tell(rule: str, pick) -> tuple[str, float]:
-    """A text of `rule` and its -log2 probability (bits). pick(weights) -> index makes every
-    choice; its probability is its weight's share."""
-    facts, taken, bits = {}, defaultdict(set), 0.0  # fact -> forms; rule -> choices made; bits
+@functools.cache
+def _forms(rule: str) -> list:
+    """The forms of each alternative that is a name or a thing; None for one that is a sentence."""
+    bodies = [nodes for _, nodes in rules()[rule]]
+    return [body[0].split("/") if [*map(type, body)] == [str] else None for body in bodies]
 
-    def choose(options, barred=()) -> int:
-        nonlocal bits
-        weights = [0 if i in barred else weight for i, (weight, _) in enumerate(options)]
-        i = pick(weights)
-        bits -= math.log2(weights[i] / sum(weights))
-        return i
 
-    def write(node) -> str:
+def derive(rule: str, pick=None, goal="", keep=True):
+    """(the derivations of `rule`, how many characters of `goal` they reach, the facts known there).
+
+    pick(weights) -> index makes each choice, whose probability is its share of the weights.
+    Without `pick` all choices are followed at once, each as long as its text begins `goal`, so
+    garbage costs no more than a text. A derivation is (text, facts, bits): the facts are fact ->
+    (rule, which alternative, its forms), the bits -log2 of the probability.
+    keep=False: a fact that is named again may have become another choice of its rule.
+    """
+    far, known = 0, {}
+
+    def write(piece, state, is_word=False):
+        nonlocal far, known
+        text, facts, bits = state
+        end = len(text) + len(piece)
+        if not pick:
+            is_longer = is_word and goal[end : end + 1].isalpha()  # "drummer" is no drum
+            if is_longer or not goal.startswith(piece.lower(), len(text)):
+                return []
+            if end > far:
+                far, known = end, facts
+        return [(text + piece, facts, bits)]
+
+    def expand(node, state):
+        """The states in which `state` can be after this node."""
         if isinstance(node, str):
-            return node
-        if isinstance(node, list):
-            return "".join(map(write, node[choose(node)][1]))
-        rule, fact, form = node
-        if fact is None:
-            return write(rules()[rule])
-        if fact not in facts:
-            i = choose(rules()[rule], taken[rule])
-            taken[rule].add(i)
-            facts[fact] = "".join(map(write, rules()[rule][i][1])).split("/")
-        return facts[fact][form]
+            return write(node, state)
+        rule, fact, form = (None, None, 0) if isinstance(node, list) else node
+        text, facts, bits = state
+        if fact in facts:
+            words = {forms[form] for forms in ([facts[fact][2]] if keep else _forms(rule))}
+            return [end for word in words for end in write(word, state, True)]
+        options = rules()[rule] if rule else node
+        taken = {i for other, i, _ in facts.values() if fact and other == rule}
+        weights = [0 if i in taken else weight for i, (weight, _) in enumerate(options)]
+        ends = []
+        for i in [pick(weights)] if pick else [i for i, weight in enumerate(weights) if weight]:
+            now = text, facts, bits - math.log2(weights[i] / sum(weights))
+            forms = _forms(rule)[i] if fact else None
+            after = write(forms[form], now, True) if forms else sequence(options[i][1], now)
+            ends += [(t, f | {fact: (rule, i, forms)}, b) for t, f, b in after] if fact else after
+        return ends
 
-    return _finish(write((rule, None, 0))), bits
+    def sequence(nodes, state):
+        states = [state]
+        for node in nodes:
+            states = [end for state in states for end in expand(node, state)]
+        return states
+
+    return expand((rule, None, 0), ("", {}, 0.0)), far, known
+
+
+def tell(rule: str, pick) -> tuple[str, float]:
+    """A text of `rule` and its -log2 probability (bits); `pick` as in `derive`."""
+    ((text, _, bits),) = derive(rule, pick)[0]
+    return _finish(text), bits
+
+
+def follow(text: str, rule="document", keep=True) -> tuple[list[float], int, dict]:
+    """Parse `text`: (-log2 probability of each derivation, how many of its characters the grammar
+    derives, the facts known there). An "an" before a vowel counts as "a"."""
+    ends, far, known = derive(rule, goal=_plain(text).lower(), keep=keep)
+    return [bits for end, _, bits in ends if _finish(end) == text], far, known
 
 
 def _finish(text: str) -> str:
@@ -134,82 +176,6 @@ def nursery(n_bytes: int, seed) -> tuple[list[str], float]:
         documents.append(text)
         size, bits = size + len(text), bits + cost
     return documents, bits
-
-
-# ---- The judge -------------------------------------------------------------------------------
-
-
-@functools.cache
-def _forms(rule: str) -> list | None:
-    """The forms of each alternative of a lexicon; None for a rule of sentences."""
-    nodes = [nodes for _, nodes in rules()[rule]]
-    if all(isinstance(node, str) for some in nodes for node in some):
-        return [_plain("".join(some)).split("/") for some in nodes]
-
-
-def follow(text: str, rule="document", keep=True) -> tuple[list[float], int, dict]:
-    """Parse `text`: (-log2 probability of each derivation, how far the grammar came, the facts
-    it knew there). How far: in characters of the text with each "an" before a vowel as "a".
-
-    All derivations are followed at once. A state is (what it wrote, its facts, its bits); it is
-    dropped when the text goes on otherwise, so garbage costs no more than a text.
-    keep=False: a fact that is named again may have become another choice of its rule.
-    """
-    goal, far, known = _plain(text).lower(), 0, {}
-
-    def write(piece, state, is_word=False):
-        nonlocal far, known
-        written, facts, bits = state
-        end = len(written) + len(piece)
-        if not goal.startswith(piece.lower(), len(written)):
-            return []
-        if is_word and goal[end : end + 1].isalpha():  # "drummer" is no drum
-            return []
-        if end > far:
-            far, known = end, facts
-        return [(written + piece, facts, bits)]
-
-    def choose(options, state, barred=()):
-        """(number, nodes, the state that took it) of each alternative that may be taken."""
-        written, facts, bits = state
-        total = sum(weight for i, (weight, _) in enumerate(options) if i not in barred)
-        for i, (weight, nodes) in enumerate(options):
-            if i not in barred:
-                yield i, nodes, (written, facts, bits - math.log2(weight / total))
-
-    def recall(rule, fact, form, state):
-        """Write a fact that is known."""
-        kept = state[1][fact][1]
-        said = {forms[form] for forms in ([kept] if keep else _forms(rule))}
-        return [end for piece in said for end in write(piece, state, True)]
-
-    def learn(rule, fact, form, state):
-        """Write a fact for the first time: it is none of the other facts of its rule."""
-        barred = {i for other, (i, _) in state[1].items() if other.rstrip("0123456789") == rule}
-        lexicon = _forms(rule)
-        for i, nodes, state in choose(rules()[rule], state, barred):
-            forms = lexicon and lexicon[i]
-            ends = write(forms[form], state, True) if lexicon else sequence(nodes, state)
-            for written, facts, bits in ends:
-                yield written, facts | {fact: (i, forms)}, bits
-
-    def follow_one(node, state):
-        if isinstance(node, str):
-            return write(_plain(node), state)
-        if isinstance(node, tuple) and node[1]:
-            return (recall if node[1] in state[1] else learn)(*node, state)
-        options = node if isinstance(node, list) else rules()[node[0]]
-        return [end for _, nodes, now in choose(options, state) for end in sequence(nodes, now)]
-
-    def sequence(nodes, state):
-        """The states in which `state` can be after these nodes."""
-        states = [state]
-        for node in nodes:
-            states = [end for state in states for end in follow_one(node, state)]
-        return states
-
-    ends = follow_one((rule, None, 0), ("", {}, 0.0))
-    return [bits for written, _, bits in ends if _finish(written) == text], far, known
 
 
 def judge(texts: list[str]) -> dict[str, int]:
@@ -304,11 +270,11 @@ def _document(record) -> str:
     )
     if chat:
         turns = map(_turn, record[chat])
-    elif isinstance(message := record.get("prompt"), dict):  # a tree
+    elif isinstance(message := record.get("prompt"), dict):  # a tree: take the best replies
         turns = []
         while message:
             turns.append((SAM if len(turns) % 2 else YOU, message["text"]))
-            message = min(message.get("replies") or [None], key=_rank)
+            message = min(message.get("replies") or (), key=_rank, default=None)
     elif question and answer and isinstance(record[question], list):
         turns = map(_turn, record[question] + record[answer])
     elif question and answer:
@@ -353,9 +319,9 @@ def _said(content) -> str:
     return content or ""
 
 
-def _rank(reply: dict | None) -> float:
+def _rank(reply: dict) -> float:
     """People liked rank 0 best; a reply that nobody ranked comes last."""
-    return math.inf if not reply or reply.get("rank") is None else reply["rank"]
+    return math.inf if reply.get("rank") is None else reply["rank"]
 
 
 # ---- Downloads -------------------------------------------------------------------------------
@@ -406,14 +372,7 @@ def download(url, path, max_bytes=None, attempts=6, timeout=30.0, pause=1.0):
     the server declares. max_bytes: take only the first bytes and cut them back to the last
     END_TEXT. timeout: seconds without a byte. pause: see `retry`.
     """
-    part = Path(f"{path}.part")
-
-    def attempt():
-        part.parent.mkdir(parents=True, exist_ok=True)
-        _fetch(url, part, max_bytes, timeout)
-        os.replace(part, path)
-
-    retry(attempt, url, attempts, pause)
+    retry(lambda: _fetch(url, Path(path), max_bytes, timeout), url, attempts, pause)
 
 
 def retry(attempt, url, attempts, pause):
@@ -431,19 +390,21 @@ def retry(attempt, url, attempts, pause):
     raise DataError(f"cannot download {url} ({reason}): run again to resume, or use a local file")
 
 
-def _fetch(url, part: Path, max_bytes, timeout) -> None:
-    """One attempt to complete `part`; OSError when another one may go better."""
+def _fetch(url, path: Path, max_bytes, timeout) -> None:
+    """One attempt to complete `path`; OSError when another one may go better."""
+    part = Path(f"{path}.part")
+    part.parent.mkdir(parents=True, exist_ok=True)
     have = part.stat().st_size if part.exists() else 0
     headers = {"Accept-Encoding": "identity"}  # or sizes would be those of compressed bytes
     if have or max_bytes:
         headers["Range"] = f"bytes={have}-{max_bytes - 1 if max_bytes else ''}"
     with requests.get(url, headers=headers, stream=True, timeout=timeout) as answer:
         _check_status(answer, url, (200, 206, 416))
-        span = re.fullmatch(r"bytes (\d+)-\d+/(\d+)", answer.headers.get("Content-Range", ""))
+        span = re.match(rf"bytes {have}-\d+/(\d+)", answer.headers.get("Content-Range", ""))
         if answer.status_code == 200:  # the whole file, even if a range was asked for
             have, total = 0, int(answer.headers.get("Content-Length", 0)) or None
-        elif span and int(span[1]) == have:
-            total = int(span[2])
+        elif span:
+            total = int(span[1])
         else:
             part.unlink(missing_ok=True)  # it may be no beginning of this file: start again
             raise OSError(f"no bytes from {have} on")
@@ -466,14 +427,14 @@ def _fetch(url, part: Path, max_bytes, timeout) -> None:
     is_whole = total in (None, size)
     tags = [step.headers.get("X-Linked-ETag", "").strip('"') for step in (*answer.history, answer)]
     declared = [tag for tag in tags if re.fullmatch("[0-9a-f]{64}", tag)]  # Hugging Face does
-    if (wanted and size > wanted) or (
-        is_whole and declared and declared[0] != sha256_of({"": part})
-    ):
+    is_other = is_whole and declared and declared[0] != sha256_of({"": part})
+    if is_other or (wanted and size > wanted):
         part.unlink()
         raise OSError(f"the {size} bytes received are not those announced")
     last = part.read_bytes().rfind(END_TEXT.encode()) if max_bytes and not is_whole else 0
     if last > 0:
         os.truncate(part, last)
+    os.replace(part, path)
 
 
 def sha256_of(files: dict[str, Path]) -> str:
@@ -601,7 +562,7 @@ class Stream:
                 "resume with the same ones"
             )
         self.read = [list(source) for source in position["read"]]  # [page, row, tokens] of each
-        self.documents = [self._documents(*z) for z in zip(mixture, position["read"])]
+        self.documents = [self._documents(s, *read[:2]) for s, read in zip(mixture, self.read)]
         self.rest = self._draw()[position["skip"] :]  # what is not used yet of the last document
 
     @property
@@ -631,20 +592,19 @@ class Stream:
         self.drawn = len(tokens)
         return tokens
 
-    def _documents(self, source: Source, read):
+    def _documents(self, source: Source, next_page: int, row: int):
         """(page, rows of it that are read, tokens) of each document from here on."""
-        page, row, _ = read
-        for documents in in_advance(self._pages(source, page), AHEAD):
+        first = random.Random(f"{source.name} {self.seed}").randrange(source.pages)
+
+        def tokens_of(page):
+            i = (first + page * self.world + self.rank) % (source.pages - source.held)
+            documents, _ = self.fetch(source.name, source.page(source.held + i))
+            return page, self.tokenizer.encode_batch(documents)
+
+        for page, documents in in_advance(map(tokens_of, itertools.count(next_page)), AHEAD):
             for i in range(row, len(documents)):
                 yield page, i + 1, documents[i]
-            page, row = page + 1, 0
-
-    def _pages(self, source: Source, number: int):
-        """Tokens of the documents of each page, from page `number` of this rank on."""
-        first = random.Random(f"{source.name} {self.seed}").randrange(source.pages)
-        for i in itertools.count(first + number * self.world + self.rank, self.world):
-            page = source.page(source.held + i % (source.pages - source.held))
-            yield self.tokenizer.encode_batch(self.fetch(source.name, page)[0])
+            row = 0
 
 
 def in_advance(items, n: int):

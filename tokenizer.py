@@ -41,11 +41,12 @@ class Tokenizer:
     """Token i stands for the bytes `pieces[i]`: 256 single bytes, then `vocab`, what was learnt.
 
     `end` is the id of the end token, the last one: no text gives it, and vocab_size counts it.
-    A subclass defines `encode` or `encode_batch`; `kind` is its name in TOKENIZERS.
+    A subclass defines `encode` or `encode_batch`; `kind` is its name in TOKENIZERS. It is made
+    from its `vocab`, also as `state` writes it: as strings, each character one byte.
     """
 
     def __init__(self, vocab=(), pieces=None):
-        self.vocab = list(vocab)
+        self.vocab = [p.encode("latin-1") if isinstance(p, str) else p for p in vocab]
         self.pieces = BYTES + self.vocab if pieces is None else pieces
         self.end = len(self.pieces)
         self.vocab_size = self.end + 1
@@ -56,11 +57,6 @@ class Tokenizer:
     def train(cls, texts, vocab_size: int):
         """A tokenizer for `texts`."""
         return cls()
-
-    @classmethod
-    def restore(cls, vocab: list[str]):
-        """The tokenizer with the vocabulary that `state` wrote."""
-        return cls([piece.encode("latin-1") for piece in vocab])
 
     def encode(self, text: str) -> list[int]:
         """Ids of `text`, never `end`: a string that looks special is plain text."""
@@ -103,7 +99,7 @@ def tokenizer_from_state(state: str) -> Tokenizer:
     """The tokenizer whose `state()` this is. DataError when it is damaged."""
     try:
         fields = json.loads(state)
-        return TOKENIZERS[fields["kind"]].restore(fields["vocab"])
+        return TOKENIZERS[fields["kind"]](fields["vocab"])
     except DataError:  # gpt2 without a network
         raise
     except (AttributeError, KeyError, TypeError, ValueError):
@@ -128,17 +124,13 @@ class Chars(Tokenizer):
     """The characters of a text and nothing else: `vocab` is a list of them."""
 
     def __init__(self, vocab=()):
-        vocab = list(vocab)
-        super().__init__(vocab, [char.encode(errors="surrogatepass") for char in vocab])
-        self._ids = {ord(char): i for i, char in enumerate(vocab)}
+        chars = list(vocab)
+        super().__init__((), [char.encode(errors="surrogatepass") for char in chars])
+        self.vocab, self._ids = chars, {ord(char): i for i, char in enumerate(chars)}
 
     @classmethod
     def train(cls, texts, vocab_size):
         return cls(sorted(set().union(*texts)))
-
-    @classmethod
-    def restore(cls, vocab):
-        return cls(vocab)
 
     def encode(self, text):
         try:
@@ -293,8 +285,8 @@ LENGTHMAX_ROUNDS = 16
 class LengthMax(Tokenizer):
     """Length-MAX (arXiv 2511.20849): tokens that maximise frequency x length.
 
-    Encoding is greedy: at each place the longest token that fits. The tokens are a trie, written
-    as a table of steps, which is walked at many places of a text at once.
+    Encoding is greedy: at each position it takes the longest token that fits. The tokens form a
+    trie, stored as a table of steps, which is walked from many positions of a text at once.
     """
 
     def __init__(self, vocab=()):
@@ -318,8 +310,7 @@ class LengthMax(Tokenizer):
     def train(cls, texts, vocab_size):
         """Each round encodes the text, adds the runs of 2 to 4 tokens that promise to save most,
         four times as many as there is room for, encodes again, and keeps the tokens that save
-        most. A token that replaces k others saves k - 1 each time it is used.
-        """
+        most. A token that replaces k others saves k - 1 each time it is used."""
         n_tokens = _room(cls.kind, vocab_size)
         if vocab_size > 50_000:
             raise DataError(f"vocab_size {vocab_size} is too large: lengthmax goes up to 50000")
@@ -391,7 +382,7 @@ def _runs(ids: np.ndarray, pieces: list[bytes]) -> Counter:
 
 
 def _parts(token: bytes, known: set[bytes]) -> int:
-    """How many tokens would stand for `token` if it were not known itself."""
+    """How many tokens would encode `token` if it were not a token itself."""
     at = parts = 0
     while at < len(token):
         stops = range(len(token) - (at == 0), at, -1)

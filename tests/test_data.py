@@ -17,6 +17,7 @@ from functools import partial
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -61,16 +62,29 @@ def texts_of(stream, tokenizer) -> list[str]:
     return [tokenizer.decode(part) for part in parts]
 
 
+def both_of(made):
+    """(stories for training, what is held out), as texts."""
+    return [texts_of(stream, made.tokenizer) for stream in (made.train["stories"], made.heldout)]
+
+
+STORY = "Once there was a dog named Tom. He ran to the park, saw a red kite, and was happy.\n"
+
+
+def stories(n) -> str:
+    return data.END_TEXT.join(f"{STORY}{i}" for i in range(n))
+
+
 # ---- Downloads -------------------------------------------------------------------------------
 
 
 class Server(http.server.ThreadingHTTPServer):
-    """Serves `content` with Range; each fault of `faults` spoils one request, in turn."""
+    """Serves `content` with Range, and the rows of ROWS as the dataset viewer does; each fault of
+    `faults` spoils one answer, in turn."""
 
     daemon_threads = True
 
-    def __init__(self, content: bytes, faults=(), tag=None, handler=None):
-        super().__init__(("127.0.0.1", 0), handler or Handler)
+    def __init__(self, content=b"", faults=(), tag=None):
+        super().__init__(("127.0.0.1", 0), Handler)
         self.content, self.faults, self.tag, self.asked = content, list(faults), tag, []
         self.release = threading.Event()
         self.url = f"http://127.0.0.1:{self.server_port}"
@@ -89,48 +103,64 @@ class Handler(http.server.BaseHTTPRequestHandler):
     def log_message(self, *_):
         pass
 
-    def do_HEAD(self):
-        self.send_response(200)
+    def reply(self, status, body=b"", fault=None, **headers):
+        self.send_response(status)
+        for name, value in {"Content_Length": len(body), **headers}.items():
+            if value is not None:
+                self.send_header(name.replace("_", "-"), str(value))
         self.end_headers()
-
-    def do_GET(self):
-        server, asked = self.server, self.headers.get("Range")
-        server.asked.append(asked)
-        fault = server.faults.pop(0) if server.faults else None
-        if isinstance(fault, int):
-            self.send_response(fault)
-            self.send_header("Retry-After", "0")
-            self.send_header("Content-Length", "0")
-            return self.end_headers()
-        start, stop = 0, len(server.content)
-        if asked and fault != "no range":
-            first, last = re.fullmatch(r"bytes=(\d+)-(\d*)", asked).groups()
-            start, stop = int(first), min(stop, int(last or stop) + 1)
-            if start >= stop:
-                self.send_response(416)
-                return self.end_headers()
-        body = server.content[start:stop]
-        self.send_response(206 if asked and fault != "no range" else 200)
-        if asked and fault != "no range":
-            shift = 1 if fault == "wrong range" else 0
-            total = len(server.content)
-            self.send_header("Content-Range", f"bytes {start + shift}-{stop - 1}/{total}")
-        if fault not in ("no length", "silent drop"):
-            extra = {"long": 100, "short": -100}.get(fault, 0)
-            self.send_header("Content-Length", str(len(body) + extra))
-        if server.tag:
-            self.send_header("X-Linked-ETag", f'"{server.tag}"')
-        self.end_headers()
-        if fault == "other bytes":
-            body = bytes(255 - b for b in body)
-        if fault in ("drop", "silent drop", "stall"):
-            body = body[: len(body) // 2]
-        self.wfile.write(body)
+        self.wfile.write(body[: len(body) // 2] if fault in PARTIAL else body)
         if fault == "stall":
             self.wfile.flush()
-            server.release.wait(5)
+            self.server.release.wait(5)
+
+    def do_HEAD(self):
+        self.reply(200)
+
+    def do_GET(self):
+        fault = self.server.faults.pop(0) if self.server.faults else None
+        if isinstance(fault, int):
+            self.reply(fault, Retry_After=0)
+        elif fault == "close":
+            self.connection.close()
+        else:
+            (self.rows if "?" in self.path else self.file)(fault)
+
+    def file(self, fault):
+        asked, body, tag = self.headers.get("Range"), self.server.content, self.server.tag
+        self.server.asked.append(asked)
+        status, headers = 200, {"X_Linked_ETag": tag and f'"{tag}"'}
+        if asked and fault != "no range":
+            first, last = re.fullmatch(r"bytes=(\d+)-(\d*)", asked).groups()
+            start, stop = int(first), min(len(body), int(last or len(body)) + 1)
+            if start >= stop:
+                return self.reply(416)
+            shown = start + (fault == "wrong range")
+            headers["Content_Range"] = f"bytes {shown}-{stop - 1}/{len(body)}"
+            status, body = 206, body[start:stop]
+        headers["Content_Length"] = len(body) + {"long": 100, "short": -100}.get(fault, 0)
+        if fault in ("no length", "silent drop"):
+            headers["Content_Length"] = None
+        if fault == "other bytes":
+            body = bytes(255 - b for b in body)
+        self.reply(status, body, fault, **headers)
+
+    def rows(self, fault):
+        asked = dict(urllib.parse.parse_qsl(urllib.parse.urlsplit(self.path).query))
+        name = "/".join(asked[key] for key in ("dataset", "config", "split"))
+        offset, length = int(asked["offset"]), int(asked["length"])
+        self.server.asked.append((name, offset // length))
+        if name not in ROWS:
+            return self.reply(404)
+        numbers = range(offset, min(offset + length, ROWS[name]))
+        rows = [{"row_idx": i, "row": {"text": row(name, i), "id": i}} for i in numbers]
+        rows += [{"row_idx": 0, "row": {"text": None}}] * (offset == 0)  # one without text
+        body = json.dumps({"rows": rows, "num_rows_total": ROWS[name], "partial": False}).encode()
+        bad = {"other": b'{"error": "busy"}', "truncate": body[: len(body) // 2]}
+        self.reply(200, bad.get(fault, body), fault)
 
 
+PARTIAL = ("drop", "silent drop", "stall")  # faults: half the bytes that were announced
 CONTENT = random.Random(5).randbytes(300_000)
 DIGEST = hashlib.sha256(CONTENT).hexdigest()
 
@@ -173,35 +203,22 @@ def test_download_resumes_across_calls(tmp_path):
             fetch(server, path, attempts=1)
         fetch(server, path)
         assert server.asked[0] is None and re.fullmatch(r"bytes=1\d{5}-", server.asked[1])
+        assert path.read_bytes() == CONTENT
+        write(tmp_path / "file.bin.part", b"x" * 400_000)  # stale, longer than the file: 416
+        fetch(server, path)
     assert path.read_bytes() == CONTENT
 
 
-def test_a_stale_part_is_dropped(tmp_path):
-    write(tmp_path / "file.bin.part", b"x" * 400_000)  # longer than the file: 416
-    with Server(CONTENT) as server:
-        fetch(server, tmp_path / "file.bin")
-    assert (tmp_path / "file.bin").read_bytes() == CONTENT
-
-
-def test_retry_after_is_honoured(tmp_path, monkeypatch):
+def test_retry_after_is_honoured_up_to_a_minute(tmp_path, monkeypatch):
     naps = []
     monkeypatch.setattr(sources.time, "sleep", naps.append)
     with Server(CONTENT, [503, "drop"]) as server:
         fetch(server, tmp_path / "file.bin", pause=1.0)
-    assert naps == [0.0, 2.0]
-
-
-def test_nobody_is_made_to_wait_for_more_than_a_minute(monkeypatch):
-    def attempt():
-        error = OSError("busy")
-        error.wait = 5000.0
-        raise error
-
-    naps = []
-    monkeypatch.setattr(sources.time, "sleep", naps.append)
+    error = OSError("busy")
+    error.wait = 5000.0
     with pytest.raises(DataError, match="busy"):
-        sources.retry(attempt, "x", 3, 1.0)
-    assert naps == [60.0, 60.0]  # and none after the last attempt
+        sources.retry(Mock(side_effect=error), "x", 3, 1.0)
+    assert naps == [0.0, 2.0, 60.0, 60.0]  # and none after the last attempt
 
 
 @pytest.mark.parametrize("faults", [[], ["no range"], ["drop"]])
@@ -214,27 +231,21 @@ def test_only_the_first_bytes(faults, tmp_path):
     assert path.read_text() == f"one{data.END_TEXT}two"
 
 
-STORY = "Once there was a dog named Tom. He ran to the park, saw a red kite, and was happy.\n"
-
-
 def test_auto_without_network(tmp_path, capsys, monkeypatch):
     assert data.prepare("auto", "byte", 0, tmp_path).name == "nursery"
     assert "no network" in capsys.readouterr().out
     monkeypatch.setattr(sources.time, "sleep", lambda seconds: None)
     with pytest.raises(DataError, match="cannot download"):
         data.prepare("real_sam", "byte", 0, tmp_path)
-
-
-def test_auto_gives_up_on_a_silent_server(monkeypatch):
     monkeypatch.setattr(sources.requests, "head", lambda *a, **k: threading.Event().wait(3))
-    assert not sources.online(seconds=0.05)
+    assert not sources.online(seconds=0.05)  # a silent server
 
 
 def test_auto_with_network(tmp_path, monkeypatch):
     record = {"instruction": "Say ho", "input": "", "output": "Ho"}
     tree = {"prompt": {"text": "Hi", "replies": [{"text": "Ho"}]}}
     folder = tmp_path / "real_sam"
-    write(folder / "train.txt", data.END_TEXT.join(f"{STORY}{i}" for i in range(50)))
+    write(folder / "train.txt", stories(50))
     write(folder / "alpaca.jsonl", json.dumps([record]))
     write(folder / "dolly.jsonl", json.dumps({"instruction": "a", "response": "b"}))
     write(folder / "oasst.jsonl.gz", gzip.compress(json.dumps(tree).encode()))
@@ -258,49 +269,11 @@ def row(name: str, i: int) -> str:
     return f"{name} {i}: " + " ".join(rng.choices(SAMPLE.split(), k=rng.randint(1, 60)))
 
 
-class RowHandler(Handler):
-    """Serves rows of ROWS as the dataset viewer does; `content` is not used."""
-
-    def do_GET(self):
-        server = self.server
-        asked = dict(urllib.parse.parse_qsl(urllib.parse.urlsplit(self.path).query))
-        name = "/".join(asked[key] for key in ("dataset", "config", "split"))
-        offset, length = int(asked["offset"]), int(asked["length"])
-        server.asked.append((name, offset // length))
-        fault = server.faults.pop(0) if server.faults else None
-        if isinstance(fault, int) or name not in ROWS:
-            self.send_response(fault or 404)
-            self.send_header("Retry-After", "0")
-            self.send_header("Content-Length", "0")
-            return self.end_headers()
-        if fault == "close":
-            return self.connection.close()
-        numbers = range(offset, min(offset + length, ROWS[name]))
-        rows = [{"row_idx": i, "row": {"text": row(name, i), "id": i}} for i in numbers]
-        rows += [{"row_idx": 0, "row": {"text": None}}] * (offset == 0)  # one without text
-        body = json.dumps({"rows": rows, "num_rows_total": ROWS[name], "partial": False}).encode()
-        if fault == "other":
-            body = b'{"error": "busy"}'
-        self.send_response(200)
-        half = body[: len(body) // 2]
-        self.send_header("Content-Length", str(len(half if fault == "truncate" else body)))
-        self.end_headers()
-        self.wfile.write(half if fault in ("truncate", "drop", "stall") else body)
-        if fault == "stall":
-            self.wfile.flush()
-            server.release.wait(5)
-
-
 @pytest.fixture
-def small_pages(monkeypatch):
-    monkeypatch.setattr(sources, "PAGE", 5)
-    monkeypatch.setattr(sources, "HELD_BYTES", 1_500)
-    monkeypatch.setattr(sources, "SAMPLE_BYTES", 6_000)
-
-
-@pytest.fixture
-def rows_server(small_pages, monkeypatch):
-    with Server(b"", handler=RowHandler) as server:
+def rows_server(monkeypatch):
+    for name, size in {"PAGE": 5, "HELD_BYTES": 1_500, "SAMPLE_BYTES": 6_000}.items():
+        monkeypatch.setattr(sources, name, size)
+    with Server() as server:
         serve_from(server.url, monkeypatch)
         yield server
 
@@ -339,19 +312,14 @@ def test_each_page_comes_once(pages):
 
 
 def test_stream_is_packed_text_in_proportion(rows_server):
-    stream, tokens = open_stream(), []
+    stream, tokens = open_stream(), [torch.tensor([256])]
     for _ in range(60):
         x, y = stream.batch(4, 100)
         assert x.shape == y.shape == (4, 100) and x.dtype == y.dtype == torch.int64
-        assert torch.equal(x.flatten()[1:], y.flatten()[:-1])
-        assert not tokens or last == x[0, 0]
-        last = y[-1, -1]
-        tokens += x.flatten().tolist()
-    end = stream.tokenizer.end
-    assert tokens[0] == end
-    texts = [bytes(part).decode() for part in
-             np.split(np.array(tokens), np.flatnonzero(np.array(tokens) == end))[1:-1]
-             for part in [part[1:].tolist()]]  # fmt: skip
+        assert torch.equal(x.flatten()[1:], y.flatten()[:-1]) and tokens[-1][-1] == x[0, 0]
+        tokens.append(y.flatten())
+    whole = torch.cat(tokens).numpy()  # up to the last END:
+    texts = texts_of(whole[: np.flatnonzero(whole == 256)[-1] + 1], stream.tokenizer)
     named = [re.match(r"(\S+) (\d+): ", text) for text in texts]
     assert all(text == row(found[1], int(found[2])).strip() for text, found in zip(texts, named))
     share = Counter()
@@ -414,6 +382,8 @@ def test_pages_are_fetched_ahead():
 
 @pytest.mark.parametrize("fault", [429, 500, 503, "close", "truncate", "drop", "stall", "other"])
 def test_stream_faults(fault, rows_server):
+    with pytest.raises(DataError, match="a/typo.*status 404.*check the address"):
+        open_stream(mixture=[sources.Source("a/typo/default/train", 1.0, 10, 2)])
     rows_server.faults += [fault] * 3
     clean = open_stream().batch(2, 50)
     assert [open_stream().batch(2, 50)[0].tolist()] == [clean[0].tolist()]
@@ -423,24 +393,15 @@ def test_stream_faults(fault, rows_server):
     assert "\n" not in str(caught.value)
 
 
-def test_a_source_that_is_not_there(rows_server):
-    mixture = [sources.Source("a/typo/default/train", 1.0, 10, 2)]
-    with pytest.raises(DataError, match="a/typo.*status 404.*check the address"):
-        open_stream(mixture=mixture)
-
-
 def test_prepare_a_stream(rows_server, tmp_path, monkeypatch):
     prepared = data.prepare(f"stream:{MIXTURE}", "lengthmax", 300, tmp_path)
     assert prepared.name == "prose+math" and prepared.tokenizer.vocab_size == 300
-    assert [(s.name, s.pages) for s in prepared.mixture] == [(n, math.ceil(r / 5))
-                                                             for n, r in ROWS.items()]  # fmt: skip
-    held = set(texts_of(prepared.heldout, prepared.tokenizer))
-    sample = set(texts_of(prepared.train["stories"], prepared.tokenizer))
+    assert {s.name: s.pages for s in prepared.mixture} == {n: -(-r // 5) for n, r in ROWS.items()}
+    sample, held = map(set, both_of(prepared))
     assert 1_500 <= sum(map(len, held)) < 6_000 <= sum(map(len, sample)) < 12_000
     pages = {(s.name, s.page(i)) for s in prepared.mixture for i in range(s.held)}
-    assert {text.split(":")[0] for text in held} == {
-        f"{name} {i}" for name, page in pages for i in range(page * 5, page * 5 + 5)
-        if i < ROWS[name]}  # fmt: skip
+    rows = [(name, i) for name, n in ROWS.items() for i in range(n)]
+    assert held == {row(*which).strip() for which in rows if (which[0], which[1] // 5) in pages}
     assert not held & sample and all(source.held > 0 for source in prepared.mixture)
     stream = sources.Stream(prepared.mixture, prepared.tokenizer, 0)
     ids = stream.batch(10, 300)[0].flatten().tolist()
@@ -453,9 +414,7 @@ def test_prepare_a_stream(rows_server, tmp_path, monkeypatch):
 def test_copies_of_held_out_documents_leave_the_sample(rows_server, tmp_path, monkeypatch):
     copy = lambda name, i: f"Copy {i % 40}. " + "long word " * (i % 40)  # noqa: E731
     monkeypatch.setitem(globals(), "row", copy)
-    prepared = data.prepare("stream:a/math/four", "byte", 0, tmp_path)
-    held, sample = (set(texts_of(s, prepared.tokenizer))
-                    for s in (prepared.heldout, prepared.train["stories"]))  # fmt: skip
+    sample, held = map(set, both_of(data.prepare("stream:a/math/four", "byte", 0, tmp_path)))
     assert held and sample and not held & sample
     monkeypatch.setitem(globals(), "row", lambda name, i: "All rows are the same. " * 100)
     with pytest.raises(DataError, match="too little to learn some and hold out some"):
@@ -632,7 +591,7 @@ def test_what_is_not_read(tmp_path, monkeypatch):
     for name in (".a.txt", ".git/b.txt", "__MACOSX/._c.txt", "x/__MACOSX/d.txt", "runs/1/log.txt"):
         write(tmp_path / "texts" / name, "secret " * 99)
     write(tmp_path / "texts" / "cells" / "p.pdf", b"%PDF")
-    write(tmp_path / "texts" / "e.txt", data.END_TEXT.join(f"{STORY}{i}" for i in range(60)))
+    write(tmp_path / "texts" / "e.txt", stories(60))
     write(tmp_path / "texts" / "data" / "real_sam" / "train.txt", "secret " * 99)
     options = {"ignore": ["~/texts/runs"], "data_dir": "~/texts/data"}
     for dataset in ("~/texts", str(tmp_path / "texts"), "~/texts"):  # the last time, with a cache
@@ -640,12 +599,10 @@ def test_what_is_not_read(tmp_path, monkeypatch):
         made = data.prepare(dataset, "char", 0, log=log.append, **options)
         assert made.dataset == str(tmp_path / "texts") and made.name == "texts"
         assert log == ["not read, by its suffix: .pdf"]
-        both = [*texts_of(made.train["stories"], made.tokenizer),
-                *texts_of(made.heldout, made.tokenizer)]  # fmt: skip
-        assert sorted(both) == sorted(f"{STORY}{i}" for i in range(60))
+        assert sorted(sum(both_of(made), [])) == sorted(f"{STORY}{i}" for i in range(60))
     write(tmp_path / "texts" / "data" / "my.txt", "mine " * 99)  # asked for by name, it is read
-    assert set(data.list_files(tmp_path / "texts" / "data", [tmp_path / "texts/data/real_sam"]))\
-        == {"my.txt"}
+    downloads = [tmp_path / "texts/data/real_sam"]
+    assert list(data.list_files(tmp_path / "texts" / "data", downloads)) == ["my.txt"]
     assert data.read_documents("~/texts/.a.txt")
     with pytest.raises(DataError, match=r"has no text, only \.pdf: give text \(\.txt.*\.jsonl"):
         data.prepare("~/texts/cells/p.pdf", "byte", 0, **options)
@@ -661,15 +618,15 @@ def test_json_that_is_no_record(tmp_path):
     assert len(log) == 1 and log[0].startswith("info.json: skipped 1 malformed of 1 records")
 
 
-def test_missing_files(tmp_path):
-    with pytest.raises(DataError, match="no file or folder"):
-        data.prepare("nowhere.txt", "byte", 0, tmp_path)
-    with pytest.raises(DataError, match="has no text"):
-        data.prepare(tmp_path, "byte", 0, tmp_path)
-    with pytest.raises(DataError, match="cannot read a.txt.gz"):
-        data.prepare(write(tmp_path / "a.txt.gz", b"plain"), "byte", 0, tmp_path)
-    with pytest.raises(DataError, match="too little"):
-        data.prepare(write(tmp_path / "b.txt", "a"), "byte", 0, tmp_path)
+@pytest.mark.parametrize("name, content, says", [
+    ("nowhere.txt", None, "no file or folder"), ("", None, "has no text"),
+    ("b.txt", "a", "too little"), ("a.txt.gz", "plain", "cannot read a.txt.gz"),
+])  # fmt: skip
+def test_missing_files(name, content, says, tmp_path):
+    if content:
+        write(tmp_path / name, content)
+    with pytest.raises(DataError, match=says):
+        data.prepare(tmp_path / name, "byte", 0, tmp_path / "cache")
     with pytest.raises(DataError, match="cannot write"):
         data.prepare("nursery", "byte", 0, write(tmp_path / "file", "x"))
 
@@ -721,17 +678,13 @@ def test_a_fiftieth_of_the_text_is_held_out(documents, salt):
     assert len(rest) <= len(documents) + 3 * len(documents) / len(set(documents)) * len(held)
 
 
-def test_a_book_with_one_end_mark(tmp_path):
+def test_parts_are_whole_paragraphs_and_short_documents_whole(tmp_path):
     path = write(tmp_path / "a.txt", book(3) + f"\n{data.END_TEXT}\n")
     made = data.prepare(path, "byte", 0, tmp_path / "cache", log=pytest.fail)
-    parts = texts_of(made.heldout, made.tokenizer)
-    assert all(f"\n\n{part}\n\n" in f"\n\n{book(3)}\n\n" for part in parts)  # whole paragraphs
-
-
-def test_short_documents_stay_whole():
-    stories = [f"{STORY}{STORY}{i}" for i in range(20)]
-    rest, held = data.hold_out(stories)
-    assert len(held) == 1 and set(rest + held) == set(stories)
+    assert all(f"\n\n{part}\n\n" in f"\n\n{book(3)}\n\n" for part in both_of(made)[1])
+    documents = [f"{STORY}{STORY}{i}" for i in range(20)]
+    rest, held = data.hold_out(documents)
+    assert len(held) == 1 and set(rest + held) == set(documents)
     assert data.hold_out(["one"]) == (["one"], []) and data.hold_out([]) == ([], [])
 
 
@@ -750,7 +703,7 @@ def test_held_out_files_are_known_by_name(name, held, tmp_path):
     log = []
     made = data.prepare(tmp_path, "byte", 0, tmp_path / "data", log=log.append)
     assert made.dataset == str(tmp_path) and log == [f"held out, by name: {name}"] * held
-    train, out = (texts_of(z, made.tokenizer) for z in (made.train["stories"], made.heldout))
+    train, out = both_of(made)
     if held:
         assert (train, sorted(out)) == (["one", "two"], ["four", "three"])
     else:
@@ -761,7 +714,7 @@ def test_not_all_files_are_held_out(tmp_path):
     for name in ("test1.txt", "test2.txt"):
         write(tmp_path / name, data.END_TEXT.join(f"{name}{i}" for i in range(30)))
     made = data.prepare(tmp_path, "byte", 0, tmp_path / "cache")
-    train, held = (texts_of(z, made.tokenizer) for z in (made.train["stories"], made.heldout))
+    train, held = both_of(made)
     assert len(train) == 59 and len(held) == 1
     assert data.held_out_files(["valid.txt"]) == []
 
@@ -791,59 +744,47 @@ def test_words_keep_their_tokens(corpus):
             assert any(running[i : i + len(ids)] == ids for i in range(len(running)))
 
 
-def test_large_sources_are_thinned(monkeypatch, corpus):
-    tokenizer = Bytes()
-    monkeypatch.setattr(data, "PHASE_TOKENS", 20_000)
-    pieces = data.cut(corpus, "words", tokenizer)
-    assert 10_000 < sum(len(piece) + 1 for piece in pieces) < 22_000
-
-
-@pytest.fixture(scope="module")
-def prepared(tmp_path_factory):
-    saved, data.NURSERY_BYTES = data.NURSERY_BYTES, (60_000, 8_000)
-    yield data.prepare("nursery", "bpe", 600, tmp_path_factory.mktemp("nursery"))
-    data.NURSERY_BYTES = saved
-
-
-def test_streams(prepared):
+def test_streams(tmp_path):
+    prepared = data.prepare("nursery", "bpe", 600, tmp_path)
     tokenizer = prepared.tokenizer
-    assert tokenizer.vocab_size == 600 and set(prepared.train) == set(data.PHASES)
-    assert set(prepared.valid) == set(data.PHASES)
+    assert tokenizer.vocab_size == 600
+    assert set(prepared.train) == set(prepared.valid) == set(data.PHASES)
     whole = texts_of(prepared.heldout, tokenizer)
     held, bits = data.nursery(8_000, "held-out 0")
     assert sorted(whole) == sorted(held)
     assert prepared.heldout_bytes == sum(len(text.encode()) for text in whole)
     assert prepared.entropy_bits == pytest.approx(bits) and 500 < bits < 8 * 8_000
-    for phase, stream in {**prepared.train, "held": prepared.heldout}.items():
+    for stream in [*prepared.train.values(), prepared.heldout]:
         assert isinstance(stream, np.memmap) and stream.dtype == np.uint16 and stream.ndim == 1
-    stories, talks = (texts_of(prepared.train[p], tokenizer) for p in data.PHASES[3:])
-    assert not any(map(data.is_talk, stories)) and all(map(data.is_talk, talks))
-    assert not set(stories + talks) & set(whole)
+    told, talks = (texts_of(prepared.train[p], tokenizer) for p in data.PHASES[3:])
+    assert not any(map(data.is_talk, told)) and all(map(data.is_talk, talks))
+    assert not set(told + talks) & set(whole)
     known = " ".join(whole)
     for phase in data.PHASES[:3]:
         assert all(text in known for text in texts_of(prepared.valid[phase], tokenizer))
 
 
-def test_the_order_of_pieces_is_drawn(corpus):
+def test_the_order_of_pieces_is_drawn(corpus, monkeypatch):
     """In the order of the text, small pieces would be running text."""
     byte, in_order = Bytes(), [w for text in corpus for w in data.words(text)]
     first, second = (data.cut(corpus, "words", byte, seed) for seed in (0, 1))
     assert sorted(first) == sorted(in_order) and first not in (in_order, second)
     assert data.cut(corpus, "words", byte, 0) == first
-    stories = data.cut(corpus, "stories", byte)
-    assert stories == [text for text in corpus if not data.is_talk(text)]  # whole ones are not
+    told = data.cut(corpus, "stories", byte)
+    assert told == [text for text in corpus if not data.is_talk(text)]  # whole ones are not
+    monkeypatch.setattr(data, "PHASE_TOKENS", 20_000)  # large sources are thinned
+    assert 10_000 < sum(len(piece) + 1 for piece in data.cut(corpus, "words", byte)) < 22_000
 
 
 def test_the_order_of_held_out_documents_is_drawn(tmp_path):
-    write(tmp_path / "in" / "train.txt", STORY)
     lines = [f"{i}" for i in range(99)]
+    write(tmp_path / "in" / "train.txt", STORY)
     write(tmp_path / "in" / "valid.txt", data.END_TEXT.join(lines))
-    orders = []
-    for seed in (0, 0, 1):
-        made = data.prepare(tmp_path / "in", "byte", len(orders), tmp_path / "c", seed=seed)
-        orders.append(texts_of(made.heldout, made.tokenizer))
-    assert sorted(orders[0]) == sorted(lines) and orders[0] == orders[1]
-    assert orders[0] not in (lines, orders[2])
+    first, again, other = (
+        both_of(data.prepare(tmp_path / "in", "byte", i, tmp_path / "c", seed=seed))[1]
+        for i, seed in enumerate((0, 0, 1))
+    )
+    assert sorted(first) == sorted(lines) and first == again and first not in (lines, other)
 
 
 def test_a_tokenizer_learns_of_training_text_only(tmp_path):
@@ -856,7 +797,7 @@ def test_a_tokenizer_learns_of_training_text_only(tmp_path):
 
 
 def test_a_tokenizer_learns_of_a_part_of_much_text(tmp_path, monkeypatch):
-    path = write(tmp_path / "a.txt", data.END_TEXT.join(f"{STORY}{i}" for i in range(100)))
+    path = write(tmp_path / "a.txt", stories(100))
     monkeypatch.setattr(data, "BPE_BYTES", 1000)
     learn = lambda kind, texts, size: seen.extend(texts) or Bytes()  # noqa: E731
     monkeypatch.setattr(data, "train_tokenizer", learn)
@@ -876,27 +817,27 @@ def test_large_vocabularies_and_letters_of_many_bytes(tmp_path):
     assert set(held + texts_of(made.train["stories"], pairs)) == set(documents)
 
 
-def test_no_source_leaks(monkeypatch, tmp_path):
-    texts = {"train 3": ["a", "b", "c", "b"], "held-out 3": ["b", "d"]}
-    monkeypatch.setattr(data, "nursery", lambda size, seed: (texts[seed], 7.0 + size))
-    made = data.prepare("nursery", "byte", 0, tmp_path, seed=3)
-    assert made.entropy_bits == 7.0 + data.NURSERY_BYTES[1]
-    assert sorted(texts_of(made.train["stories"], made.tokenizer)) == ["a", "c"]
-    assert sorted(texts_of(made.heldout, made.tokenizer)) == ["b", "d"]
-
-
 def test_a_data_set_is_registered_in_one_place(monkeypatch, tmp_path):
     def riddles(data_dir, seed, log):
         assert data_dir == tmp_path and seed == 5
         log("asking")
-        return "v1", lambda: (["a?", "b?", "c?"], ["c?"], {})
+        return "v1", lambda: (["a?", "b?", "c?", "b?"], ["c?", "d?"], {"entropy_bits": 7.0})
 
     monkeypatch.setitem(data.DATASETS, "riddles", riddles)
     log = []
     made = data.prepare("riddles", "char", 0, tmp_path, seed=5, log=log.append)
     assert (made.name, made.dataset, made.sha256) == ("riddles", "riddles", "v1")
-    assert texts_of(made.train["stories"], made.tokenizer) == ["a?", "b?"]
-    assert log == ["asking"]
+    assert made.entropy_bits == 7.0 and log == ["asking"]
+    train, held = both_of(made)
+    assert set(train) == {"a?", "b?"} and sorted(held) == ["c?", "d?"]  # nothing leaks
+
+
+def test_the_nursery_depends_on_the_seed(monkeypatch, tmp_path):
+    texts = {"train 3": ["a", "b", "c", "b"], "held-out 3": ["b", "d"]}
+    monkeypatch.setattr(data, "nursery", lambda size, seed: (texts[seed], 7.0 + size))
+    made = data.prepare("nursery", "byte", 0, tmp_path, seed=3)
+    assert made.entropy_bits == 7.0 + data.NURSERY_BYTES[1]
+    assert list(map(sorted, both_of(made))) == [["a", "c"], ["b", "d"]]
 
 
 def test_long_streams_have_one_end_between_texts(tmp_path):
@@ -942,14 +883,9 @@ def test_answers_are_marked(kind, tmp_path, corpus):
     assert long > {"byte": -1, "char": 3}.get(kind, 50)
 
 
-def test_texts_without_conversations_have_no_answers(tmp_path):
-    path = write(tmp_path / "a.txt", data.END_TEXT.join(f"{STORY}{i}" for i in range(20)))
-    assert data.prepare(path, "byte", 0, tmp_path / "c").answers == {}
-
-
 def test_the_dataset_can_be_named_again(tmp_path, rows_server, monkeypatch):
     """What `auto` or a relative path meant, from another place and with the tokenizer it had."""
-    path = write(tmp_path / "x" / "a.txt", data.END_TEXT.join(f"{STORY}{i}" for i in range(20)))
+    path = write(tmp_path / "x" / "a.txt", stories(20))
     monkeypatch.chdir(tmp_path)
     names = {"auto": "nursery", "nursery": "nursery", "x": str(path.parent), "x/a.txt": str(path)}
     for given, meant in names.items():
@@ -995,34 +931,25 @@ def test_another_source_or_size_is_another_cache(tmp_path):
     assert texts_of(last.train["stories"], last.tokenizer) == ["zebra"]
 
 
-def shorten(path):
-    path.write_bytes(path.read_bytes()[:-1])
-
-
-def alter(path):
-    raw = path.read_bytes()  # still well formed, but another number or another order
-    numbers = raw.replace(rb"heldout_bytes\": ", rb"heldout_bytes\": 1")
-    path.write_bytes(numbers if path.suffix == ".json" else raw[::-1])
-
-
-def flip(path):
-    raw = bytearray(path.read_bytes())
-    raw[len(raw) // 2] ^= 1
-    path.write_bytes(raw)
+def alter(raw):
+    """Still well formed, but another number or another order."""
+    number = rb"heldout_bytes\": "
+    return raw.replace(number, number + b"1") if number in raw else raw[::-1]
 
 
 @pytest.mark.parametrize("name", ["heldout.bin", "train_answers.bin", "meta.json"])
-@pytest.mark.parametrize("damage", [shorten, flip, alter, Path.unlink])
+@pytest.mark.parametrize("damage", [
+    lambda raw: raw[:-1], lambda raw: raw[:99] + bytes([raw[99] ^ 1]) + raw[100:], alter, None,
+])  # fmt: skip
 def test_a_damaged_cache_is_rebuilt(name, damage, tmp_path):
     log = []
     talks = [f"{data.turn(i)} {STORY}" for i in range(20)]
     path = write(tmp_path / "a.txt", data.END_TEXT.join(talks))
-    first = data.prepare(path, "byte", 0, tmp_path / "cache", log=log.append)
-    expected = np.array(first.heldout)
+    expected = np.array(data.prepare(path, "byte", 0, tmp_path / "cache", log=log.append).heldout)
     (folder,) = (tmp_path / "cache").iterdir()
     assert log == [] and folder.name.startswith("a.txt-")
-    del first
-    damage(folder / name)
+    raw = (folder / name).read_bytes()
+    (folder / name).write_bytes(damage(raw)) if damage else (folder / name).unlink()
     again = data.prepare(path, "byte", 0, tmp_path / "cache", log=log.append)
     assert np.array_equal(again.heldout, expected)
     assert len(log) == 1 and "damaged" in log[0] and "\n" not in log[0]
@@ -1032,8 +959,9 @@ def test_a_damaged_cache_is_rebuilt(name, damage, tmp_path):
 
 def test_a_tokenizer_can_be_brought_along(tmp_path, corpus):
     tokenizer = make("bpe", corpus)
-    path = write(tmp_path / "a.txt", data.END_TEXT.join(f"{STORY}{i}" for i in range(20)))
-    assert data.prepare(path, tokenizer, 0, tmp_path / "c").tokenizer.hash == tokenizer.hash
+    path = write(tmp_path / "a.txt", stories(20))
+    made = data.prepare(path, tokenizer, 0, tmp_path / "c")
+    assert made.tokenizer.hash == tokenizer.hash and made.answers == {}  # no conversations
     assert data.prepare(path, "char", 0, tmp_path / "c").tokenizer.kind == "char"
     assert data.prepare(path, "char", 0, tmp_path / "c", seed=1).tokenizer.kind == "char"
     assert len(list((tmp_path / "c").iterdir())) == 3
@@ -1044,7 +972,7 @@ def _prepare_in_process(path, folder, results):
 
 
 def test_two_processes_at_once(tmp_path):
-    path = write(tmp_path / "a.txt", data.END_TEXT.join(f"{STORY}{i}" for i in range(2000)))
+    path = write(tmp_path / "a.txt", stories(2000))
     fork = multiprocessing.get_context("fork")
     results = fork.Queue()
     arguments = (path, tmp_path / "cache", results)
@@ -1107,13 +1035,10 @@ def test_ranks_share_one_batch():
         data._epoch.cache_clear()
         assert torch.equal(data.batch(tokens, step, 8, 16, seed=1)[0], x)
         assert not torch.equal(data.batch(tokens, step, 8, 16, seed=2)[0], x)
-
-
-def test_impossible_batches():
     with pytest.raises(DataError, match="too few"):
-        data.batch(np.zeros(16, np.uint16), 0, 1, 16, 0)
+        data.batch(tokens[:16], 0, 1, 16, 0)
     with pytest.raises(DataError, match="multiple"):
-        data.batch(np.zeros(99, np.uint16), 0, 3, 16, 0, 0, 2)
+        data.batch(tokens, 0, 3, 16, 0, 0, 2)
 
 
 def corpus_of(**phases):
