@@ -197,9 +197,9 @@ def test_results_say_where_they_come_from():
 # ---- the budget ------------------------------------------------------------------------------
 
 CEILINGS = {  # lowered as the code shrinks, never raised; lines, where it says nothing else
-    "all files": 7994,
-    "largest file": 666,
-    "afternoon path": 3161,
+    "all files": 7936,
+    "largest file": 647,
+    "afternoon path": 3152,
     "number of files": 19,
     "settings": 74,
     "longest function of train.py": 58,
