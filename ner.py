@@ -260,9 +260,9 @@ def evaluate(tagger, records, bad, c=NerConfig()):
     if bad["spans"]:
         print(f"left out: {bad['spans']} entities whose offsets do not fit their text")
     if c.result:
-        work["rates"] = torch.as_tensor(work["rates"]).tolist()
+        per_word = {name: torch.as_tensor(n / words).tolist() for name, n in work.items()}
         size = sum(p.numel() for p in tagger.parameters())
-        found = {"f1": scores, "work": work, "parameters": size}
+        found = {"f1": scores, "per_word": per_word, "parameters": size}
         write_result(c.result, environment(torch.device("cpu"), c.seed) | found)
     return scores
 
