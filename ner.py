@@ -155,9 +155,9 @@ def load(c):
     saved = read_tensors(path, "tagger", "ner.py")
     try:
         tagger = Tagger(NerConfig(**saved["config"]), saved["labels"])
-    except (KeyError, TypeError, RuntimeError):
+        check_weights(saved["model"], tagger)
+    except (AttributeError, KeyError, TypeError, RuntimeError):
         raise ValueError(f"{path} is no tagger of this ner.py: train one") from None
-    check_weights(saved["model"], tagger)
     tagger.load_state_dict(saved["model"])
     return tagger.eval()
 
