@@ -60,7 +60,7 @@ class Block(nn.Module):
     sites = ()  # neurons of each layer whose rates it reports, in that order
     fan_out = ()  # synapses of a neuron of each site, for rate_penalty=synops
     heads = None  # the setting that says into how many parts n_hidden is cut
-    width = "n_hidden"  # the setting that is the width of the stream
+    width = "n_hidden"  # the setting that is the width of the residual stream
     closing = None  # class of the part after the last block
     has_norm = False  # whether what leaves the last part is normalised already
     shows_spikes = True  # whether `report.fired` is called
@@ -110,7 +110,7 @@ class SamSettings:
 
 @block("sam", SamSettings)
 class SamBlock(Block):
-    """Real Sam: recurrent spiking neurons of diverse temper, added to the stream through a gate.
+    """Real Sam: recurrent spiking neurons of diverse temper, gated into the residual stream.
 
     current = gain * (W_in x + b) + W_rec s + b_rec;  s = lif(current);  x + sigmoid(W_g x) * s
     """

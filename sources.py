@@ -38,7 +38,7 @@ YOU, SAM = "You: ", "Sam: "  # a conversation is lines of these
 GRAMMAR = Path(__file__).with_name("nursery.txt")
 FORMS = {"": 0, "he": 1, "him": 2, "his": 3, "ed": 1, "s": 1, "at": 1, "is": 1}
 MARKS = re.compile(r"<(\w+)>|\{([a-z]+)(\d?)\.?(\w*)\}|(\d+)\*|([(|)])|([^<{(|)\d]+)")
-LONGEST = 600  # bytes: no document has so many
+LONGEST = 600  # bytes: every document is shorter
 EXAMPLES = (  # what one may say to a model of the nursery
     "Tell me a story about a fox.",
     "Hello. My name is Mia. I have a red kite and three plums.",
@@ -476,7 +476,7 @@ class Source:
     name: str  # owner/name/config/split
     weight: float  # share of the tokens
     pages: int = 0
-    held: int = 0  # so many pages, the first in order, are held out
+    held: int = 0  # pages that are held out, the first in order
 
     def page(self, i: int) -> int:
         """The i-th page to read; pages 0 to `pages` - 1 of this order are all pages, once each."""

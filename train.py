@@ -344,9 +344,9 @@ def ill_layers(rates):
     """A line for each layer whose rate (spikes per neuron and token) leaves nothing to learn by."""
     for i, rate in enumerate(rates):
         if not 0.001 <= rate <= 0.9:
-            what, mend = ("is dead", "lower") if rate < 0.5 else ("is saturated", "raise")
+            what, fix = ("is dead", "lower") if rate < 0.5 else ("is saturated", "raise")
             yield (
-                f"       layer {i} {what}, it fires at {100 * rate:.2f}%: {mend} --theta, or raise "
+                f"       layer {i} {what}, it fires at {100 * rate:.2f}%: {fix} --theta, or raise "
                 "--rate_weight with --rate_penalty=both"
             )
 

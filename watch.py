@@ -414,7 +414,7 @@ LINES, MARKERS = ["-", "--", "-.", ":"], "os^Dv"  # told apart in grey too
 
 
 def sheet(panels=1, size=(7, 4), columns=3, **options):
-    """A figure and its axes, each of this size in inches, in rows of at most so many."""
+    """A figure and its axes, each of this size in inches, in rows of at most `columns`."""
     try:
         from matplotlib.figure import Figure
     except ImportError:

@@ -30,13 +30,13 @@ def steps(text, tiny, device):
     """(name, seconds at most, arguments of python)."""
     few = "--rounds=1 --warmup=0" if tiny else "--rounds=3 --warmup=0"
     shapes = "2x8x32" if tiny else "16x1024x2048,32x64x512,16x256x512,4x1024x1024"
-    yield "scan", 150, f"bench.py scan --shapes={shapes} {few}"
+    yield "scan", 100, f"bench.py scan --shapes={shapes} {few}"
     size, length = (TINY, 32) if tiny else ("", 1024)
     for name in ("snn_100m", "snn_1b", "neuronspark_0p9b", "spikewhale_216m"):
         n = length if name.startswith("snn") else min(512, length)
         smaller = TINY + " --traits=none" if tiny and "whale" in name else size
         command = f"bench.py train configs/{name}.py --against= --length={n} {few} {smaller}"
-        yield f"train {name}", 100, command
+        yield f"train {name}", 150, command
     if not text:
         return
     run = f"train.py configs/snn_100m.py --dataset={text} --out_dir={MODEL} --data_dir=out/all_data"
@@ -45,7 +45,7 @@ def steps(text, tiny, device):
     run += f" --warmup_steps=2 --eval_interval={last // 3}"
     run += f" --max_steps={last}"
     yield "model", 360, f"{run} --result=results/model_{device}.json"
-    yield "resume", 120, f"{run} --init_from=resume"
+    yield "resume", 90, f"{run} --init_from=resume"
     yield "sample", 60, f"sample.py --ckpt={MODEL}/best.pt --max_new_tokens={20 if tiny else 200}"
     yield "generate", 120, f"bench.py generate --ckpt={MODEL}/best.pt --tokens={20 if tiny else 200} {few}"
 
@@ -62,7 +62,7 @@ def all(
     interpret = {"TRITON_INTERPRET": "0" if device == "cuda" else "1"}
     only = ["not compiles_for" if device == "cuda" else "test_exactly_at_the_threshold"]
     began = time.time()
-    ended = call([*TESTS, *only], 240, interpret)
+    ended = call([*TESTS, *only], 120, interpret)
     counts = {what: int(n) for n, what in re.findall(r"(\d+) (passed|failed|skipped|error)", ended)}
     record = environment(run.device, b.seed) | {"what": "tests/test_kernels.py, test_spark.py"}
     write_result(f"results/kernels_{device}.json", record | counts | {"end": "\n".join(ended.splitlines()[-20:])})

@@ -16,7 +16,7 @@ def params(
     c,
     run,
     *,
-    gpus: str = "",  # plan a run of train.py on so many GPUs: 8, or several plans: 1,8,64
+    gpus: str = "",  # numbers of GPUs to plan a run of train.py on: 8, or 1,8,64
     gpu: str = "h100",  # which: h200 | h100 | a100 | 4090
     reached: float = 0.25,  # share of its operations that training reaches (bench.py train: MFU)
 ):
