@@ -263,7 +263,7 @@ def evaluate(tagger, records, bad, c=NerConfig()):
     if c.result:
         per_word = {name: torch.as_tensor(n / words).tolist() for name, n in work.items()}
         found = {"f1": scores, "per_word": per_word, "parameters": tagger.size}
-        write_result(c.result, environment(torch.device("cpu"), c.seed) | found)
+        write_result(c.result, environment(torch.device("cpu"), tagger.config.seed) | found)
     return scores
 
 
