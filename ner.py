@@ -18,7 +18,7 @@ import itertools
 import math
 import random
 import sys
-from collections import Counter, defaultdict
+from collections import Counter, defaultdict, deque
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -31,12 +31,10 @@ from checkpoint import check_weights, environment, locked, read_tensors
 from checkpoint import set_aside, whole_file, write_result
 from lif import Report, Seen
 from model import ModelConfig, SpikingLM, spike_encode
-from pii import built_in, read_records, spans_of, tags_of, words_of
+from pii import built_in, features, read_records, spans_of, tags_of, varied, words_of
 
 LONGEST = 256  # words that the tagger reads at once
-PARTS = 4  # batches per optimiser step, each of sentences of one length: nothing is padded
 FORGET = 0.3  # training hides this share of a word's features, and half as many whole words
-SWAP = 0.25  # and puts others in place of this share of the words outside entities
 
 
 @dataclass(frozen=True)
@@ -65,6 +63,11 @@ class NerConfig(ModelConfig):
     CHOICES = {"block": ("sam", "snn", "gpt")}
     RANGE = {name: (1, math.inf) for name in ("max_steps", "words")} | {"lr": (0, math.inf)}
 
+    def __post_init__(self):
+        super().__post_init__()
+        if self.block == "sam" and not self.spikes:
+            raise ValueError("only block=snn has a float control: set --block=snn too")
+
 
 # ---- the tagger ---------------------------------------------------------------------------------
 
@@ -79,11 +82,13 @@ class Tagger(SpikingLM):
         self.labels, self.tags = labels, tags
         self.table = torch.nn.Parameter(torch.zeros(c.vocab_size, c.n_embd))  # unseen adds nothing
         self.follow = torch.nn.Parameter(torch.zeros(len(tags), len(tags)))
+        self.size = sum(p.numel() for p in self.parameters())
 
     def forward(self, words):
         """Logits (B, T, tags) of B sentences of T words each, and a Report."""
-        sizes = torch.tensor([len(word) for sentence in words for word in sentence])
-        rows = torch.tensor([row for sentence in words for word in sentence for row in word])
+        found = [features(*word) for sentence in words for word in sentence]
+        sizes = torch.tensor([len(word) for word in found])
+        rows = torch.tensor([row for word in found for row in word])
         keep = torch.ones(len(rows))
         if self.training:
             read = torch.rand(len(sizes)) >= FORGET / 2
@@ -138,8 +143,7 @@ class Tagger(SpikingLM):
                     tags[i][part] = found
                 n = logits[..., 0].numel()
                 triggered, every = map(sum, zip((0, 0), *report.synapses))
-                work.update(words=n, macs=n * report.macs, synapses=n * every)
-                work["synops"] += n * float(triggered)
+                work.update(words=n, macs=n * report.macs, synops=n * triggered, synapses=n * every)
                 work["rates"] += n * torch.tensor([rate.mean() for rate in report.rates])
         return [spans_of(*pair) for pair in zip(tags, places)]
 
@@ -151,9 +155,9 @@ def load(c):
     saved = read_tensors(path, "tagger", "ner.py")
     try:
         tagger = Tagger(NerConfig(**saved["config"]), saved["labels"])
-    except (KeyError, TypeError, RuntimeError):
+        check_weights(saved["model"], tagger)
+    except (AttributeError, KeyError, TypeError, RuntimeError):
         raise ValueError(f"{path} is no tagger of this ner.py: train one") from None
-    check_weights(saved["model"], tagger)
     tagger.load_state_dict(saved["model"])
     return tagger.eval()
 
@@ -170,29 +174,27 @@ def sentences(c, held, bad):
 
 
 def batches(c):
-    """Endless batches (words, tags) of sentences of one length. Each is the beginning of a sentence
-    and the end of another, with some words of that one strewn in: else the tagger would learn the
-    phrases that many sentences share."""
+    """Endless batches (words, tags) of sentences of one length: nothing is padded. Each is the
+    beginning of a sentence and the end of another, with words strewn in, some made up: else the
+    tagger would learn phrases that many sentences share, and take all that is new for an entity."""
     rng, pool, groups = random.Random(c.seed), [], defaultdict(list)
+    known = defaultdict(lambda: deque(maxlen=1000))  # of each tag
     for epoch in itertools.count():
         for text, spans in sentences(replace(c, seed=c.seed + epoch), False, Counter()):
             places, words = words_of(text)
             tags = tags_of(spans, places)
             cuts = [i for i, tag in enumerate(tags) if tag[0] != "I"]  # never within an entity
             pool += [(words, tags, cuts)] * bool(words)
+            for word, tag in zip(words, tags):
+                known[tag].append(word)
             if len(pool) <= 4096:
                 continue
-            i = rng.randrange(len(pool))  # random order
-            pool[i], pool[-1] = pool[-1], pool[i]
-            (words, tags, cuts), (more, more_tags, more_cuts) = pool.pop(), rng.choice(pool)
+            words, tags, cuts = pool.pop(rng.randrange(len(pool)))  # random order
+            more, more_tags, more_cuts = rng.choice(pool)
             a, b = rng.choice([*cuts[1:], len(words)]), rng.choice(more_cuts)
             words, tags = (words[:a] + more[b:])[:LONGEST], (tags[:a] + more_tags[b:])[:LONGEST]
-            strewn = [word for word, tag in zip(more, more_tags) if tag == "O"]
-            for i, tag in enumerate(tags):
-                if tag == "O" and strewn and rng.random() < SWAP:
-                    words[i] = rng.choice(strewn)
-            groups[len(words)].append((words, tags))
-            if len(groups[len(words)]) * len(words) * PARTS >= c.words:
+            groups[len(words)].append((varied(words, tags, known, rng), tags))
+            if len(groups[len(words)]) * len(words) >= c.words:
                 yield zip(*groups.pop(len(words)))
 
 
@@ -204,22 +206,21 @@ def train(c, bad):
     if aside := set_aside(Path(c.out_dir)):
         print(f"the tagger that was in {c.out_dir} is kept in {aside}")
     torch.manual_seed(c.seed)
-    tagger, losses, stream = Tagger(c, sorted(labels)), [], batches(c)
-    print(f"{sum(p.numel() for p in tagger.parameters()) / 1e6:.2f}M parameters")
+    tagger, losses = Tagger(c, sorted(labels)), []
+    print(f"{tagger.size / 1e6:.2f}M parameters")
     matrices = {"params": [p for p in tagger.parameters() if p.dim() > 1], "weight_decay": 0.05}
     vectors = {"params": [p for p in tagger.parameters() if p.dim() < 2], "weight_decay": 0.0}
-    optimizer = torch.optim.AdamW([matrices, vectors], betas=(0.9, 0.95))
+    optimizer = torch.optim.AdamW([matrices, vectors], betas=(0.9, 0.95), fused=True)
     rate = OneCycleLR(optimizer, c.lr, c.max_steps, pct_start=0.1, cycle_momentum=False)
-    for step in range(1, c.max_steps + 1):
-        for words, tags in itertools.islice(stream, PARTS):
-            logits, report = tagger(words)
-            tags = torch.tensor([[tagger.tags.index(tag) for tag in sentence] for sentence in tags])
-            nats, others = tagger.loss(logits, tags, report)
-            ((nats + sum(others.values())) / PARTS).backward()
-            losses.append(nats.item())
-            if not math.isfinite(losses[-1]):
-                raise ValueError(f"the loss became {losses[-1]} at step {step}: lower --lr")
-            tagger.observe(losses[-1], torch.cat(report.rates or [tagger.rate]).detach())
+    for step, (words, tags) in zip(range(1, c.max_steps + 1), batches(c)):
+        logits, report = tagger(words)
+        tags = torch.tensor([[tagger.tags.index(tag) for tag in sentence] for sentence in tags])
+        nats, others = tagger.loss(logits, tags, report)
+        (nats + sum(others.values())).backward()
+        losses.append(nats.item())
+        if not math.isfinite(losses[-1]):
+            raise ValueError(f"the loss became {losses[-1]} at step {step}: lower --lr")
+        tagger.observe(losses[-1], torch.cat(report.rates or [tagger.rate]).detach())
         torch.nn.utils.clip_grad_norm_(tagger.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
@@ -261,9 +262,8 @@ def evaluate(tagger, records, bad, c=NerConfig()):
         print(f"left out: {bad['spans']} entities whose offsets do not fit their text")
     if c.result:
         per_word = {name: torch.as_tensor(n / words).tolist() for name, n in work.items()}
-        size = sum(p.numel() for p in tagger.parameters())
-        found = {"f1": scores, "per_word": per_word, "parameters": size}
-        write_result(c.result, environment(torch.device("cpu"), c.seed) | found)
+        found = {"f1": scores, "per_word": per_word, "parameters": tagger.size}
+        write_result(c.result, environment(torch.device("cpu"), tagger.config.seed) | found)
     return scores
 
 

@@ -8,12 +8,15 @@ import itertools
 import json
 import random
 import re
+import string
 import zlib
 from pathlib import Path
 
 GRAMMAR = Path(__file__).with_name("pii.txt")
 # a.b@c.de, 2:30, 555-01 and Smith-Lee are one word each; 35-year is three
 WORD = r"\+?\w+(?:(?:[.@/_:]+|(?<=\d)-(?=\d)|(?<=[^\W\d])-(?=[^\W\d]))\w+)*|[^\w\s]"
+SWAPPED = 0.25  # share of the words outside entities that `varied` replaces
+MADE_UP = 0.6  # largest share of a sentence's words that it makes up
 
 
 def built_in(seed, held):
@@ -82,11 +85,11 @@ def good_spans(record, bad):
 
 
 def words_of(text):
-    """(start, end) of each word and punctuation mark, and the features of each."""
+    """(start, end) of each word and punctuation mark, and of each (its letters, the gap before)."""
     places = [m.span() for m in re.finditer(WORD, text)]
     gaps = (text[b:a] for (a, _), (_, b) in zip(places, [(0, 0), *places]))
     gaps = ("\n" if "\n" in gap else gap[:1] for gap in gaps)
-    return places, [features(text[a : min(b, a + 64)], gap) for (a, b), gap in zip(places, gaps)]
+    return places, [(text[a : min(b, a + 64)], gap) for (a, b), gap in zip(places, gaps)]
 
 
 @functools.lru_cache(1 << 16)
@@ -100,6 +103,26 @@ def features(word, gap):
     found += [f"ends {lower[-i:]}" for i in range(1, min(n, 4))]
     found += [f"has {lower[i : i + 3]}" for i in range(n - 2)]
     return [zlib.crc32(text.encode("utf-8", "surrogatepass")) for text in found]
+
+
+def varied(words, tags, known, rng):
+    """A sentence for training: others in place of some words outside entities, and some made up,
+    else all that is new would be taken for an entity. known[tag]: words that had that tag."""
+    words, share = list(words), rng.random() * MADE_UP
+    for i, tag in enumerate(tags):
+        is_outside = tag == "O"
+        if is_outside and rng.random() < SWAPPED:
+            words[i] = rng.choice(known[tag])
+        if rng.random() < (share if is_outside else share / 2):
+            (word, gap), (other, _) = words[i], rng.choice(known[tag])
+            if word.isalpha() and other.isalpha():  # the beginning of one, the end of the other
+                word = word[: rng.randint(1, len(word))] + other[rng.randrange(len(other)) :]
+                case = rng.choice((str, str, str, str, str.capitalize, str.capitalize, str.upper))
+                word = case(word) if is_outside else word
+            elif is_outside and not word.isalnum():
+                word = rng.choice(string.punctuation)
+            words[i] = word, gap
+    return words
 
 
 def tags_of(spans, places):
