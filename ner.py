@@ -48,7 +48,7 @@ class NerConfig(ModelConfig):
     beta_high: float = 0.9  # membrane decays start between beta_low and this
     # training and use
     dataset: str = "built-in"  # built-in | FILE; every 20th record of a file is held out
-    max_steps: int = 800  # optimiser steps
+    max_steps: int = 1200  # optimiser steps
     words: int = 768  # words in one optimiser step
     lr: float = 4e-3  # peak learning rate of AdamW
     eval: str = ""  # score the tagger on this file

@@ -103,7 +103,7 @@ def test_training_sentences_vary_but_numbers_and_entities_keep_their_kind():
         assert len(new) == len(words) and new[5] == ("35", " ")
         assert all(new[i][0].isalpha() and new[i][1] == " " for i in (1, 2))
         made.update(i for i in range(9) if new[i] != words[i])
-    assert words == before and 20 < made[1] < made[0] < 250 and made[8] > 50
+    assert words == before and 20 < made[1] < made[0] < 250 and made[8] > 100
 
 
 def test_bad_offsets_are_counted_and_left_out(tmp_path):
@@ -141,12 +141,13 @@ FLOAT = [{"block": "snn", "spikes": False}, {"block": "gpt"}]
 @pytest.mark.parametrize("settings", [{}, {"block": "snn"}, *FLOAT], ids=str)
 def test_a_word_is_read_with_both_its_neighbours(settings):
     _, words = pii.words_of("We met Ann Lee on Monday in Oslo")
-    tagger = tiny(**settings)
+    tagger = tiny(vocab_size=9999, **settings)
     logits, report = tagger([words])
     assert logits.shape == (1, 8, 5)
     seen = torch.autograd.grad(logits[0, 4].sum(), tagger.table)[0].abs().sum(1)
-    for at in (0, 3, 5, 7):
-        assert seen[torch.tensor(pii.features(*words[at])) % 256].sum() > 0
+    rows = [pii.features(*word)[0] % 9999 for word in words]  # of the word itself
+    assert sum(row % 9999 in rows for word in words for row in pii.features(*word)) == 8
+    assert (seen[rows] > 0).all()
     assert not report.rates if settings in FLOAT else 0 < torch.cat(report.rates).mean() < 1
 
 
@@ -199,7 +200,7 @@ def test_what_cannot_be_done_is_one_line(tmp_path, capsys):
 
 def test_redacting_keeps_every_other_byte_and_streams(tmp_path, capfdbinary):
     path, odd = tmp_path / "text", b"\xef\xbb\xbfAnn\r\ncaf\xe9 \xff\x00 Ann\r\n\nZo\xc3\xab\n"
-    path.write_bytes(odd + b"x" * 200_000 + b"\n" + b"a line of it\n" * 300_000 + b"Ann")
+    path.write_bytes(odd + b"x" * 5_000_000 + b"\n" + b"a line of it\n" * 300_000 + b"Ann")
     ner.redact(fixed({"Ann": [(0, 3, "NAME")]}, 64 << 16), path)
     assert capfdbinary.readouterr().out == path.read_bytes()[:-3] + b"[NAME]"
 
