@@ -352,7 +352,7 @@ class FastWeights(nn.Module):
         v = torch.cat([v, torch.ones_like(v[..., :1])], -1)
         gamma = 1 - self.log_fade.exp().clamp(max=0.99)
         if "S" not in state:
-            S = v.new_zeros(len(a), c.n_head, c.keys, self.width)
+            S = gamma.new_zeros(len(a), c.n_head, c.keys, self.width)
             state["S"] = S, S[..., 0]
         one_token = len(a) * a.shape[1] == 1 and not torch.is_grad_enabled()
         o, now["S"] = (read_rows if one_token else fast_weights)(q, k, v, gamma, *state["S"])
@@ -371,26 +371,26 @@ def fast_weights_reference(q, k, v, gamma, S, age):
 
 
 def fast_weights(q, k, v, gamma, S, age, chunk=64):
-    """The same in chunks: within one, token t reads token j <= t as gamma^(t-j) (q_t . k_j) v_j,
-    all at once; what was before the chunk it reads from S.
+    """The same in chunks: from its own chunk token t reads gamma^(t-j) (q_t . k_j) v_j of all tokens
+    j <= t at once, and from S what was before it.
 
-    q, k (B, heads, T, keys), v (B, heads, T, values), gamma (heads,); S (B, heads, keys, values)
-    and age (B, heads, keys), the tokens for which a row has not decayed yet.
-    Returns (B, heads, T, values) and the state (S, age).
+    q, k (B, heads, T, keys), v (B, heads, T, values), gamma (heads,) -> (B, heads, T, values).
+    State: S (B, heads, keys, values) and age (B, heads, keys), tokens of decay that a row owes.
     """
-    S = S * gamma[:, None, None] ** age[..., None]
-    nth = torch.arange(min(chunk, q.shape[2]), device=q.device)
-    lag = nth[:, None] - nth
-    decay = gamma[:, None, None] ** lag.clamp(min=0) * (lag >= 0)  # (heads, chunk, chunk)
-    out = []
-    for q, k, v in zip(q.split(chunk, 2), k.split(chunk, 2), v.split(chunk, 2)):
-        n = q.shape[2]
-        since = gamma[:, None] ** (nth[:n] + 1)  # (heads, n), of what was before the chunk
-        until = gamma[:, None] ** (n - 1 - nth[:n])  # of each token at the chunk's end
-        inner = (q @ k.transpose(2, 3) * decay[:, :n, :n]) @ v
-        out.append(inner + (q * since[..., None]) @ S)
-        S = S * since[:, -1:, None] + (k * until[..., None]).transpose(2, 3) @ v
-    return torch.cat(out, 2), (S, torch.zeros_like(age))
+    T, gamma = q.shape[2], gamma[:, None, None]
+    chunk = min(chunk, T)
+    q, k, v = (F.pad(x, (0, 0, 0, -T % chunk)).unflatten(2, (-1, chunk)) for x in (q, k, v))
+    t = torch.arange(q.shape[2] * chunk, device=q.device).view(-1, chunk)
+    last, lag = t[:, -1:].clamp(max=T - 1), t[0, :, None] - t[0]
+    since, until = gamma ** (t[:1] + 1), gamma ** (last - t).clamp(min=0)  # (heads, chunks, chunk)
+    inner = q @ k.transpose(3, 4) * (gamma ** lag.clamp(min=0) * (lag >= 0))[:, None]
+    added = (k * until[..., None]).transpose(3, 4) @ v  # by each chunk, as at its end
+    S, before = S * gamma ** age[..., None], []
+    for kept, more in zip((gamma ** (last - t[:, :1] + 1)).unbind(1), added.unbind(2)):
+        before.append(S)
+        S = kept[..., None] * S + more
+    out = inner @ v + (q * since[..., None]) @ torch.stack(before, 2)
+    return out.flatten(2, 3)[:, :, :T], (S, torch.zeros_like(age))
 
 
 def read_rows(q, k, v, gamma, S, age):
@@ -404,7 +404,7 @@ def read_rows(q, k, v, gamma, S, age):
     rows = rows.index_copy(0, written, kept + k[written, None] * v[0, written // keys, 0])
     age = age.index_fill(0, written, 0)
     found = rows[read] * (q[read] * gamma[read] ** age[read])[:, None]
-    o = torch.zeros_like(v[0, :, 0]).index_add(0, read // keys, found)
+    o = S.new_zeros(heads, S.shape[3]).index_add(0, read // keys, found)
     return o[None, :, None], (rows.view_as(S), age.view(1, heads, keys))
 
 
