@@ -45,7 +45,8 @@ import lif as lif_module
 from checkpoint import build, environment, load_checkpoint, write_result
 from model import SpikingLM
 from machine import Run
-from train import TrainConfig, make_optimizers, train_step
+from optim import make_optimizers
+from train import TrainConfig, train_step
 
 
 @dataclass(frozen=True)

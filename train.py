@@ -21,7 +21,6 @@ import time
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import NamedTuple
 
 if __name__ == "__main__":  # Ctrl-C while torch is imported ends without a traceback
     signal.signal(signal.SIGINT, signal.SIG_DFL)
@@ -29,7 +28,6 @@ if __name__ == "__main__":  # Ctrl-C while torch is imported ends without a trac
 import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
-from torch.optim import AdamW, Muon
 from tqdm import tqdm
 
 import config
@@ -40,7 +38,8 @@ from checkpoint import (
     save, set_aside, shape_of, write_log, write_result,
 )  # fmt: skip
 from machine import Run, fastest_threads
-from model import ModelConfig, SpikingLM, Synapse
+from model import ModelConfig, SpikingLM
+from optim import OPTIMIZERS, make_optimizers, schedule, set_lr
 from sources import VERDICT, judge, told_by
 from tokenizer import TOKENIZERS, tokenizer_from_state
 
@@ -50,19 +49,6 @@ from tokenizer import TOKENIZERS, tokenizer_from_state
 CLIP = 1.0  # norm to which gradients are clipped
 PHASE_GAIN, PHASE_PATIENCE = 0.01, 2  # converged: less relative gain, in two evaluations running
 EVAL_TOKENS, FINAL_TOKENS = 8192, 65536  # held-out tokens scored at most; at the last evaluation
-
-
-class Optimizer(NamedTuple):
-    kind: type  # for the matrices inside blocks and traits; everything else has AdamW
-    lr: str  # the setting that is its peak learning rate
-    decay: str  # and its weight decay
-    kept: tuple  # names of the tensors that it keeps for a parameter
-
-
-OPTIMIZERS = {
-    "adamw": Optimizer(AdamW, "lr", "weight_decay", ("step", "exp_avg", "exp_avg_sq")),
-    "muon": Optimizer(Muon, "muon_lr", "muon_decay", ("momentum_buffer",)),
-}
 
 
 @dataclass(frozen=True)
@@ -158,64 +144,6 @@ class Position:
         """Whether a phase, not the last one, has taken its share of the steps."""
         is_last = self.phase + 1 == len(self.curriculum)
         return self.phase_step >= c.phase_share * c.max_steps and not is_last
-
-
-def schedule(c, step):
-    """Share of the peak learning rate: linear warm-up, then a cosine to min_lr at max_steps."""
-    if step < c.warmup_steps:
-        return (step + 1) / c.warmup_steps
-    done = (step - c.warmup_steps) / max(1, c.max_steps - c.warmup_steps)
-    return c.min_lr + (1 - c.min_lr) * 0.5 * (1 + math.cos(math.pi * min(1, done)))
-
-
-def make_optimizers(c, model, device):
-    """AdamW for all, or another one of OPTIMIZERS for the matrices of blocks and traits and AdamW
-    for the rest: embedding and readout, tables, vectors. A group's "peak" is its learning rate's.
-
-    A step of Muon (Jordan et al. 2024) grows as sqrt(rows / columns), if above 1, of a matrix whose
-    rows are outputs. A Synapse's rows are inputs, so the rate of each is corrected for its shape.
-    """
-    around = [m for m in (model.embedding, model.proj_in, model.proj_out) if m]
-    ends = {p for m in around for p in m.parameters()}
-    tables = {m.weight for m in model.modules() if isinstance(m, torch.nn.Embedding)} - ends
-    synapses = {m.weight for m in model.modules() if isinstance(m, Synapse)}
-    kinds = {"vector": [], "table": [], "matrix": [], "end": []}
-    for p in model.parameters():
-        kind = "table" if p in tables else "end" if p in ends else "matrix"
-        kinds["vector" if p.dim() < 2 else kind].append(p)
-
-    def group(params, lr, decay):
-        return {"params": params, "lr": lr, "peak": lr, "weight_decay": decay}
-
-    def build(kind, groups, **options):  # sharded: ZeRO's first stage (1910.02054)
-        if c.shard and dist.is_initialized():
-            from torch.distributed.optim import ZeroRedundancyOptimizer  # slow to import
-
-            return ZeroRedundancyOptimizer(groups, kind, **options)
-        return kind(groups, **options)
-
-    adamw = [
-        group(kinds["end"], c.lr, c.weight_decay),
-        group(kinds["table"], c.lr, 0.0),
-        group(kinds["vector"], c.lr * c.neuron_lr, 0.0),
-    ]
-    chosen, matrices = OPTIMIZERS[c.optimizer], kinds["matrix"]
-    lr, decay = getattr(c, chosen.lr), getattr(c, chosen.decay)
-    groups = [group(matrices, lr, decay)]
-    if chosen.kind is Muon:
-        scales = [math.sqrt(p.shape[1] / p.shape[0]) if p in synapses else 1.0 for p in matrices]
-        groups = [group([p], lr * x, decay / x) for p, x in zip(matrices, scales)]
-    if chosen.kind is AdamW:
-        adamw, groups = adamw + groups, []
-    fused = device.type in ("cuda", "cpu")
-    optimizers = [build(AdamW, adamw, betas=(0.9, c.beta2), fused=fused)]
-    return optimizers + ([build(chosen.kind, groups)] if groups else [])
-
-
-def set_lr(optimizers, share):
-    """Set every learning rate to a share of its peak."""
-    for group in (group for optimizer in optimizers for group in optimizer.param_groups):
-        group["lr"] = group["peak"] * share
 
 
 def train_step(model, optimizers, x, y, c, run):

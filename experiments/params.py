@@ -9,7 +9,7 @@ import torch
 from bench import CARDS, size_of
 from lif import entry
 from model import SpikingLM
-from train import OPTIMIZERS, make_optimizers
+from optim import OPTIMIZERS, make_optimizers
 
 
 def params(

@@ -19,7 +19,8 @@ import torch.nn.functional as F
 from bench import parameters_of
 from experiments.ablate import chosen, narrowed
 from model import SpikingLM
-from train import make_optimizers, schedule, set_lr, train_step
+from optim import make_optimizers, schedule, set_lr
+from train import train_step
 
 NAMES, I_AM, WHO, WORDS = 16, 16, 17, 64  # tokens: 0 to 15 are names, 18 to 63 filler
 TAUGHT = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)  # tokens of filler in training ...

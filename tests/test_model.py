@@ -21,7 +21,8 @@ from blocks import (
 from kernels import lif
 from lif import Linear, Report, Synapse
 from model import ModelConfig, SpikingLM, pick, spike_encode
-from train import Run, TrainConfig, make_optimizers, train_step
+from optim import make_optimizers
+from train import Run, TrainConfig, train_step
 
 CONFIGS = sorted(p.name for p in Path(__file__).parent.parent.glob("configs/*.py"))
 ONE_PER_BLOCK = ["sam_6m.py", "spikewhale_6m.py", "neuronspark_6m.py", "snn_6m.py", "gpt_6m.py"]

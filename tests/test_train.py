@@ -28,14 +28,16 @@ import torch
 
 import config
 import data
+import optim
 import sample
 import train
 from data import IGNORED, Feed
 from model import SpikingLM
+from optim import make_optimizers, schedule
 from tokenizer import Bytes
 from train import (
     Position, Run, TrainConfig, Training, advance, converged, evaluate, fastest_threads,
-    make_optimizers, schedule, show, train_step,
+    show, train_step,
 )  # fmt: skip
 
 ROOT = Path(__file__).parent.parent
@@ -492,7 +494,23 @@ def test_muon_moves_a_synapse_as_it_would_the_transposed_linear():
             w.grad = None
     for of_synapse, of_linear in zip(moved[:2], moved[2:]):
         assert (of_synapse - 1).abs().max() > 1e-3
-        torch.testing.assert_close(of_synapse, of_linear, rtol=0, atol=3e-4)  # Muon is bfloat16
+        torch.testing.assert_close(of_synapse, of_linear, rtol=0, atol=3e-4)  # or bfloat16
+
+
+@pytest.mark.parametrize("shape", [(6, 20), (20, 6)])
+def test_muon_is_that_of_torch(shape, monkeypatch):
+    monkeypatch.setattr(optim, "has_bfloat16", lambda device: True)
+    ours, theirs = (torch.nn.Parameter(torch.ones(shape)) for _ in range(2))
+    steps = optim.Muon([ours], 0.1, 0.5), torch.optim.Muon([theirs], 0.1, 0.5)
+    for _ in range(4):
+        ours.grad = theirs.grad = torch.randn(shape)
+        for optimizer in steps:
+            optimizer.step()
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-6)
+    # without bfloat16 the same singular values, to its rounding
+    monkeypatch.setattr(optim, "has_bfloat16", lambda device: False)
+    exact = torch.linalg.svdvals(steps[0].orthogonal(ours.grad))
+    assert exact.min() > 0.5 and exact.max() < 1.3
 
 
 def test_muon_learns_and_is_not_resumed_as_adamw(text, tmp_path):
@@ -503,8 +521,8 @@ def test_muon_learns_and_is_not_resumed_as_adamw(text, tmp_path):
 
 
 def test_a_new_optimiser_needs_an_entry_and_nothing_else(text, tmp_path, monkeypatch):
-    new = train.Optimizer(torch.optim.Adagrad, "lr", "muon_decay", ("step", "sum"))
-    monkeypatch.setitem(train.OPTIMIZERS, "new", new)
+    new = optim.Optimizer(torch.optim.Adagrad, "lr", "muon_decay", ("step", "sum"))
+    monkeypatch.setitem(optim.OPTIMIZERS, "new", new)
     more = (STORIES, "--optimizer=new", "--eval_interval=1")
     log = run(text, tmp_path, *more)
     assert log[-1]["heldout"] < log[0]["heldout"]
