@@ -159,10 +159,16 @@ class MembraneReadout(nn.Module):
 
     def __init__(self, config):
         super().__init__()
+        self.decay = config.readout_decay
         self.mix = Linear(config.n_layer * config.n_hidden, config.n_embd)
 
     def forward(self, x, state, seen, report):  # -> (B, T, n_embd)
-        return self.mix(torch.tanh(torch.cat(seen.membranes, -1)), report), None
+        h = torch.tanh(torch.cat(seen.membranes, -1))
+        if self.decay:
+            beta = torch.full_like(h[0, 0], self.decay, dtype=torch.float32)
+            current = (1 - self.decay) * h
+            _, h, state = lif(current, beta, torch.ones_like(beta), state=state, reset="none")
+        return self.mix(h, report), state
 
 
 SPIKE_INPUT_GAIN = 2.5  # starting scale of the synapses into layers fed by spikes
@@ -173,8 +179,10 @@ CLAMP = 30.0  # bound of the soft clamp on the membrane
 class WhaleSettings:
     # whale
     modulation: str = "program"  # gene programs set neurons | shuffled: control | none: all equal
+    readout_decay: float = 0.0  # the readout sees a moving average of the membranes; 0: as they are
 
     CHOICES = {"modulation": ("program", "shuffled", "none")}
+    RANGE = {"readout_decay": (0, 0.999)}
 
 
 @block("whale", WhaleSettings)

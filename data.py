@@ -15,6 +15,7 @@ import os
 import random
 import re
 import shlex
+import shutil
 import tempfile
 import zlib
 from contextlib import suppress
@@ -32,7 +33,8 @@ from sources import (
 )  # fmt: skip
 from tokenizer import Bytes, DataError, Tokenizer, sha256, tokenizer_from_state, train_tokenizer
 
-PHASES = ("words", "phrases", "sentences", "stories", "conversations")  # the curriculum
+DOCUMENTS = ("stories", "conversations")
+PHASES = ("words", "phrases", "sentences", *DOCUMENTS, "blended")  # blended: all documents
 IGNORED = -100  # a target that does not count, as PyTorch's cross_entropy has it
 
 
@@ -403,7 +405,7 @@ def find_source(dataset: str, data_dir: Path, seed: int, log, ignore):
 
 # ---- Prepared data ---------------------------------------------------------------------------
 
-FORMAT = 3  # raise it when the same source would give other token files: old caches are left
+FORMAT = 4  # raise it when the same source would give other token files: old caches are left
 BPE_BYTES = 30_000_000  # of training text, at most, teach merges
 
 
@@ -478,7 +480,7 @@ def _build(folder: Path, meta: dict, train, held, tokenizer, vocab_size: int, se
     random.Random(f"held-out {seed}").shuffle(held)
     streams = {"heldout": held}
     for split, documents in (("train", train), ("valid", held)):
-        for phase in PHASES:
+        for phase in (*CUTS, *DOCUMENTS):
             streams[f"{split}_{phase}"] = cut(documents, phase, tokenizer, seed)
     meta |= {
         "tokenizer": tokenizer.state(),
@@ -491,6 +493,14 @@ def _build(folder: Path, meta: dict, train, held, tokenizer, vocab_size: int, se
         if texts
     }
     for split in ("train", "valid"):
+        parts = [folder / f"{split}_{phase}.bin" for phase in DOCUMENTS if streams[f"{split}_{phase}"]]
+        if len(parts) == 2:
+            with open(folder / f"{split}_blended.bin", "wb") as blended:
+                for part in parts:
+                    with open(part, "rb") as file:
+                        shutil.copyfileobj(file, blended)
+            whole = np.memmap(blended.name, meta["dtype"], mode="r")
+            meta["streams"][f"{split}_blended"] = zlib.crc32(whole)
         if talks := streams[f"{split}_conversations"]:
             tokens = np.memmap(folder / f"{split}_conversations.bin", meta["dtype"], mode="r")
             answers = _answers(tokens, talks, tokenizer)
@@ -566,7 +576,7 @@ def main():
     """Show a piece of each phase of the nursery, and its entropy."""
     with config.one_line():
         documents, bits = nursery(NURSERY_BYTES[1], "sample")
-        for phase in PHASES:
+        for phase in (*CUTS, *DOCUMENTS):
             print(f"{phase}: {cut(documents, phase, Bytes())[0].strip()}\n")
         size = sum(len(document.encode()) for document in documents)
         print(f"entropy: {bits / size:.4f} bits per byte of {len(documents)} documents")

@@ -34,7 +34,9 @@ MAY_IMPORT = {
     "pii": set(),
     "ner": {"checkpoint", "config", "lif", "model", "pii"},
     "traits": {"config", "kernels", "lif"},
-    "cell_bridge": {"config"},  # for its command line
+    "cell_bridge": {"config", "experiments.cells"},
+    "experiments.cells": set(),
+    "experiments.esm2": {"config"},
     "blocks": {"cell_bridge", "kernels", "lif"},
     "spark": {"blocks", "kernels", "lif"},
     "model": {"blocks", "cell_bridge", "config", "lif", "spark", "traits"},
@@ -59,7 +61,7 @@ MAY_IMPORT = {
 }
 PACKAGES = {"torch", "numpy", "tiktoken", "requests", "tqdm"}
 OPTIONAL = {"triton", "snntorch", "spikingjelly", "norse"}  # imported where they are used
-OPTIONAL |= {"anndata", "h5py", "scipy", "matplotlib", "PIL"}
+OPTIONAL |= {"anndata", "h5py", "scipy", "matplotlib", "PIL", "transformers"}
 
 
 def imports(path):
