@@ -66,11 +66,11 @@ def seen(s):
 
 
 def test_all_settings_reach_the_model():
-    s = speaker("a", "b", temperature=0.3, top_k=7, top_p=0.6, seed=5)
+    s = speaker("a", "b", temperature=0.3, top_k=7, top_p=0.6, repetition=1.2, seed=5)
     for _ in range(2):
         list(s.speak("x"))
-    for temperature, top_k, top_p, generator, vocab in s.model.calls:
-        assert (temperature, top_k, top_p, vocab) == (0.3, 7, 0.6, BYTE.vocab_size)
+    for temperature, top_k, top_p, generator, *others in s.model.calls:
+        assert (temperature, top_k, top_p, others) == (0.3, 7, 0.6, [BYTE.vocab_size, 1.2])
         assert generator is s.generator and generator.initial_seed() == 5
 
 

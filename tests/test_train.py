@@ -468,7 +468,8 @@ def test_checkpointing_does_not_change_the_losses(text, tmp_path):
 
 def test_neither_processes_nor_sharding_change_the_losses(text, tmp_path):
     # sums over two processes round otherwise, and a spike may flip: the twin has none
-    more, two = [*BIG.split(), "--spikes=False"], tmp_path / "two"
+    more = [*BIG.split(), "--spikes=False", "--traits=memory:8 moe:4,8", "--rate_floor=0.01"]
+    two = tmp_path / "two"
     sharded = run_two(text, two, *more, "--shard=True", config=SNN_1B)
     assert_near(run(text, tmp_path / "one", *more, config=SNN_1B), sharded, 1e-4)
     (two / "step_00000008.pt").unlink()  # as if killed before the last save
