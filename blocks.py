@@ -64,6 +64,7 @@ class Block(nn.Module):
     closing = None  # class of the part after the last block
     has_norm = False  # whether what leaves the last part is normalised already
     shows_spikes = True  # whether `report.fired` is called
+    neurons = ""  # how the names of the vectors end that learn at neuron_lr; "": of all of them
 
 
 def spread(n, low, high):

@@ -515,6 +515,7 @@ class SparkBlock(Block):
     """
 
     closing, has_norm, shows_spikes = SparkOutput, True, False
+    neurons = (".w", ".theta", "w_beta.bias", "w_alpha.bias", "w_theta.bias")  # not halting, norms
 
     def __init__(self, config, index):
         super().__init__()
