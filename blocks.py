@@ -28,7 +28,7 @@ class NeuronSettings:
     surrogate: str = "triangle"  # derivative put in place of the step's: a name in lif.py
     slope: float = 1.0  # its slope
     reset: str = "soft"  # sam, whale: what a spike does to the membrane: a name in lif.py
-    reset_grad: bool = True  # sam, whale: let the gradient flow through the reset too
+    reset_grad: bool = True  # sam, whale, spark: let the gradient flow through the reset too
 
     CHOICES = {"surrogate": SURROGATES, "reset": RESETS}
     RANGE = {"beta_low": (1e-6, 1 - 1e-6), "beta_high": (1e-6, 1 - 1e-6)}
@@ -64,6 +64,7 @@ class Block(nn.Module):
     closing = None  # class of the part after the last block
     has_norm = False  # whether what leaves the last part is normalised already
     shows_spikes = True  # whether `report.fired` is called
+    neurons = ""  # how the names of the vectors end that learn at neuron_lr; "": of all of them
 
 
 def spread(n, low, high):

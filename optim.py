@@ -86,9 +86,10 @@ def make_optimizers(c, model, device):
     tables = {m.weight for m in model.modules() if isinstance(m, torch.nn.Embedding)} - ends
     synapses = {m.weight for m in model.modules() if isinstance(m, Synapse)}
     kinds = {"vector": [], "table": [], "matrix": [], "end": []}
-    for p in model.parameters():
+    for name, p in model.named_parameters():
         kind = "table" if p in tables else "end" if p in ends else "matrix"
-        kinds["vector" if p.dim() < 2 else kind].append(p)
+        vector = "vector" if name.endswith(model.blocks[0].neurons) else "table"  # lr, no decay
+        kinds[vector if p.dim() < 2 else kind].append(p)
 
     def group(params, lr, decay):
         return {"params": params, "lr": lr, "peak": lr, "weight_decay": decay}

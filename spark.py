@@ -29,7 +29,9 @@ CHANNELS = 256  # neurons of a program: loads ahead of time bring 4 bytes per th
 #     v   = pre - theta * s           # reset
 #
 # What such a neuron passes on is its membrane v (step form), or the leak of it, (1 - beta) * v
-# (row form): floats. Spikes act through the reset alone, and the surrogate's gradient with them.
+# (row form): floats. Spikes act through the reset alone, and the surrogate's gradient with them. In
+# NeuronSpark's own code they are constants there, so that no surrogate reaches the loss:
+# reset_grad=False. It learns far worse.
 
 
 class Frames:
@@ -73,12 +75,13 @@ class Frames:
 # ---- in plain PyTorch -------------------------------------------------------------------------
 
 
-def plif_torch(x, b, t, a=None, v=None, *, frames, slope=4.0):
+def plif_torch(x, b, t, a=None, v=None, *, frames, slope=4.0, reset_grad=True):
     """Run N parametric leaky neurons over the frames of a batch; the equations stand above.
 
     x: (B, F, N), an input per frame; or (B, T, N), one per token, held for the token's frames.
     b, t: (N,), the row form; or, together with a, (B, F, N), the step form. v: (B, N) or None.
-    frames: a Frames of count (B, T). slope: of the surrogate, a sigmoid.
+    frames: a Frames of count (B, T). slope: of the surrogate, a sigmoid. reset_grad: whether the
+    gradient also flows through the s of the reset.
 
     Returns what is passed on (B, F, N), meaningless in the padding; the rate (N,), spikes per frame
     that runs; and the membrane (B, N) after each sequence's last frame; in float32.
@@ -91,9 +94,9 @@ def plif_torch(x, b, t, a=None, v=None, *, frames, slope=4.0):
     alpha, theta = (1 - beta, t) if a is None else (F.softplus(a), 0.1 + t.abs())
     state = None if v is None else (v, torch.zeros_like(v))
     spikes, pre, _ = lif_torch(
-        alpha * x, beta, theta, state=state, surrogate="sigmoid", slope=slope
+        alpha * x, beta, theta, state=state, surrogate="sigmoid", slope=slope, reset_grad=reset_grad
     )
-    v = pre - theta * spikes  # after the reset, of all frames
+    v = pre - theta * (spikes if reset_grad else spikes.detach())  # after the reset, of all frames
     rate = torch.einsum("bf,bfn->n", frames.live.to(dtype), spikes) / frames.live.sum()
     last = (frames.length - 1)[:, None, None].expand(-1, 1, v.shape[2])
     return v if a is not None else (1 - beta) * v, rate, v.gather(1, last).squeeze(1)
@@ -122,8 +125,9 @@ def check_plif(x, b, t, a, v, frames):
 #
 # Backward, from the last frame to the first; a dash marks what belongs to the frame before:
 #   d_v   = d_out * (1 - beta, or 1) + beta_after * d_pre_after      (and d_v of the last frame)
-#   d_pre = d_v + g * (d_s - theta * d_v),   d_s = d_rate / number of frames
-#   d_theta = -s * d_v - g * (d_s - theta * d_v) = (1 - s) * d_v - d_pre
+#   d_pre = d_v + g * (d_s - theta * d_v),   d_s = d_rate / number of frames; without reset_grad
+#                                            - theta * d_v is not there
+#   d_theta = -s * d_v - (d_pre - d_v) = (1 - s) * d_v - d_pre
 #   d_beta = d_pre * v',  d_alpha = d_pre * x,  d_x = alpha * d_pre
 # In the row form alpha = 1 - beta, and so is the leak: d_beta -= d_pre * x + d_out * v.
 
@@ -194,7 +198,7 @@ def _plif_backward_kernel(
     p_d_out, p_d_s, p_d_v,  # each None if the loss does not depend on it; d_s (N,) of any spike
     p_d_x, p_d_b, p_d_t, p_d_a, p_d_v0,
     T, F, N, slope,
-    HELD: tl.constexpr, COLS: tl.constexpr,
+    HELD: tl.constexpr, RESET_GRAD: tl.constexpr, COLS: tl.constexpr,
 ):  # fmt: skip
     row, neurons, live = _row(N, COLS)
     state = row * N + neurons
@@ -236,7 +240,8 @@ def _plif_backward_kernel(
                 d_v += (1 - beta) * d_out if p_a is None else d_out
                 if p_a is None:
                     d_beta -= d_out * v
-            d_pre = d_v + surrogate_grad(u, slope, "sigmoid") * (d_s - theta * d_v)
+            by_s = d_s - theta * d_v if RESET_GRAD else d_s
+            d_pre = d_v + surrogate_grad(u, slope, "sigmoid") * by_s
             carry = beta * d_pre
 
             d_theta_now = (1 - s) * d_v - d_pre
@@ -272,12 +277,12 @@ def _plif_backward_kernel(
             tl.store(p_d_a + now, zero, mask=live)
 
 
-def _launch_plif(kernel, tensors, numbers, held):
+def _launch_plif(kernel, tensors, numbers, **options):
     """Run a kernel over all sequences and neurons; numbers begin with T, F, N."""
     grid = (tensors[4].shape[0] * triton.cdiv(numbers[2], CHANNELS),)  # tensors[4] is v0
     with torch.cuda.device_of(tensors[0]):
         kernel[grid](
-            *tensors, *numbers, HELD=held, COLS=CHANNELS, num_warps=4, enable_fp_fusion=False
+            *tensors, *numbers, **options, COLS=CHANNELS, num_warps=4, enable_fp_fusion=False
         )
 
 
@@ -285,15 +290,16 @@ class _PlifTriton(torch.autograd.Function):
     """The two kernels; x may be held, out and u are in the dtype of x."""
 
     @staticmethod
-    def forward(ctx, x, b, t, a, v0, frames, slope):
+    def forward(ctx, x, b, t, a, v0, frames, slope, reset_grad):
         B, F, N = v0.shape[0], frames.size, v0.shape[1]
         held = x.shape[1] != F
         ends = frames.count.cumsum(1) if held else frames.length[:, None]
         inputs = [y if y is None else y.contiguous() for y in (x, b, t, a, v0, ends)]
         out, u = x.new_empty(B, F, N), x.new_empty(B, F, N)
         spikes, v = (x.new_empty(B, N, dtype=torch.float32) for _ in range(2))
-        ctx.shape, ctx.held, ctx.slope = (ends.shape[1], F, N), held, slope
-        _launch_plif(_plif_forward_kernel, (*inputs, out, u, spikes, v), ctx.shape, held)
+        ctx.shape, ctx.slope = (ends.shape[1], F, N), slope
+        ctx.options = {"HELD": held, "RESET_GRAD": reset_grad}
+        _launch_plif(_plif_forward_kernel, (*inputs, out, u, spikes, v), ctx.shape, HELD=held)
         ctx.save_for_backward(*inputs, u)
         ctx.set_materialize_grads(False)
         return out, spikes.sum(0) / frames.length.sum(), v
@@ -313,14 +319,14 @@ class _PlifTriton(torch.autograd.Function):
         _launch_plif(
             _plif_backward_kernel,
             (x, b, t, a, v0, ends, u, *cotangents, d_x, d_b, d_t, d_a, d_v0),
-            (*ctx.shape, ctx.slope), ctx.held,
+            (*ctx.shape, ctx.slope), **ctx.options,
         )  # fmt: skip
         if a is None:
             d_b, d_t = d_b.sum(0), d_t.sum(0)
-        return d_x, d_b, d_t, d_a, d_v0, None, None
+        return d_x, d_b, d_t, d_a, d_v0, None, None, None
 
 
-def plif_triton(x, b, t, a=None, v=None, *, frames, slope=4.0):
+def plif_triton(x, b, t, a=None, v=None, *, frames, slope=4.0, reset_grad=True):
     """plif_torch on the GPU: the same arguments, shapes, results and errors.
 
     x is float32, bfloat16 or float16 and so is what is passed on; the rate and v are float32.
@@ -330,7 +336,7 @@ def plif_triton(x, b, t, a=None, v=None, *, frames, slope=4.0):
     if obstacle:
         raise obstacle
     v = x.new_zeros(x.shape[0], x.shape[2], dtype=torch.float32) if v is None else v
-    return _PlifTriton.apply(x, b, t, a, v, frames, float(slope))
+    return _PlifTriton.apply(x, b, t, a, v, frames, float(slope), bool(reset_grad))
 
 
 def plif(x, b, t, a=None, v=None, **options):
@@ -347,13 +353,16 @@ def plif(x, b, t, a=None, v=None, **options):
 class PLIF(nn.Module):
     """Parametric LIF neurons, theirs the decay and the threshold; they pass on their leak."""
 
-    def __init__(self, n, theta):
+    def __init__(self, config, n, theta):
         super().__init__()
+        self.config = config
         self.w = nn.Parameter(0.5 * torch.randn(n))  # decay sigmoid(w)
         self.theta = nn.Parameter(theta * (0.5 + torch.rand(n)))
 
     def forward(self, x, v, frames, report):  # (B, T or F, n) -> (B, F, n)
-        leak, rate, v = plif(x, self.w, self.theta, v=v, frames=frames)
+        leak, rate, v = plif(
+            x, self.w, self.theta, v=v, frames=frames, reset_grad=self.config.reset_grad
+        )
         report.rates.append(rate)
         return leak, v
 
@@ -367,7 +376,7 @@ class SelectiveNeurons(nn.Module):
     def __init__(self, config):
         super().__init__()
         D, N = config.n_hidden, config.n_state
-        self.sites = D * N
+        self.config, self.sites = config, D * N
         self.w_in, self.w_out = Linear(D, D * N, bias=False), Linear(D * N, D, bias=False)
         self.w_beta, self.w_alpha, self.w_theta = (Linear(D, D * N) for _ in range(3))
         self.w_gate, self.w_skip = Linear(D, D, bias=False), Linear(D, D, bias=False)
@@ -387,7 +396,7 @@ class SelectiveNeurons(nn.Module):
         k = frames.per_token
         v_all, rate, v = plif(
             self.w_in(z, report, k), self.w_beta(z, report, k), self.w_theta(z, report, k),
-            self.w_alpha(z, report, k), v, frames=frames,
+            self.w_alpha(z, report, k), v, frames=frames, reset_grad=self.config.reset_grad,
         )  # fmt: skip
         report.rates.append(rate)
         y = self.w_out(v_all, report, k) * torch.sigmoid(self.w_gate(z, report, k))
@@ -403,7 +412,7 @@ class SpikingFFN(nn.Module):
         self.sites = 2 * H
         self.w_gate, self.w_up = Linear(D, H, bias=False), Linear(D, H, bias=False)
         self.w_down, self.w_skip = Linear(H, D, bias=False), Linear(D, D, bias=False)
-        self.neurons = PLIF(2 * H, 0.15)
+        self.neurons = PLIF(config, 2 * H, 0.15)
 
     def forward(self, z, v, frames, weight, report):  # (B, F, D) -> (B, T, D)
         k = frames.per_token
@@ -424,7 +433,8 @@ class Pondered(nn.Module):
     to K is how many frames such a token expects to run, and so many it runs, rounded up; the last
     counts by the fraction: what comes out is continuous in p, and says whether more frames would
     help. lambda_k ~ p (1-p)^(k-1) over the frames that run, in sum 1. In the others the neurons
-    stand still. With `adaptive` off all K run, as in the paper.
+    stand still. With `adaptive` off all K run, and E[K] is sum_k k lambda_k, as in the paper: where
+    on average the output comes from, 7.9 of 16 at the start against our 12.9.
     """
 
     adaptive = True
@@ -434,7 +444,7 @@ class Pondered(nn.Module):
         D = config.n_hidden
         self.config = config
         self.norm = nn.RMSNorm(D, eps=1e-6)
-        self.neurons = PLIF(D, 0.5)
+        self.neurons = PLIF(config, D, 0.5)
         self.inner = inner(config)
         self.sites = [D, self.inner.sites]
         self.w_halt = nn.Parameter(torch.empty(D).uniform_(-1, 1))
@@ -460,9 +470,11 @@ class Pondered(nn.Module):
         if self.adaptive:
             count = expected.detach().ceil().long()
             reached = reached * (expected.unsqueeze(-1) - k).clamp(0, 1)
-        else:
+        weight = reached / reached.sum(-1, keepdim=True)
+        if not self.adaptive:
             count = torch.full_like(expected, K, dtype=torch.long)
-        return Frames(count, K), reached / reached.sum(-1, keepdim=True), expected
+            expected = (weight * (k + 1)).sum(-1)
+        return Frames(count, K), weight, expected
 
 
 class SparkOutput(nn.Module):
@@ -473,7 +485,7 @@ class SparkOutput(nn.Module):
         D = config.n_hidden
         self.k_max, self.sites = config.k_max, [D]
         self.norm, self.inhibit = nn.RMSNorm(D, eps=1e-6), nn.RMSNorm(D, eps=1e-6)
-        self.neurons = PLIF(D, 0.3)
+        self.neurons = PLIF(config, D, 0.3)
         self.w = Linear(D, D)
 
     def forward(self, x, v, seen, report):  # (B, T, D), v (B, D) or None -> (B, T, D), v
@@ -503,6 +515,7 @@ class SparkBlock(Block):
     """
 
     closing, has_norm, shows_spikes = SparkOutput, True, False
+    neurons = (".w", ".theta", "w_beta.bias", "w_alpha.bias", "w_theta.bias")  # not halting, norms
 
     def __init__(self, config, index):
         super().__init__()

@@ -68,7 +68,7 @@ class TrainConfig(ModelConfig):
     micro_tokens: int = 2048  # tokens in one forward and backward per process: less saves memory
     optimizer: str = "adamw"  # adamw | muon (for the matrices inside blocks and traits)
     lr: float = 2e-3  # peak learning rate of AdamW
-    neuron_lr: float = 1.0  # times lr, for vectors: decays, thresholds, biases, norms
+    neuron_lr: float = 1.0  # times lr, for vectors: decays, biases, norms; spark: its neurons' own
     muon_lr: float = 0.02  # peak learning rate of Muon
     min_lr: float = 0.05  # the cosine ends at this share of the peak
     warmup_steps: int = 50  # linear warm-up

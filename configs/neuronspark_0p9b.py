@@ -16,7 +16,7 @@ rate_weight = 0.0
 ponder_weight = 0.01
 stress_gain = 0.0
 
-# optimiser: neuron parameters learn ten times as fast
+# optimiser: decays and thresholds, and the biases that they come from, learn ten times as fast
 lr = 2e-4
 neuron_lr = 10.0
 beta2 = 0.999

@@ -18,7 +18,7 @@ rate_weight = 0.0
 ponder_weight = 0.001  # at the paper's 0.01 E[K] falls towards 1 before frames prove useful
 stress_gain = 0.0
 
-# optimiser: vectors, the neurons' parameters among them, learn faster
+# optimiser: decays and thresholds, and the biases that they come from, learn faster
 lr = 2e-3
 neuron_lr = 5.0
 tokens_per_step = 2048

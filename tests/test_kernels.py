@@ -545,7 +545,8 @@ def compile_plif():
         x = torch.ones(2, 3 if held else frames.size, 48, dtype=dtype, requires_grad=True)
         per_frame = torch.ones(2, frames.size, 48, dtype=dtype, requires_grad=True)
         neurons = [per_frame] * 3 if step else [torch.ones(48, requires_grad=True)] * 2
-        sum(y.float().sum() for y in plif_triton(x, *neurons, frames=frames)).backward()
+        outputs = plif_triton(x, *neurons, frames=frames, reset_grad=step)
+        sum(y.float().sum() for y in outputs).backward()
 
 
 class Compiled:

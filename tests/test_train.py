@@ -500,6 +500,22 @@ def test_every_parameter_has_one_optimiser_of_its_kind():
         assert lr[name] == ("AdamW", 10 * c.lr, 0.0), name
 
 
+def test_of_neuronspark_the_neurons_alone_learn_faster():
+    c = config.load(TrainConfig, ["configs/neuronspark_6m.py", "--traits=engram:11"])
+    with torch.device("meta"):
+        model = SpikingLM(c)
+    (adamw,) = make_optimizers(c, model, torch.device("cpu"))
+    names = {id(p): name for name, p in model.named_parameters()}
+    lr = {names[id(p)]: g["peak"] / c.lr for g in adamw.param_groups for p in g["params"]}
+    fast = {re.sub(r".*\.(\w+\.\w+)$", r"\1", name) for name in lr if lr[name] == c.neuron_lr}
+    biases = {f"w_{x}.bias" for x in ("beta", "alpha", "theta")}
+    assert fast == {"neurons.w", "neurons.theta"} | biases and len(lr) == len(names)
+    assert {x for name, x in lr.items() if "halt" in name or "norm" in name} == {1}
+    assert lr["parts.closing.w.bias"] == lr["parts.closing.inhibit.weight"] == 1
+    plain = [g for g in adamw.param_groups if any(p.dim() < 2 for p in g["params"])]
+    assert all(g["weight_decay"] == 0 for g in plain)
+
+
 def test_muon_moves_a_synapse_as_it_would_the_transposed_linear():
     settings = ["configs/snn_6m.py", "--n_hidden=8", "--n_embd=8", "--d_ff=32", "--keys=4", "--n_head=2"]
     moved = []
