@@ -397,7 +397,9 @@ def set_rates(model, rates):
 # ---- command line -----------------------------------------------------------------------------
 
 COMMANDS = {"train": train, "generate": generate}
-EXPERIMENTS = "scan params ablate recall frames all".split()  # experiments/NAME.py, its function NAME
+EXPERIMENTS = (
+    "scan params ablate recall frames all".split()
+)  # experiments/NAME.py, its function NAME
 
 
 def command_of(name):
@@ -444,9 +446,7 @@ def main(argv):
         path = c.save and config.writable(f"results/{file}.json")
         result = environment(run.device, c.seed) | command(c, run, **own)
         if path:
-            private = ("_dir", "dataset", "ckpt")
-            settings = {k: v for k, v in asdict(c).items() if not k.endswith(private)}
-            write_result(path, result | {"config": settings})
+            write_result(path, result, c)
 
 
 if __name__ == "__main__":

@@ -31,9 +31,9 @@ from sources import (
     read_records, real_sam, sample_mixture, sha256_of,
 )  # fmt: skip
 from tokenizer import Bytes, DataError, Tokenizer, sha256, tokenizer_from_state, train_tokenizer
+from traits import IGNORED
 
 PHASES = ("words", "phrases", "sentences", "stories", "conversations")  # the curriculum
-IGNORED = -100  # a target that does not count, as PyTorch's cross_entropy has it
 
 
 def turn(text: str) -> str:

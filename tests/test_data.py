@@ -27,7 +27,6 @@ from test_tokenizer import SAMPLE, make, random_text
 
 import data
 import sources
-import traits
 import train
 from sources import tell
 from tokenizer import BPE, Bytes, DataError
@@ -1074,7 +1073,6 @@ def test_a_feed_of_answers_ignores_the_rest():
         x, y = feed.next(phase, 5)
         assert torch.equal(y == data.IGNORED, (x + 1) % 3 != 0)
         assert torch.equal(y[y != data.IGNORED], (x + 1)[y != data.IGNORED])
-    assert data.IGNORED == traits.IGNORED
 
 
 def test_a_feed_streams_and_knows_where_it_is(rows_server, tmp_path, monkeypatch):
