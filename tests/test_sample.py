@@ -3,8 +3,10 @@
 import codecs
 import contextlib
 import io
+import math
 import os
 import pty
+import re
 import signal
 import subprocess
 import sys
@@ -322,7 +324,7 @@ def test_a_chat_through_a_pipe(ckpt, monkeypatch, capsys):
     assert not out.startswith(">") and "lif" not in out and out.count("\n") >= 2
 
 
-@pytest.mark.parametrize("script", ["sample.py", "cell_bridge.py"])
+@pytest.mark.parametrize("script", ["train.py", "sample.py", "cell_bridge.py"])
 def test_ctrl_c_while_torch_is_imported(script):
     start = [sys.executable, "-X", "importtime", script]
     process = subprocess.Popen(start, cwd=ROOT, stderr=subprocess.PIPE, text=True)
@@ -345,6 +347,9 @@ def test_eval_reads_what_training_reads(ckpt, tmp_path, monkeypatch, capsys):
     out, err = run(capsys, f"--ckpt={ckpt}", "--eval=~/texts")
     assert out.startswith(f"{12 + 10 + 9 + 3} tokens, {12 + 10 + 9} bytes, 3 documents\n")
     assert "skipped 1 malformed" in err and "grammar" not in out
+    nats, bits = (float(re.search(rf"{x} +([\d.]+)", out)[1]) for x in ("token", "byte"))
+    assert bits == pytest.approx(nats * 34 / 31 / math.log(2), rel=1e-3)
+    assert re.search(r"SynOps +\d+ triggered per token, [\d.]+% of \d+", out)
     assert run(capsys, f"--ckpt={ckpt}", "--eval=~/texts", "--eval_length=2").out != out
     assert "no file or folder" in run(capsys, f"--ckpt={ckpt}", "--eval=~/none", code=2).err
 
