@@ -1,12 +1,6 @@
-"""Everything one looks at: the page of a model, spikes in the terminal, pictures.
+"""A model that speaks, and all one looks at: its page, spikes in the terminal, pictures.
 
-python sample.py --serve
-python sample.py --serve --run=out/sam_6m
-python sample.py --spikes --prompt="Once upon a time"
-python sample.py --picture=raster.png
-python sample.py --picture=loss.png --run="out/sam_6m out/gpt_6m"
-
-The page is page.html; `Page` answers its requests. `neurons_of` alone knows how a block names its
+sample.py is its command line. The page is page.html; `Page` answers its requests. `neurons_of` alone knows how a block names its
 neurons. matplotlib is optional: only who draws a picture needs it.
 """
 
@@ -113,15 +107,16 @@ def layers(model):
     return found
 
 
-# ---- a model that is watched -------------------------------------------------------------------
+# ---- a model that speaks, and one that is watched -----------------------------------------------
 
 
-class Watcher:
-    """A model that runs every token alone and tells what each neuron did. c: a SampleConfig."""
+class Speaker:
+    """A model, its tokenizer and the state of what has been said so far. c: a SampleConfig."""
+
+    AT_ONCE = 512  # tokens of a prompt, so that a long one takes no more memory
 
     def __init__(self, model, tokenizer, c):
         self.model, self.tokenizer, self.c = model, tokenizer, c
-        self.layers = layers(model)
         self.forget()
 
     def forget(self):
@@ -129,59 +124,82 @@ class Watcher:
         self.generator = torch.Generator(self.model.stress.device).manual_seed(self.c.seed)
         self.decoder = codecs.getincrementaldecoder("utf-8")("replace")
         self.state, self.logits, self.seen, self.stopping = None, None, 0, False
-        for layer in self.layers:
-            layer.total = torch.zeros_like(layer.out)  # spikes per neuron
 
-    def read(self, token, own):
-        """Run one token: how surprising it was, and what it did. own: the model wrote it."""
-        start, event = time.perf_counter(), {"own": own, "likely": []}
-        if self.logits is not None:
-            nats = -self.logits.log_softmax(-1)[0]
-            event["bits"] = round(nats[token].item() / math.log(2), 3)
-            for i in nats.topk(min(5, len(nats)), largest=False).indices.tolist():
-                text = self.tokenizer.decode([i]) if i != self.tokenizer.end else "(end)"
-                event["likely"].append([text, round(math.exp(-nats[i]), 4)])
-        tokens = torch.tensor([[token]], device=self.generator.device)
-        logits, self.state, report = self.model(tokens, self.state)
+    def read(self, ids, own):
+        """Run tokens. Returns an event: their text, and whether the model wrote them."""
+        tokens = torch.tensor([ids], device=self.generator.device)
+        logits, self.state, self.report = self.model(tokens, self.state)
         self.logits = logits[:, -1, : self.tokenizer.vocab_size].float()
-        self.seen += 1
-        event |= {"seen": self.seen, "macs": report.macs, "rate": [], "fired": [], "membrane": []}
-        for layer, rate in zip(self.layers, (rate.cpu() for rate in report.rates)):
-            layer.total += rate
-            event["rate"].append(round(rate.mean().item(), 4))
-            event["fired"].append((rate[layer.shown] > 0).nonzero()[:, 0].tolist())
-            v = layer.membrane(self.state)[layer.shown]
-            event["membrane"].append([round(x, 2) for x in v.tolist()])
-        event["synops"] = round(sum(float(triggered) for triggered, _ in report.synapses))
-        event["synapses"] = sum(every for _, every in report.synapses)
-        event["state_bytes"] = sum(x.nbytes for x in tensors(self.state))
-        event["text"] = self.decoder.decode(self.tokenizer.decode_bytes([token]))
-        return event | {"seconds": round(time.perf_counter() - start, 5)}
+        self.seen += len(ids)
+        return {"own": own, "text": self.decoder.decode(self.tokenizer.decode_bytes(ids))}
 
     @torch.no_grad()
     def speak(self, text, n, temperature, until=None):
-        """Yield what happens at each token of the text, and of n more that the model writes. It
-        ends at the end token and, in a turn of a chat, before the string `until`."""
-        self.stopping, ids, c = False, self.tokenizer.encode(text), self.c
-        for token in [self.tokenizer.end] * (self.state is None) + ids:
+        """Yield the events of the text, and of at most n tokens more that the model writes. It ends
+        at the end token and, in a turn of a chat, before the string `until`: neither becomes part
+        of what was said."""
+        self.stopping, c, encode = False, self.c, self.tokenizer.encode
+        ids = [self.tokenizer.end] * (self.state is None) + encode(text)
+        for at in range(0, len(ids), self.AT_ONCE):
             if not self.stopping:
-                yield self.read(token, own=False)
+                yield self.read(ids[at : at + self.AT_ONCE], own=False)
         held = []  # (event, what was before it): what may be the start of `until`
         while n > 0 and not self.stopping:
             n, before = n - 1, (self.state, self.logits, self.seen)
             token = pick(self.logits, temperature, c.top_k, c.top_p, self.generator).item()
             if token == self.tokenizer.end:
                 break
-            held.append((self.read(token, own=True), before))
+            held.append((self.read([token], own=True), before))
             said = "".join(event["text"] for event, _ in held)
             if until and until in said:  # as if it had not begun to say it
-                while said.find(until) < sum(len(event["text"]) for event, _ in held):
-                    _, (self.state, self.logits, self.seen) = held.pop()
+                whole = said[: said.find(until)]
+                while len(said) > len(whole):
+                    event, (self.state, self.logits, self.seen) = held.pop()
+                    said = said[: len(said) - len(event["text"])]
+                self.decoder.reset()
+                held += [(self.read([i], own=True), None) for i in encode(whole[len(said) :])]
                 break
             if not until or not any(said.endswith(until[:k]) for k in range(1, len(until))):
                 yield from (event for event, _ in held)
                 held = []
         yield from (event for event, _ in held)
+
+
+class Watcher(Speaker):
+    """One that runs every token alone; its events tell what each neuron did."""
+
+    AT_ONCE = 1
+
+    def __init__(self, model, tokenizer, c):
+        self.layers = layers(model)
+        super().__init__(model, tokenizer, c)
+
+    def forget(self):
+        super().forget()
+        for layer in self.layers:
+            layer.total = torch.zeros_like(layer.out)  # spikes per neuron
+
+    def read(self, ids, own):
+        """Run one token: how surprising it was, and what it did."""
+        start, event = time.perf_counter(), {"likely": [], "rate": [], "fired": [], "membrane": []}
+        if self.logits is not None:
+            nats = -self.logits.log_softmax(-1)[0]
+            event["bits"] = round(nats[ids[0]].item() / math.log(2), 3)
+            for i in nats.topk(min(5, len(nats)), largest=False).indices.tolist():
+                text = self.tokenizer.decode([i]) if i != self.tokenizer.end else "(end)"
+                event["likely"].append([text, round(math.exp(-nats[i]), 4)])
+        event |= super().read(ids, own)
+        event |= {"seen": self.seen, "macs": self.report.macs}
+        for layer, rate in zip(self.layers, (rate.cpu() for rate in self.report.rates)):
+            layer.total += rate
+            event["rate"].append(round(rate.mean().item(), 4))
+            event["fired"].append((rate[layer.shown] > 0).nonzero()[:, 0].tolist())
+            v = layer.membrane(self.state)[layer.shown]
+            event["membrane"].append([round(x, 2) for x in v.tolist()])
+        event["synops"] = round(sum(float(triggered) for triggered, _ in self.report.synapses))
+        event["synapses"] = sum(every for _, every in self.report.synapses)
+        event["state_bytes"] = sum(x.nbytes for x in tensors(self.state))
+        return event | {"seconds": round(time.perf_counter() - start, 5)}
 
     def describe(self):
         """What the page has to know of the model."""
@@ -307,12 +325,10 @@ class Page(BaseHTTPRequestHandler):
     def think(self, tab, asked):
         """Let the model read a text and write."""
         text, n, heat = (asked.get(key) for key in ("text", "tokens", "temperature"))
-        is_text = isinstance(text, str) and len(text) <= TEXT
-        refuse(not is_text, 400, f"text must be a string of at most {TEXT} characters")
-        is_count = type(n) is int and 0 <= n <= TOKENS
-        refuse(not is_count, 400, f"tokens must be a whole number from 0 to {TOKENS}")
-        is_heat = type(heat) in (int, float) and 0 <= heat <= 5
-        refuse(not is_heat, 400, "temperature must be a number from 0 to 5")
+        is_fine = isinstance(text, str) and len(text) <= TEXT and type(n) is int
+        is_fine = is_fine and 0 <= n <= TOKENS and type(heat) in (int, float) and 0 <= heat <= 5
+        wanted = f"text of at most {TEXT} characters, 0 to {TOKENS} tokens, a temperature of 0 to 5"
+        refuse(not is_fine, 400, f"send {wanted}")
         until = "\n" + YOU.rstrip() if asked.get("chat") else None
         text = "\n" * bool(tab.seen) + turn(text) if until else text
         try:
@@ -470,7 +486,7 @@ def neurons(axes, layer, rate):
         own = layer.program[layer.order] == k
         label = f"{name.replace('_', ' ')} ({int(own.sum())})"
         marker = "o^sDvP"[k]  # told apart in grey, too
-        axes.scatter(x[own], y[own], area[own], f"C{k}", marker, label=label, linewidths=0)
+        axes.scatter(x[own], y[own], area[own], f"C{k}", marker=marker, label=label, lw=0)
         axes.legend(loc="upper center", bbox_to_anchor=(0.5, 0), ncols=2, fontsize=7)
     axes.set(title=f"layer {layer.name}: {N} neurons", aspect="equal", xticks=[], yticks=[])
 
