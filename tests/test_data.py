@@ -1102,18 +1102,6 @@ def test_turn():
     assert text.startswith(data.turn(text[len(data.YOU) : text.index("\n")]) + " ")
 
 
-def test_main(capsys, monkeypatch):
-    data.main()
-    out = capsys.readouterr().out
-    assert "bits per byte" in out and all(f"{phase}: " in out for phase in data.PHASES)
-    for error, code in ((KeyboardInterrupt, 130), (BrokenPipeError, 141)):
-        monkeypatch.setattr(data, "cut", lambda *_: (_ for _ in ()).throw(error))
-        monkeypatch.setattr(data.config.os, "dup2", lambda *_: None)
-        with pytest.raises(SystemExit) as caught:
-            data.main()
-        assert caught.value.code == code and capsys.readouterr().err == ""
-
-
 def test_training_goes_on_in_a_stream_where_it_stopped(rows_server, tmp_path, monkeypatch):
     monkeypatch.setattr(sources, "HELD_BYTES", 2_000)
     monkeypatch.setattr(sources, "SAMPLE_BYTES", 8_000)

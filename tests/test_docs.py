@@ -29,7 +29,7 @@ MAY_IMPORT = {
     "lif": {"config"},  # for its command line
     "tokenizer": set(),
     "sources": {"tokenizer"},
-    "data": {"config", "sources", "tokenizer", "traits"},
+    "data": {"sources", "tokenizer", "traits"},
     "kernels": {"lif"},
     "pii": set(),
     "ner": {"checkpoint", "config", "lif", "model", "pii"},
