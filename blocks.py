@@ -155,14 +155,24 @@ class SamBlock(Block):
 
 
 class MembraneReadout(nn.Module):
-    """After SpikeWhale's blocks: W tanh(membranes before the reset), of all layers side by side."""
+    """After SpikeWhale's blocks: W tanh(membranes before the reset), of all layers side by side.
+
+    readout_decay is a setting of the card without an equation; here it is the decay of a moving
+    average of what W reads.
+    """
 
     def __init__(self, config):
         super().__init__()
+        self.decay = config.readout_decay
         self.mix = Linear(config.n_layer * config.n_hidden, config.n_embd)
 
     def forward(self, x, state, seen, report):  # -> (B, T, n_embd)
-        return self.mix(torch.tanh(torch.cat(seen.membranes, -1)), report), None
+        h = torch.tanh(torch.cat(seen.membranes, -1))
+        if self.decay:
+            beta = torch.full_like(h[0, 0], self.decay, dtype=torch.float32)
+            current = (1 - self.decay) * h
+            _, h, state = lif(current, beta, torch.ones_like(beta), state=state, reset="none")
+        return self.mix(h, report), state
 
 
 SPIKE_INPUT_GAIN = 2.5  # starting scale of the synapses into layers fed by spikes
@@ -173,8 +183,10 @@ CLAMP = 30.0  # bound of the soft clamp on the membrane
 class WhaleSettings:
     # whale
     modulation: str = "program"  # gene programs set neurons | shuffled: control | none: all equal
+    readout_decay: float = 0.0  # the readout sees a moving average of the membranes; 0: as they are
 
     CHOICES = {"modulation": ("program", "shuffled", "none")}
+    RANGE = {"readout_decay": (0, 0.999)}
 
 
 @block("whale", WhaleSettings)
@@ -182,7 +194,9 @@ class WhaleBlock(Block):
     """SpikeWhale: recurrent neurons whose excitability gene programs set; its spikes go on alone.
 
     pre = beta v + gain * W_in x + W_rec s;  s = 1[pre >= theta];  v = softclamp(pre - theta s)
-    The first layer reads floats, the others spikes. A MembraneReadout reads all of them.
+    The first layer reads floats, the others spikes. A MembraneReadout reads all of them. The card
+    speaks of one modulation; here each layer draws genes for its neurons and learns strengths of
+    its own, 54 numbers, so that a layer may answer to other programs than the next.
     """
 
     heads, width, closing = "rec_heads", "n_embd", MembraneReadout
@@ -288,6 +302,7 @@ class SNNBlock(Block):
     def __init__(self, config, index):
         super().__init__()
         c, D, N = config, config.n_hidden, config.d_ff
+        self.index = index
         self.a = Population(D, c, True, c.beta_high)
         self.h = Population(N, c, False, c.beta_high)
         self.w_in, self.w_out = matrix(c, D, N), matrix(c, N, D)
@@ -305,7 +320,11 @@ class SNNBlock(Block):
         a, now["a"] = self.a(z, state.get("a"), report)
         found, now["mix"] = self.mix(a, z, state.get("mix"), report)
         h, now["h"] = self.h(self.w_in(a, report), state.get("h"), report)
-        return x + self.w_out(h, report) + found, now
+        fed = self.w_out(h, report)
+        if x.shape[1] > 1 and not torch.is_grad_enabled():  # of the block's two updates
+            norms = [y.norm(dim=-1).mean() for y in (found, fed)]
+            report.log[f"fast weights {self.index}"] = norms[0] / sum(norms)
+        return x + fed + found, now
 
 
 def matrix(c, fan_in, fan_out):

@@ -33,7 +33,8 @@ from sources import (
 from tokenizer import DataError, Tokenizer, sha256, tokenizer_from_state, train_tokenizer
 from traits import IGNORED
 
-PHASES = ("words", "phrases", "sentences", "stories", "conversations")  # the curriculum
+DOCUMENTS = ("stories", "conversations")
+PHASES = ("words", "phrases", "sentences", *DOCUMENTS, "blended")  # blended: all documents
 
 
 def turn(text: str) -> str:
@@ -402,7 +403,7 @@ def find_source(dataset: str, data_dir: Path, seed: int, log, ignore):
 
 # ---- Prepared data ---------------------------------------------------------------------------
 
-FORMAT = 3  # raise it when the same source would give other token files: old caches are left
+FORMAT = 4  # raise it when the same source would give other token files: old caches are left
 BPE_BYTES = 30_000_000  # of training text, at most, teach merges
 
 
@@ -474,7 +475,7 @@ def _build(folder: Path, meta: dict, train, held, tokenizer, vocab_size: int, se
     random.Random(f"held-out {seed}").shuffle(held)
     streams = {"heldout": held}
     for split, documents in (("train", train), ("valid", held)):
-        for phase in PHASES:
+        for phase in (*CUTS, *DOCUMENTS):
             streams[f"{split}_{phase}"] = cut(documents, phase, tokenizer, seed)
     meta |= {
         "tokenizer": tokenizer.state(),
@@ -488,6 +489,12 @@ def _build(folder: Path, meta: dict, train, held, tokenizer, vocab_size: int, se
             tokens = np.memmap(path, meta["dtype"], mode="r")
             answers = _answers(tokens, streams[name], tokenizer)
             answers.tofile(folder / f"{name.split('_')[0]}_answers.bin")
+    for split in ("train", "valid"):
+        parts = [folder / f"{split}_{phase}.bin" for phase in DOCUMENTS]
+        if all(part.exists() for part in parts):
+            with open(folder / f"{split}_blended.bin", "wb") as blended:
+                for part in parts:
+                    np.memmap(part, mode="r").tofile(blended)
     meta["streams"] = {p.stem: zlib.crc32(np.memmap(p, mode="r")) for p in folder.glob("*.bin")}
     content = json.dumps(meta)
     (folder / "meta.json").write_text(json.dumps({"hash": sha256(content), "content": content}))

@@ -41,6 +41,7 @@ class ModelConfig(*reversed(SETTINGS)):  # what the blocks bring, then:
     rate_target: float = 0.1  # spikes per neuron and token; synops: triggered share of synapses
     rate_weight: float = 10.0  # weight of the penalty (rate - target)^2, summed over layers
     rate_penalty: str = "both"  # both | above: a layer's | below: a neuron's | synops: all, above
+    rate_floor: float = 0.0  # beside that, neurons that fire less are pressed to fire more; 0: none
 
     CHOICES = {"block": BLOCKS, "encoder": ("spikes", "float")}
     CHOICES |= {"rate_penalty": ("both", "above", "below", "synops")}
@@ -218,14 +219,16 @@ class SpikingLM(nn.Module):
         the outer derivative: it is linear in the rate, hence the same for any micro-batches.
         """
         c, before, total = self.config, self.rate.split(self.sites), 0.0
+        floor = c.rate_target if c.rate_penalty == "below" else c.rate_floor
+        for old, rate in zip(before, rates):  # per neuron (SpikeWhale): none may die
+            total = total + 2 * c.rate_weight * ((old - floor).clamp(max=0) * rate).mean()
+        if c.rate_penalty == "below":
+            return total
         if c.rate_penalty == "synops":  # of the whole model
             before, rates = [self.synop_share(before)], [self.synop_share(rates)]
-        for old, rate in zip(before, rates):
-            if c.rate_penalty == "below":  # per neuron (SpikeWhale): none may die
-                pressure = (old - c.rate_target).clamp(max=0)
-            else:  # of the layer (Real Sam)
-                pressure = old.mean() - c.rate_target
-                pressure = pressure if c.rate_penalty == "both" else pressure.clamp(min=0)
+        for old, rate in zip(before, rates):  # of the layer (Real Sam)
+            pressure = old.mean() - c.rate_target
+            pressure = pressure if c.rate_penalty == "both" else pressure.clamp(min=0)
             total = total + 2 * c.rate_weight * (pressure * rate).mean()
         return total
 
@@ -293,18 +296,28 @@ class SpikingLM(nn.Module):
 
     @torch.no_grad()
     def generate(
-        self, tokens, state=None, temperature=1.0, top_k=0, top_p=1.0, generator=None, vocab=None
-    ):
+        self, tokens, state=None, temperature=1.0, top_k=0, top_p=1.0, generator=None, vocab=None,
+        repetition=1.0,
+    ):  # fmt: skip
         """Yield (token (B, 1), state) for ever, in constant time and memory per token.
 
         tokens (B, T) is the prompt after `state`. The yielded state has seen all but the yielded
         token, so a chat goes on with generate([token, more ...], state). vocab: draw from the first
-        `vocab` tokens only, for a tokenizer that uses fewer than the embedding has.
+        `vocab` tokens only, for a tokenizer that uses fewer than the embedding has. repetition: the
+        odds of tokens of this prompt and of what was drawn since are lowered (Keskar et al. 2019,
+        1909.05858): a logit above 0 is divided by it, one below 0 multiplied.
         """
+        said = torch.zeros(len(tokens), self.config.vocab_size, dtype=torch.bool).to(tokens.device)
+        said.scatter_(1, tokens, True)
         for chunk in tokens.split(512, dim=1):  # so that a long prompt takes no more memory
             logits, state, _ = self(chunk, state)
         while True:
-            token = pick(logits[:, -1, :vocab], temperature, top_k, top_p, generator)
+            last = logits[:, -1].float()
+            if repetition != 1:
+                lower = torch.where(last > 0, last / repetition, last * repetition)
+                last = last.where(~said, lower)
+            token = pick(last[:, :vocab], temperature, top_k, top_p, generator)
+            said.scatter_(1, token, True)
             yield token, state
             logits, state, _ = self(token, state)
 

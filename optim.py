@@ -70,11 +70,11 @@ OPTIMIZERS = {
 }
 
 
-def schedule(c, step):
-    """Share of the peak learning rate: linear warm-up, then a cosine to min_lr at max_steps."""
+def schedule(c, step, steps):
+    """Share of the peak learning rate: linear warm-up, then a cosine to min_lr at `steps`."""
     if step < c.warmup_steps:
         return (step + 1) / c.warmup_steps
-    done = (step - c.warmup_steps) / max(1, c.max_steps - c.warmup_steps)
+    done = (step - c.warmup_steps) / max(1, steps - c.warmup_steps)
     return c.min_lr + (1 - c.min_lr) * 0.5 * (1 + math.cos(math.pi * min(1, done)))
 
 

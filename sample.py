@@ -54,6 +54,7 @@ class SampleConfig:
     temperature: float = 0.7  # 0 takes the likeliest token every time
     top_k: int = 0  # draw from the k likeliest tokens; 0 from all
     top_p: float = 0.95  # draw from the fewest tokens that hold this much probability
+    repetition: float = 1.0  # above 1 tokens that were said are drawn less often; 1.2 is usual
     seed: int = 1337  # of the draws
     eval_length: int = 256  # tokens of a row that is scored; each starts from silence
     device: str = "auto"  # auto | cpu | cuda | mps
@@ -63,7 +64,7 @@ class SampleConfig:
     CHOICES = {"dtype": ("float32", "bfloat16")}
     RANGE = {name: (0, math.inf) for name in ("temperature", "top_k", "max_new_tokens", "seed")}
     RANGE |= {"top_p": (1e-300, 1), "eval_length": (1, math.inf), "threads": (0, 1024)}
-    RANGE |= {"port": (0, 65535)}
+    RANGE |= {"port": (0, 65535), "repetition": (0.1, 100)}
     FIRST = "ckpt prompt chat serve eval temperature top_p top_k max_new_tokens device seed"
 
     __post_init__ = config.check

@@ -60,6 +60,7 @@ class TrainConfig(ModelConfig):
     data_dir: str = "data"  # where downloads and token caches live
     tokenizer: str = "bpe"  # bpe | lengthmax | byte | char | gpt2
     phases: str = "words:8 phrases:16 sentences:32 stories:64 conversations:64"  # name:length ...
+    lr_restart: bool = False  # the learning rate begins anew with each phase
     phase_share: float = 0.1  # a phase but the last takes at most this share of max_steps
     rehearse: float = 0.0  # share of a batch drawn from the phase before
     answers_only: bool = False  # conversations only, and the loss on what Sam says alone
@@ -141,6 +142,15 @@ class Position:
         """Whether it is time for an evaluation."""
         is_time = self.step % c.eval_interval == 0 or self.step == c.max_steps
         return self.step != self.evaluated and (is_time or self.had_its_share(c))
+
+    def on_schedule(self, c):
+        """(steps taken, steps in all) that the learning rate follows: those of the run, or of the
+        phase. Real Sam's author restarts the rate where the conversations grow longer."""
+        if not c.lr_restart:
+            return self.step, c.max_steps
+        if self.is_last():
+            return self.phase_step, c.max_steps - self.step + self.phase_step
+        return self.phase_step, math.ceil(c.phase_share * c.max_steps)
 
     def had_its_share(self, c):
         """Whether a phase, not the last one, has taken its share of the steps."""
@@ -511,7 +521,7 @@ def train(c, run):
         if position.step >= c.max_steps:
             break
 
-        set_lr(t.optimizers, schedule(c, position.step))
+        set_lr(t.optimizers, schedule(c, *position.on_schedule(c)))
         x, y = t.feed.next(position.phase, position.phase_step)
         nats, norm, rates = train_step(model, t.optimizers, x, y, c, run)
         check_finite(t, "loss", nats)

@@ -146,9 +146,14 @@ class Speaker:
         held = []  # (event, what was before it): what may be the start of `until`
         while n > 0 and not self.stopping:
             n, before = n - 1, (self.state, self.logits, self.seen)
-            token = pick(self.logits, temperature, c.top_k, c.top_p, self.generator).item()
+            logits = self.logits.clone()
+            if c.repetition != 1:  # what this turn said becomes less likely, as in `generate`
+                said = logits[:, ids]
+                logits[:, ids] = torch.where(said > 0, said / c.repetition, said * c.repetition)
+            token = pick(logits, temperature, c.top_k, c.top_p, self.generator).item()
             if token == self.tokenizer.end:
                 break
+            ids.append(token)
             held.append((self.read([token], own=True), before))
             said = "".join(event["text"] for event, _ in held)
             if until and until in said:  # as if it had not begun to say it

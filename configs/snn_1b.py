@@ -1,5 +1,8 @@
 # torchrun --nproc_per_node=8 train.py configs/snn_1b.py
 # 1.07B parameters, fully spike-driven: every matrix is fed by spikes, the output head too.
+# Its memory is persistent: the fast weights of a block are carried from token to token, without end.
+# Project Nord's experts and memory neurons, fed by floats, cost 31M parameters and 8.4M float
+# multiplications a token: --traits="memory:256 moe:8,896"
 # Never trained in full yet. Plan the run first: python bench.py params configs/snn_1b.py --gpus=8
 block = "snn"
 vocab_size = 50304
@@ -21,6 +24,7 @@ levels = 3
 rate_target = 0.1
 rate_weight = 30.0
 rate_penalty = "synops"
+rate_floor = 0.002  # and neurons that hardly fire are pressed to fire more: none may die
 
 # data: streamed, nothing large is stored
 dataset = "stream:HuggingFaceFW/fineweb-edu/sample-100BT"

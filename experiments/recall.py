@@ -53,7 +53,7 @@ def teach(c, run):
     model, rng = SpikingLM(c).to(run.device), np.random.default_rng(c.seed)
     optimizers, phases = make_optimizers(c, model, run.device), c.curriculum()
     for step in range(c.max_steps):
-        set_lr(optimizers, schedule(c, step))
+        set_lr(optimizers, schedule(c, step, c.max_steps))
         _, length = phases[step * len(phases) // c.max_steps]
         text = documents(rng, c.tokens_per_step // length, length + 1)
         x, y = text[:, :-1], text[:, 1:].masked_fill(text[:, :-1] != WHO, -100)  # -100: no target

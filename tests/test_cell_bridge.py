@@ -5,17 +5,22 @@ import re
 import sys
 from dataclasses import replace
 from itertools import islice
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 
 import cell_bridge
+from blocks import MembraneReadout
 from cell_bridge import (
     DRAWS, MARKERS, PROGRAMS, CellConfig, Modulation, Screen, VirtualCell, identity,
-    main, measure, membership, synthetic_scores, synthetic_screen, validate,
+    main, measure, membership, pearson, synthetic_scores, synthetic_screen, validate,
 )  # fmt: skip
 from checkpoint import load_cell
+from experiments import esm2
+from experiments.cells import perturbed, pseudobulk
+from lif import Report
 
 anndata, h5py, pd, sparse = map(pytest.importorskip, ("anndata", "h5py", "pandas", "scipy.sparse"))
 CONTROL = CellConfig.control
@@ -293,7 +298,7 @@ def test_h5ad_is_streamed(how):
     code = (code + 1) % 11  # controls, the last of the names, are 0
     code[:50] = -1
     X = Disk(getattr(np if how == "array" else sparse, how)(counts))
-    mean, variance = cell_bridge.pseudobulk(X, code, rows=700)
+    mean, variance = pseudobulk(X, code, rows=700)
     assert 0 < X.most <= 700 * 26
     counts, labels = counts[50:], labels[50:]
     assert names[10] == CONTROL
@@ -305,15 +310,15 @@ def test_h5ad_is_streamed(how):
 def test_doubled_entries_are_summed(values):
     """Without wrapping around, and before they are asked to be whole; a stored zero is nothing."""
     X = sparse.csr_matrix((values, [0, 0, 1, 1, 0], [0, 4, 5]), (2, 2))
-    mean, _ = cell_bridge.pseudobulk(X, np.array([0, 1]))
+    mean, _ = pseudobulk(X, np.array([0, 1]))
     assert np.allclose(mean, [np.log1p([7500, 2500]), [0, 0]])
 
 
 def test_labels():
-    assert [cell_bridge.perturbed(x, "ctrl") for x in ("ctrl", "ctrl+ctrl")] == ["ctrl"] * 2
-    assert [cell_bridge.perturbed(x, "ctrl") for x in ("A", "A+ctrl", "ctrl+A", "A+A")] == ["A"] * 4
-    assert [cell_bridge.perturbed(x, "ctrl") for x in ("", "A+B", "A+B+ctrl")] == ["", "+", "+"]
-    assert cell_bridge.perturbed("no+drug", "no+drug") == "no+drug"
+    assert [perturbed(x, "ctrl") for x in ("ctrl", "ctrl+ctrl")] == ["ctrl"] * 2
+    assert [perturbed(x, "ctrl") for x in ("A", "A+ctrl", "ctrl+A", "A+A")] == ["A"] * 4
+    assert [perturbed(x, "ctrl") for x in ("", "A+B", "A+B+ctrl")] == ["", "+", "+"]
+    assert perturbed("no+drug", "no+drug") == "no+drug"
 
 
 def test_labels_of_gears(tmp_path, few, capsys):
@@ -539,16 +544,79 @@ def test_ten_genes_are_enough(monkeypatch):
     assert np.isfinite([list(row.values()) for row in table.values()]).all()
 
 
-def test_synthetic_scores_are_those_of_the_screen():
-    screen = synthetic_screen(4)
-    first = [screen.genes.index(gene) for gene in PROGRAMS["endocrine"]]
-    scores = synthetic_scores(4)
+def test_synthetic_scores_are_predictions_from_the_embedding():
+    screen, scores = synthetic_screen(4), synthetic_scores(4)
     assert scores.shape == (150, 6) and set(screen.perturbations) < set(MARKERS)
-    assert torch.allclose(scores[:, 3], screen.delta[:, first].mean(1), atol=1e-6)
+    true = screen.delta @ screen.member
+    assert pearson(scores.T, true.T).min() > 0.97 and (scores - true).abs().max() > 1e-3
     assert scores is synthetic_scores(4) and not torch.equal(scores, synthetic_scores(5))
     down = [scores[i, p] - scores[:, p].mean() for i, gene in enumerate(screen.perturbations)
             for p, symbols in enumerate(PROGRAMS.values()) if gene in symbols]  # fmt: skip
     assert np.mean(down) < -0.05  # a knock-down lowers its own program
+
+
+def test_readout_decay_is_a_moving_average_of_the_membranes():
+    c = SimpleNamespace(n_layer=2, n_hidden=3, n_embd=4, readout_decay=0.75)
+    readout = MembraneReadout(c)
+    membranes = torch.randn(2, 5, 6)
+    h, average = membranes.tanh(), torch.zeros(2, 6)
+    seen = SimpleNamespace(membranes=membranes.split(3, -1))
+    out, state = readout(None, None, seen, Report())
+    for t in range(5):
+        average = 0.75 * average + 0.25 * h[:, t]
+        torch.testing.assert_close(out[:, t], readout.mix(average, Report()))
+    last, _ = readout(
+        None, state, SimpleNamespace(membranes=membranes[:, :1].split(3, -1)), Report()
+    )
+    torch.testing.assert_close(last[:, 0], readout.mix(0.75 * average + 0.25 * h[:, 0], Report()))
+
+
+# ---- embeddings of proteins ------------------------------------------------------------------
+
+FASTA = """>sp|P1|A_HUMAN Protein OS=Homo sapiens GN=ABC1 PE=1
+MKV
+L*
+>sp|P2|A2_HUMAN a fragment GN=ABC1
+MK
+>XYZ no name of a gene
+acde
+"""
+
+
+class FakeESM2:
+    """Stands for transformers' tokenizer and model: a residue's hidden state is its letter."""
+
+    from_pretrained = classmethod(lambda cls, name, **_: cls())
+    eval = lambda self: self  # noqa: E731
+
+    def __call__(self, text="", return_tensors=None, hidden=None):
+        if hidden is None:
+            codes = torch.tensor([1000.0, *map(ord, text), 1000.0])
+            return {"hidden": codes[None, :, None].expand(-1, -1, 1280)}
+        return SimpleNamespace(last_hidden_state=hidden)
+
+
+def test_proteins_become_embeddings(tmp_path, monkeypatch, capsys):
+    argv = [str(tmp_path / "p.fasta"), str(tmp_path / "esm2.npz")]
+    (tmp_path / "p.fasta").write_text(FASTA)
+    monkeypatch.setitem(sys.modules, "transformers", None)
+
+    def mistake(argv):
+        with pytest.raises(SystemExit, match="2"):
+            esm2.main(argv)
+        return capsys.readouterr().err
+
+    assert "pip install transformers" in mistake(argv)
+    fake = SimpleNamespace(AutoTokenizer=FakeESM2, EsmModel=FakeESM2)
+    monkeypatch.setitem(sys.modules, "transformers", fake)
+    esm2.main(argv)
+    genes, embedding = cell_bridge.read_npz(argv[1], "genes", "embedding")
+    assert genes.tolist() == ["ABC1", "XYZ"] and embedding.shape == (2, 1280)
+    assert embedding[0, 0] == np.float32(np.mean([*map(ord, "MKVL")]))
+    for text, reason in (("MKVL", "begins with >"), (">A\nM4", "damaged at >A"), ("", "no FASTA")):
+        (tmp_path / "p.fasta").write_text(text)
+        assert reason in mistake(argv)
+    assert "OUT.npz" in mistake(argv[:1])
 
 
 # ---- the command and its file ----------------------------------------------------------------

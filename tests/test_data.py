@@ -640,7 +640,7 @@ def test_no_document_leaks(tmp_path):
     path = write(tmp_path / "a.txt", f"\n{data.END_TEXT}\n".join(documents))
     made = data.prepare(path, "byte", 0, tmp_path / "cache")
     held = texts_of(made.heldout, made.tokenizer)
-    train = sum((texts_of(made.train[p], made.tokenizer) for p in data.PHASES[3:]), [])
+    train = sum((texts_of(made.train[p], made.tokenizer) for p in data.DOCUMENTS), [])
     assert not set(train) & set(held) and set(train) | set(held) == set(documents)
     assert {True, False} == set(map(data.is_talk, held))
     assert 1 <= len(held) < 50
@@ -756,11 +756,13 @@ def test_streams(tmp_path):
     assert prepared.entropy_bits == pytest.approx(bits) and 500 < bits < 8 * 8_000
     for stream in [*prepared.train.values(), prepared.heldout]:
         assert isinstance(stream, np.memmap) and stream.dtype == np.uint16 and stream.ndim == 1
-    told, talks = (texts_of(prepared.train[p], tokenizer) for p in data.PHASES[3:])
+    told, talks = (texts_of(prepared.train[p], tokenizer) for p in data.DOCUMENTS)
     assert not any(map(data.is_talk, told)) and all(map(data.is_talk, talks))
     assert not set(told + talks) & set(whole)
+    both = texts_of(prepared.train["blended"], tokenizer)
+    assert [text for text in both if text] == told + talks
     known = " ".join(whole)
-    for phase in data.PHASES[:3]:
+    for phase in data.CUTS:
         assert all(text in known for text in texts_of(prepared.valid[phase], tokenizer))
 
 

@@ -80,12 +80,12 @@ def seen(s):
 def test_all_settings_reach_the_model(monkeypatch):
     asked = []
     monkeypatch.setattr("watch.pick", lambda *how: asked.append(how) or torch.tensor(97))
-    s = speaker("a" * 9, temperature=0.3, top_k=7, top_p=0.6, seed=5, max_new_tokens=2)
+    s = speaker("aa", temperature=0.3, top_k=7, top_p=0.6, repetition=2.0, seed=5, max_new_tokens=2)
     list(written(s, "x"))
     for logits, temperature, top_k, top_p, generator in asked:
         assert (temperature, top_k, top_p, logits.shape) == (0.3, 7, 0.6, (1, BYTE.vocab_size))
         assert generator is s.generator and generator.initial_seed() == 5
-    assert len(asked) == 2
+    assert [logits.max() for logits, *_ in asked] == [99.0, 99.0 / 2]  # "a" was said by then
 
 
 def test_a_continuation():

@@ -257,6 +257,29 @@ def test_curriculum_goes_through_its_phases(text, tmp_path):
     assert len({x["tokens"] // max(1, x["step"]) for x in log[1:]}) == 1  # constant per step
 
 
+def test_the_rate_may_begin_anew_with_each_phase():
+    c = tiny("--max_steps=100", "--phase_share=0.2", "--lr_restart=True")
+    position = Position([("stories", 16), ("conversations", 8), ("conversations", 16)], step=15)
+    position.phase_step = 15
+    assert position.on_schedule(c) == (15, 20)
+    position.phase, position.phase_step, position.step = 2, 4, 30
+    assert position.on_schedule(c) == (4, 74)
+    assert position.on_schedule(replace(c, lr_restart=False)) == (30, 100)
+
+
+def test_phases_may_repeat_and_blend(text, tmp_path):
+    shutil.copytree(text, tmp_path / "in")
+    talks = [{"prompt": f"Say {i}!", "response": "the cat sat on a red mat"} for i in range(400)]
+    (tmp_path / "in/talks.jsonl").write_text("\n".join(map(json.dumps, talks)))
+    phases = "--phases=conversations:8 conversations:16 blended:16"
+    more = phases, "--lr_restart=True", "--eval_interval=1", "--phase_share=0.25"
+    log = run(tmp_path / "in", tmp_path, *more)
+    assert list(dict.fromkeys(x["phase"] for x in log)) == ["conversations", "blended"]
+    (tmp_path / "step_00000008.pt").unlink()
+    (tmp_path / "best.pt").unlink()
+    assert losses(run(tmp_path / "in", tmp_path, *more, "--init_from=resume")) == losses(log)
+
+
 def test_converged_phase_ends_early(text, tmp_path, monkeypatch):
     monkeypatch.setattr(train, "PHASE_GAIN", 10.0)
     log = run(
@@ -366,7 +389,8 @@ def test_checkpointing_does_not_change_the_losses(text, tmp_path):
 
 def test_neither_processes_nor_sharding_change_the_losses(text, tmp_path):
     # sums over two processes round otherwise, and a spike may flip: the twin has none
-    more, two = [*BIG.split(), "--spikes=False"], tmp_path / "two"
+    more = [*BIG.split(), "--spikes=False", "--traits=memory:8 moe:4,8", "--rate_floor=0.01"]
+    two = tmp_path / "two"
     sharded = run_two(text, two, *more, "--shard=True", config=SNN_1B)
     assert_near(run(text, tmp_path / "one", *more, config=SNN_1B), sharded, 1e-4)
     (two / "step_00000008.pt").unlink()  # as if killed before the last save
@@ -461,10 +485,10 @@ def tiny(*more, config_file="configs/sam_6m.py"):
 
 def test_schedule_by_hand():
     c = tiny("--warmup_steps=4", "--max_steps=24", "--min_lr=0.1")
-    assert [schedule(c, step) for step in range(4)] == [0.25, 0.5, 0.75, 1.0]
+    assert [schedule(c, step, 24) for step in range(4)] == [0.25, 0.5, 0.75, 1.0]
     cosine = {4: 1.0, 9: 0.1 + 0.45 * (1 + math.sqrt(0.5)), 14: 0.55, 24: 0.1, 30: 0.1}
     for step, share in cosine.items():
-        assert schedule(c, step) == pytest.approx(share), step
+        assert schedule(c, step, 24) == pytest.approx(share), step
 
 
 def test_optimiser_groups():
