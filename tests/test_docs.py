@@ -66,24 +66,15 @@ MAY_IMPORT = {
         "tokenizer",
         "watch",
     },
-    # bench times the training step itself, so it takes it from train.py
-    "bench": {
-        "checkpoint",
-        "config",
-        "experiments.peers",
-        "lif",
-        "machine",
-        "model",
-        "optim",
-        "train",
-    },
+    "bench": {"checkpoint", "config", "lif", "machine", "model", "train"},
+    "experiments.train": {"bench", "config", "experiments.peers", "model", "optim", "train"},
     "experiments.scan": {"bench", "experiments.peers", "kernels", "lif"},
     "experiments.all": {"checkpoint"},
     "experiments.peers": {"lif", "model"},
-    "experiments.params": {"bench", "lif", "model", "optim"},
+    "experiments.params": {"bench", "experiments.train", "lif", "model", "optim"},
     "experiments.ablate": {"bench", "checkpoint", "train"},
     "experiments.recall": {"bench", "experiments.ablate", "model", "optim", "train"},
-    "experiments.frames": {"bench", "model"},
+    "experiments.frames": {"bench", "experiments.train", "model"},
 }
 PACKAGES = {"torch", "numpy", "tiktoken", "requests", "tqdm"}
 OPTIONAL = {"triton", "snntorch", "spikingjelly", "norse"}  # imported where they are used
