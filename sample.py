@@ -194,15 +194,18 @@ def main(argv):
         c = config.load(SampleConfig, [a + "=nursery" * is_bare for a, is_bare in zip(argv, bare)])
         if c.threads:
             torch.set_num_threads(c.threads)
-        if c.picture and Path(c.picture).stem not in ("loss", *watch.PICTURES):
-            raise ValueError("--picture draws raster, neurons, rates or loss: name the file so")
-        if Path(c.picture).stem == "loss":
-            return watch.loss(c.run).savefig(c.picture, dpi=120)
+        if c.picture:
+            from experiments.pictures import PICTURES, loss, picture  # by name alone
+
+            if (kind := Path(c.picture).stem) not in ("loss", *PICTURES):
+                raise ValueError("--picture draws raster, neurons, rates or loss: name the file so")
+            if kind == "loss":
+                return loss(c.run).savefig(c.picture, dpi=120)
         name, checkpoint, speaker = open_speaker(c)
         is_nursery = "nursery" in (checkpoint.get("dataset"), checkpoint["config"].get("dataset"))
         examples = sources.EXAMPLES if is_nursery else ()
         if c.picture:
-            watch.picture(c.picture, speaker, name, c)
+            picture(c.picture, speaker, name, c)
         elif c.serve:
             watch.serve(speaker, name, c, examples)
         elif c.spikes:

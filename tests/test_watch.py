@@ -23,6 +23,7 @@ import torch
 import sample
 import watch
 from checkpoint import VERSION
+from experiments import pictures
 from sample import SampleConfig
 from test_model import CONFIGS, in_the_repository, model_of, shrunk  # noqa: F401
 from tokenizer import Bytes, Chars
@@ -455,10 +456,10 @@ def test_pictures_of_every_config(name, drawn):
     watcher, c = watcher_of(name), SampleConfig(device="cpu", prompt="The $5 cat", max_new_tokens=9)
     if name.startswith("gpt"):
         with pytest.raises(ValueError, match="no spiking neurons"):
-            watch.picture("rates.png", watcher, name, c)
+            pictures.picture("rates.png", watcher, name, c)
         return
-    for kind in watch.PICTURES:
-        watch.picture(f"{kind}.png", watcher, name, c)
+    for kind in pictures.PICTURES:
+        pictures.picture(f"{kind}.png", watcher, name, c)
     (raster, neurons, rates), sites = drawn, watcher.model.sites
     watcher = watcher_of(name, c)
     events = list(watcher.speak(c.prompt, 9, c.temperature))
