@@ -50,16 +50,14 @@ def batch(tokens, step, batch_size, length, seed, rank=0, world=1):
 
     Windows do not overlap and are drawn without replacement; each epoch has its own order and
     offset. There is no state: a resumed run needs only its step, and rank r of w gets rows
-    r * B/w to (r + 1) * B/w of the same batch. A stream shorter than length + 1 is a DataError:
-    if it were repeated, a window would contain its own targets.
+    r * B/w to (r + 1) * B/w of the same batch; B is a multiple of w. A stream shorter than
+    length + 1 is a DataError: if it were repeated, a window would contain its own targets.
     """
     if len(tokens) <= length:
         raise DataError(
             f"{len(tokens)} tokens are too few for windows of {length} + 1: "
             "set a smaller length or add text"
         )
-    if batch_size % world:
-        raise DataError(f"batch_size {batch_size} must be a multiple of the {world} processes")
     n_windows = max(1, (len(tokens) - length) // length)  # one fewer than fit: the offset's room
     slack = min(length, len(tokens) - n_windows * length)
     first = step * batch_size + rank * (batch_size // world)

@@ -219,5 +219,4 @@ def main(argv):
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # a chat restores its terminal first
     main(sys.argv[1:])

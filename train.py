@@ -382,24 +382,21 @@ def open_curriculum(corpus, c, run):
 
 
 def set_threads(t):
-    """Take the threads that the user or the resumed run chose, else those that prove fastest.
+    """Take the threads that the user or the resumed run chose, else those that prove fastest: with
+    another number sums are rounded differently."""
+    c, most, (_, length) = t.c, torch.get_num_threads(), t.position.curriculum[-1]
 
-    Sums are rounded differently with another number: a resumed run keeps its own.
-    """
-    c, most = t.c, torch.get_num_threads()
+    def step():
+        x = torch.randint(c.vocab_size, (max(1, c.micro_tokens // length), length + 1))
+        with t.run.autocast:
+            logits, _, report = t.model(x[:, :-1])
+            nats, others = t.model.loss(logits, x[:, 1:], report)
+        (nats + sum(others.values())).backward()
+        t.model.zero_grad(set_to_none=True)
+
     if t.run.device.type != "cpu" or c.threads:
         t.position.threads = most
     elif not t.position.threads:
-        _, length = t.position.curriculum[-1]
-        x = torch.randint(c.vocab_size, (max(1, c.micro_tokens // length), length + 1))
-
-        def step():
-            with t.run.autocast:
-                logits, _, report = t.model(x[:, :-1])
-                nats, others = t.model.loss(logits, x[:, 1:], report)
-            (nats + sum(others.values())).backward()
-            t.model.zero_grad(set_to_none=True)
-
         with torch.random.fork_rng(devices=[]):  # the trial leaves nothing behind
             t.position.threads = fastest_threads(step)
     torch.set_num_threads(min(t.position.threads, most))

@@ -1039,8 +1039,6 @@ def test_ranks_share_one_batch():
         assert not torch.equal(data.batch(tokens, step, 8, 16, seed=2)[0], x)
     with pytest.raises(DataError, match="too few"):
         data.batch(tokens[:16], 0, 1, 16, 0)
-    with pytest.raises(DataError, match="multiple"):
-        data.batch(tokens, 0, 3, 16, 0, 0, 2)
 
 
 def corpus_of(**phases):
