@@ -10,6 +10,8 @@ os.environ.setdefault("TRITON_INTERPRET", "1")
 import pytest
 import torch
 
+from watch import tensors
+
 
 @pytest.fixture(scope="session")
 def corpus():
@@ -29,7 +31,7 @@ def check_state(forward, T, near=1e-5):
             parts.append(y)
             at += n
         torch.testing.assert_close(torch.cat(parts, 1), whole, rtol=near, atol=near)
-    for a, b in zip(leaves(state), leaves(last), strict=True):
+    for a, b in zip(tensors(state), tensors(last), strict=True):
         torch.testing.assert_close(a, b, rtol=near, atol=near)
 
 
@@ -45,14 +47,6 @@ def check_model(model, vocab=50):
     hook.remove()
     grad = torch.autograd.grad(logits[:, 4].square().sum(), inputs)[0].abs().sum((0, 2))  # (T,)
     assert (grad[:5] > 0).all() and (grad[5:] == 0).all()
-
-
-def leaves(state):
-    """The tensors of a state, however nested."""
-    if torch.is_tensor(state):
-        return [state]
-    parts = state.values() if isinstance(state, dict) else state or ()
-    return [x for part in parts for x in leaves(part)]
 
 
 def fire(u, smooth):

@@ -157,6 +157,8 @@ def test_tokens_across_the_end_of_a_turn():
     assert "".join(written(s, "", UNTIL)) == "a" and seen(s) == f"{END} a"
     s = speaker([*b" a", 256, *b"You:"], tokenizer=BPE([b".\n"]))
     assert "".join(written(s, "", UNTIL)) == "a." and seen(s) == f"{END} a."
+    s = speaker([*b" a\nYo", 256], tokenizer=BPE([b"u:\xe6"]))  # and half a character
+    assert "".join(written(s, "", UNTIL)) == "a"
 
 
 def test_a_turn_that_was_cut_off_is_remembered():
