@@ -101,11 +101,10 @@ def open_speaker(c):
     return name, checkpoint, Speaker(model, tokenizer, c)
 
 
-def written(speaker, text, until=None):
-    """Yield what the speaker writes after `text`, in pieces; a turn of a chat, which ends before
-    `until`, without its leading blanks."""
-    c, is_blank = speaker.c, until is not None
-    for event in speaker.speak(text, c.max_new_tokens, c.temperature, until):
+def written(speaker, text, chat=False):
+    """Yield what the speaker writes after `text`, in pieces; in a chat without leading blanks."""
+    c, is_blank = speaker.c, chat
+    for event in speaker.speak(text, c.max_new_tokens, c.temperature, chat):
         piece = event["text"] * event["own"]
         if piece := piece.lstrip() if is_blank else piece:
             is_blank = False
@@ -127,12 +126,10 @@ def chat(speaker, prompt, examples):
     note("Say something and press Enter; Ctrl-D ends.")
     if examples:
         note("For example:" + "".join(f"\n  {example}" for example in examples))
-    between = ""
     for line in typed(prompt):
         try:
             line.encode()
-            show(written(speaker, between + data.turn(line), "\n" + data.YOU.rstrip()))
-            between = "\n"  # a turn begins on a line of its own
+            show(written(speaker, line, chat=True))
         except UnicodeEncodeError:
             note("that line is not UTF-8 text: type it again, or set your terminal to UTF-8")
         except DataError as error:

@@ -134,11 +134,13 @@ class Speaker:
         return {"own": own, "text": self.decoder.decode(self.tokenizer.decode_bytes(ids))}
 
     @torch.no_grad()
-    def speak(self, text, n, temperature, until=None):
-        """Yield the events of the text, and of at most n tokens more that the model writes. It ends
-        at the end token and, in a turn of a chat, before the string `until`: neither becomes part
-        of what was said."""
+    def speak(self, text, n, temperature, chat=False):
+        """Yield the events of the text, and of at most n tokens more that the model writes. In a
+        chat the text is what the user says, and the answer ends before the user's next turn; it
+        always ends before the end token. What it ends before is no part of what was said."""
         self.stopping, c, encode = False, self.c, self.tokenizer.encode
+        until = "\n" + YOU.rstrip() if chat else None
+        text = "\n" * (self.seen > 0) + turn(text) if chat else text
         ids = [self.tokenizer.end] * (self.state is None) + encode(text)
         for at in range(0, len(ids), self.AT_ONCE):
             if not self.stopping:
@@ -334,14 +336,12 @@ class Page(BaseHTTPRequestHandler):
         is_fine = is_fine and 0 <= n <= TOKENS and type(heat) in (int, float) and 0 <= heat <= 5
         wanted = f"text of at most {TEXT} characters, 0 to {TOKENS} tokens, a temperature of 0 to 5"
         refuse(not is_fine, 400, f"send {wanted}")
-        until = "\n" + YOU.rstrip() if asked.get("chat") else None
-        text = "\n" * bool(tab.seen) + turn(text) if until else text
         try:
             tab.tokenizer.encode(text.encode().decode())  # not half a character
         except (DataError, UnicodeError) as error:
             raise Refused(400, " ".join(str(error).split())) from None
         with suppress(OSError):  # the reader left
-            self.stream(tab.speak(text, n, heat, until))
+            self.stream(tab.speak(text, n, heat, bool(asked.get("chat"))))
 
     def stream(self, events):
         """Server-sent events, a line of JSON each, until they end or the reader leaves."""

@@ -21,7 +21,6 @@ import torch
 import sources
 import sample
 from checkpoint import VERSION
-from data import turn
 from lif import Report
 from model import ModelConfig, SpikingLM, pick
 from sample import SampleConfig, written
@@ -112,16 +111,13 @@ def test_a_character_of_several_tokens():
     assert list(written(s, "")) == ["a", "\N{REPLACEMENT CHARACTER}"]
 
 
-UNTIL = "\nYou:"
-
-
 @pytest.mark.parametrize(
     "said, shown",
     [
         (" Hello.", "Hello."),
         (" Hello.\nYou: What", "Hello."),
         ("\n Hello.\n\n- a\n- b\nYou: What", "Hello.\n\n- a\n- b"),  # several lines
-        (" I like\nYou, you.\nY", "I like\nYou, you.\nY"),  # only a beginning of `until`
+        (" I like\nYou, you.\nY", "I like\nYou, you.\nY"),  # only a beginning of a turn
         (" A\n\nYou: b", "A\n"),
         (" a\nSam: b\nYou: c\nYou: d", "a\nSam: b"),
         ("\nYou: c", ""),
@@ -136,35 +132,36 @@ def test_a_turn(said, shown):
     kinds += [train_tokenizer(kind, [text * 9 + said], 320) for kind in ("bpe", "lengthmax")]
     for tokenizer, kind in [*product([BYTE, *kinds], [Speaker, Watcher])]:
         s = speaker(said, " next", tokenizer=tokenizer, kind=kind)
-        pieces = list(written(s, turn("hi"), UNTIL))
+        pieces = list(written(s, "hi", chat=True))
         assert "".join(pieces) == shown
-        cut = said.split(UNTIL)[0]
+        cut = said.split("\nYou:")[0]
         assert seen(s) == f"{END}You: hi\nSam:{cut}"
-        assert "".join(written(s, "\n" + turn("A"), UNTIL)) == "next"
+        assert "".join(written(s, "A", chat=True)) == "next"
         assert seen(s) == f"{END}You: hi\nSam:{cut}\nYou: A\nSam: next"
 
 
 def test_a_turn_is_shown_as_it_comes():
-    pieces = list(written(speaker(" Hello you\nYou: x"), "", UNTIL))
+    pieces = list(written(speaker(" Hello you\nYou: x"), "", chat=True))
     assert pieces[:5] == list("Hello") and "".join(pieces) == "Hello you"
 
 
 def test_tokens_across_the_end_of_a_turn():
+    START = f"{END}You: \nSam:"
     broken = [*b" a\nYou:", *"文".encode()[:1]]
-    assert "".join(written(speaker(broken), "", UNTIL)) == "a"
+    assert "".join(written(speaker(broken), "", chat=True)) == "a"
     lengthmax = train_tokenizer("lengthmax", ["You: é\n" * 50], 300)
     s = speaker(" a\nYou: é\n", tokenizer=lengthmax)  # "You: é" is one token
-    assert "".join(written(s, "", UNTIL)) == "a" and seen(s) == f"{END} a"
+    assert "".join(written(s, "", chat=True)) == "a" and seen(s) == f"{START} a"
     s = speaker([*b" a", 256, *b"You:"], tokenizer=BPE([b".\n"]))
-    assert "".join(written(s, "", UNTIL)) == "a." and seen(s) == f"{END} a."
+    assert "".join(written(s, "", chat=True)) == "a." and seen(s) == f"{START} a."
     s = speaker([*b" a\nYo", 256], tokenizer=BPE([b"u:\xe6"]))  # and half a character
-    assert "".join(written(s, "", UNTIL)) == "a"
+    assert "".join(written(s, "", chat=True)) == "a"
 
 
 def test_a_turn_that_was_cut_off_is_remembered():
     s = speaker(" abcdefgh", " x", max_new_tokens=4)
-    assert "".join(written(s, "You: a\nSam:", UNTIL)) == "abc"
-    list(written(s, "\nYou: b\nSam:", UNTIL))
+    assert "".join(written(s, "a", chat=True)) == "abc"
+    list(written(s, "b", chat=True))
     assert seen(s) == f"{END}You: a\nSam: abc\nYou: b\nSam: x"
 
 
