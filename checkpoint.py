@@ -171,11 +171,11 @@ def restore(t, checkpoint):
                     "resume with the same config, or start from scratch"
                 )
         check_weights(checkpoint["model"], t.model)
+        states = [saved["state"] for saved in checkpoint["optimizers"]]
         is_whole = is_position(checkpoint["position"], asdict(t.position))
-        for optimizer, saved in zip(t.optimizers, checkpoint["optimizers"], strict=True):
-            is_whole &= is_state(saved["state"], optimizer)
-        if not is_whole:
-            raise TypeError("its position or its optimisers")
+        is_whole = is_whole and len(states) == len(t.optimizers)
+        if not is_whole or not all(map(is_state, states, t.optimizers)):
+            raise ValueError("the checkpoint's position or optimisers are damaged: start anew")
         if checkpoint["data"] != t.corpus.sha256:
             t.run.say(
                 f"{t.corpus.name} has changed since the checkpoint: going on with what it is now"

@@ -493,7 +493,9 @@ def _build(folder: Path, meta: dict, train, held, tokenizer, vocab_size: int, se
             with open(folder / f"{split}_blended.bin", "wb") as blended:
                 for part in parts:
                     np.memmap(part, mode="r").tofile(blended)
-    meta["streams"] = {p.stem: zlib.crc32(np.memmap(p, mode="r")) for p in folder.glob("*.bin")}
+    meta["streams"] = {
+        p.stem: zlib.crc32(np.memmap(p, mode="r")) for p in sorted(folder.glob("*.bin"))
+    }
     content = json.dumps(meta)
     (folder / "meta.json").write_text(json.dumps({"hash": sha256(content), "content": content}))
 
