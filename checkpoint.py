@@ -11,7 +11,6 @@ import json
 import os
 import platform
 import re
-import shutil
 import subprocess
 import sys
 import zipfile
@@ -23,7 +22,7 @@ from pathlib import Path
 import torch
 
 from cell_bridge import PROGRAMS
-from config import whole_file
+from config import PATHS, whole_file
 from model import ModelConfig, SpikingLM
 
 VERSION = 3  # of checkpoints; raise it when the code can no longer use older ones
@@ -64,8 +63,7 @@ def load_checkpoint(path):
     for name, kind in kinds.items():
         if type(checkpoint) is not dict or not isinstance(checkpoint.get(name), kind):
             raise ValueError(f"{path} is no checkpoint of train.py: it has no {name}")
-    if checkpoint["version"] != VERSION:
-        version = checkpoint["version"]
+    if (version := checkpoint["version"]) != VERSION:
         raise ValueError(f"{path} is of version {version}, this code reads only {VERSION}")
     # a setting younger than the checkpoint was off when it was written, as it is by default
     checkpoint["config"] = asdict(ModelConfig()) | checkpoint["config"]
@@ -94,20 +92,18 @@ def build(checkpoint):
 
     ValueError, before memory is taken, if the weights are not those of the settings beside them.
     """
-    saved, settings = checkpoint["model"], {}
-    for f in fields(ModelConfig):
-        settings[f.name] = checkpoint["config"].get(f.name)
-        if type(settings[f.name]) is not f.type:
-            raise ValueError(f"the checkpoint's setting {f.name} is missing or of a wrong type")
+    settings = {f.name: checkpoint["config"][f.name] for f in fields(ModelConfig)}
+    if wrong := [f.name for f in fields(ModelConfig) if type(settings[f.name]) is not f.type]:
+        raise ValueError(f"the checkpoint's setting {wrong[0]} is of a wrong type")
     c = ModelConfig(**settings)
     try:
         with torch.device("meta"):
             outline = SpikingLM(c)
     except RuntimeError as error:  # such sizes no tensor can have
         raise ValueError(f"the checkpoint's settings make no model: {error}") from None
-    check_weights(saved, outline)
+    check_weights(checkpoint["model"], outline)
     model = SpikingLM(c)
-    model.load_state_dict(saved)
+    model.load_state_dict(checkpoint["model"])
     return model.eval()
 
 
@@ -161,16 +157,25 @@ def newest(out, c, run):
     raise ValueError(f"there is no checkpoint to resume in {out}: start from scratch")
 
 
-def restore(t, checkpoint, kept):
-    """Put a checkpoint back into t, a fresh run. kept: see check_optimizers.
+def restore(t, checkpoint):
+    """Put a checkpoint back into t, a fresh run.
 
     ValueError, before anything is touched, if it is another run's or not as `save` writes it.
     """
+    old, new = checkpoint["config"], asdict(t.c)
     try:
-        check_run(checkpoint, t.c)
-        check_position(checkpoint["position"], asdict(t.position))
+        for name in [*shape_of(checkpoint), "optimizer", "tokenizer", "phases"]:
+            if old[name] != new[name]:
+                raise ValueError(
+                    f"the checkpoint was trained with {name}={old[name]!r}, not {new[name]!r}: "
+                    "resume with the same config, or start from scratch"
+                )
         check_weights(checkpoint["model"], t.model)
-        check_optimizers(checkpoint["optimizers"], t.optimizers, kept)
+        states = [saved["state"] for saved in checkpoint["optimizers"]]
+        is_whole = is_position(checkpoint["position"], asdict(t.position))
+        is_whole = is_whole and len(states) == len(t.optimizers)
+        if not is_whole or not all(map(is_state, states, t.optimizers)):
+            raise ValueError("the checkpoint's position or optimisers are damaged: start anew")
         if checkpoint["data"] != t.corpus.sha256:
             t.run.say(
                 f"{t.corpus.name} has changed since the checkpoint: going on with what it is now"
@@ -178,7 +183,7 @@ def restore(t, checkpoint, kept):
         if len(checkpoint["random"]) == t.run.world:
             for generator, state in zip(t.run.generators, checkpoint["random"][t.run.rank]):
                 generator.set_rng_state(state)
-    except (AttributeError, IndexError, KeyError, RuntimeError, TypeError) as error:
+    except (AttributeError, LookupError, RuntimeError, TypeError) as error:
         raise ValueError(f"the checkpoint is damaged ({error!r}): start from scratch") from None
     t.model.load_state_dict(checkpoint["model"])
     for optimizer, saved in zip(t.optimizers, checkpoint["optimizers"]):
@@ -189,50 +194,27 @@ def restore(t, checkpoint, kept):
     t.position = replace(t.position, **checkpoint["position"])
 
 
-def check_run(checkpoint, c):
-    """ValueError unless the checkpoint is of a run with these settings."""
-    old, new = checkpoint["config"], asdict(c)
-    for name in [*shape_of(checkpoint), "optimizer", "tokenizer", "phases"]:
-        if old[name] != new[name]:
-            raise ValueError(
-                f"the checkpoint was trained with {name}={old[name]!r}, not {new[name]!r}: "
-                "resume with the same config, or start from scratch"
-            )
-
-
-def check_position(saved, fresh):
-    """ValueError unless `saved` has the keys and kinds of values of `fresh`, a new run's."""
-    if {key: type(value) for key, value in saved.items()} != {
-        key: type(value) for key, value in fresh.items()
-    } or not (
-        saved["phase"] < len(saved["curriculum"])
+def is_position(saved, fresh):
+    """Whether `saved` has the keys and kinds of values of `fresh`, a new run's, and makes sense."""
+    kinds, wanted = ({key: type(value) for key, value in p.items()} for p in (saved, fresh))
+    return (
+        kinds == wanted
+        and saved["phase"] < len(saved["curriculum"])
         and min(saved[key] for key in ("step", "phase", "phase_step", "tokens", "threads")) >= 0
-        and {type(value) for value in saved["history"] + saved["losses"]} <= {float}
-        and all(type(phase) is str and length > 0 for phase, length in saved["curriculum"])
-    ):
-        raise ValueError("the checkpoint's position is damaged: start from scratch")
+        and {type(loss) for loss in saved["history"] + saved["losses"]} <= {float}
+        and all(type(name) is str and length > 0 for name, length in saved["curriculum"])
+    )
 
 
-def check_optimizers(saved, optimizers, kept):
-    """ValueError unless the saved states are these optimisers': names and shapes of tensors.
-
-    kept: for each kind of optimiser the names of the tensors that it keeps for a parameter.
-    """
-    is_good = len(saved) == len(optimizers)
-    for state, optimizer in zip(saved, optimizers):
-        params = [p for group in optimizer.param_groups for p in group["params"]]
-        numbers = [i for group in state["param_groups"] for i in group["params"]]
-        sizes = [len(group["params"]) for group in optimizer.param_groups]
-        is_good &= numbers == list(range(len(params)))
-        is_good &= [len(group["params"]) for group in state["param_groups"]] == sizes
-        kind = type(getattr(optimizer, "optim", optimizer))  # of each share, if it is sharded
-        for i, tensors in state["state"].items():
-            is_good &= set(tensors) == set(kept[kind]) and all(
-                t.shape in ((), params[i].shape) and t.dtype == params[i].dtype
-                for t in tensors.values()
-            )
-    if not is_good:
-        raise ValueError("the checkpoint's optimisers do not fit its model: start from scratch")
+def is_state(saved, optimizer):
+    """Whether `saved`, {number of a parameter: its tensors}, can be this optimiser's: the tensors
+    have the same names everywhere, and are numbers or of their parameter's shape."""
+    params = [p for group in optimizer.param_groups for p in group["params"]]
+    return len({frozenset(tensors) for tensors in saved.values()}) <= 1 and all(
+        x.shape in ((), params[i].shape) and x.dtype == params[i].dtype
+        for i, tensors in saved.items()
+        for x in tensors.values()
+    )
 
 
 def rewind_log(out, step):
@@ -255,8 +237,7 @@ def set_aside(out):
 
     Returns that folder, or None if there is no run.
     """
-    old = [*out.glob("*.pt"), *out.glob("log.jsonl")]
-    if not old:
+    if not (old := [*out.glob("*.pt"), *out.glob("log.jsonl")]):
         return None
     numbers = [int(path.name) for path in out.iterdir() if path.name.isdigit()]
     aside = out / str(max(numbers, default=0) + 1)
@@ -279,15 +260,14 @@ def locked(out):
         return
     folder = os.open(out, os.O_RDONLY)
     try:
-        fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        os.close(folder)
-        raise ValueError(
-            f"another process is training in {out}: wait for it, or set another --out_dir"
-        ) from None
-    except OSError:
-        pass  # a network drive without locks
-    try:
+        try:
+            fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ValueError(
+                f"another process is training in {out}: wait for it, or set another --out_dir"
+            ) from None
+        except OSError:
+            pass  # a network drive without locks
         yield
     finally:
         os.close(folder)
@@ -301,43 +281,39 @@ def environment(device, seed):
 
     Paths in the command are cut to file names: a result says nothing of somebody's folders.
     """
-    gpu = torch.cuda.get_device_properties(device).name if device.type == "cuda" else None
-    here = Path(__file__).parent
     private = r"(=|^(?=[/~]|\.\.)).*/"  # of --key=PATH, and of a PATH of its own
     command = [Path(sys.argv[0]).name, *(re.sub(private, r"\1", x) for x in sys.argv[1:])]
-
-    def line_of(path, start):
-        lines = Path(path).read_text().splitlines() if Path(path).exists() else []
-        return next((x.split(":")[1].strip() for x in lines if x.startswith(start)), None)
-
-    def version(package):
-        try:
-            return str(torch.__version__) if package == "torch" else metadata.version(package)
-        except metadata.PackageNotFoundError:
-            return None
+    here, cpuinfo, versions = Path(__file__).parent, Path("/proc/cpuinfo"), {}
+    name = re.search(r"model name\s*: (.*)", cpuinfo.read_text() if cpuinfo.exists() else "")
+    for package in "torch numpy tiktoken triton snntorch spikingjelly norse".split():
+        with suppress(metadata.PackageNotFoundError):
+            versions[package] = metadata.version(package)
 
     def git(*arguments):
-        done = subprocess.run(["git", *arguments], cwd=here, capture_output=True, text=True)
-        return done.stdout.strip()
+        with suppress(OSError):  # not installed
+            done = subprocess.run(["git", *arguments], cwd=here, capture_output=True, text=True)
+            return done.stdout.strip()
 
-    packages = "torch numpy tiktoken triton snntorch spikingjelly norse".split()
     return {
         "command": " ".join(["python", *command]),
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-        "cpu": line_of("/proc/cpuinfo", "model name") or platform.processor(),
+        "cpu": name[1] if name else platform.processor(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
-        "gpu": gpu,
+        "gpu": torch.cuda.get_device_name(device) if device.type == "cuda" else None,
         "system": f"{platform.system()} {platform.machine()}, Python {platform.python_version()}",
-        "versions": {p: version(p) for p in packages if version(p)},
-        "commit": git("rev-parse", "HEAD") if shutil.which("git") else None,
-        "uncommitted": shutil.which("git") and git("status", "--porcelain", "--", "*.py"),
+        "versions": versions,
+        "commit": git("rev-parse", "HEAD"),
+        "uncommitted": git("status", "--porcelain", "--", "*.py"),
         "seed": seed,
     }
 
 
-def write_result(path, result):
-    """Write a result, a dictionary, as JSON."""
+def write_result(path, result, c=None):
+    """Write a result, a dictionary, as JSON, with the settings c: of their paths the last part."""
+    if c:
+        names = {key: Path(x).name for key, x in asdict(c).items() if key in PATHS.split()}
+        result = result | {"config": asdict(c) | names}
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     with whole_file(path) as file:
         file.write((json.dumps(result, indent=1) + "\n").encode())

@@ -10,7 +10,7 @@ import re
 import runpy
 import signal
 import sys
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import ModuleType
 
@@ -43,19 +43,18 @@ def one_line():
     except (ValueError, OSError, ImportError) as error:
         stop(error)
     except (MemoryError, RuntimeError) as error:
-        said = str(error)
-        is_lack = type(error).__name__ in ("MemoryError", "OutOfMemoryError")  # Python's, torch's
-        if not is_lack and not re.search("allocate memory|overflow", said):
-            raise
-        reason = said.splitlines()[0] if said else "of Python"
-        stop(f"out of memory ({reason}): set a smaller model or --micro_tokens")
+        name, said = type(error).__name__, str(error)
+        if re.search("MemoryError|allocate memory|overflow", name + said):
+            reason = (said or name).splitlines()[0]
+            stop(f"out of memory ({reason}): set a smaller model or --micro_tokens")
+        if name.startswith("Dist") or "gloo" in said.lower():
+            stop("another process of this run is gone: resume, or let torchrun: --max-restarts=3")
+        raise
 
 
 def writable(path):
-    """path, if a file can be written there; its folder is made, and a file there stays as it is.
-
-    ValueError in one line if not: to be asked before hours of work, not after them.
-    """
+    """path, if a file can be written there, else ValueError: to be asked before hours of work, not
+    after them. Its folder is made; a file there stays as it is."""
     try:
         Path(path).parent.mkdir(parents=True, exist_ok=True)
         is_new = not Path(path).exists()
@@ -117,7 +116,7 @@ def load(cls, argv, given={}):
         raise SystemExit(0)
     paths, texts = split(cls, argv)
     flags = {key: checked(cls, key, text, COMMAND_LINE) for key, text in texts.items()}
-    settings, kinds = {}, kinds_of(cls)
+    settings, names = {}, {f.name for f in dataclasses.fields(cls)}
     for path in paths:
         try:
             found = runpy.run_path(path)
@@ -125,9 +124,9 @@ def load(cls, argv, given={}):
             stop(f"cannot read the config file {path}: {type(error).__name__}: {error}")
         for key, value in found.items():
             is_helper = callable(value) or isinstance(value, ModuleType)
-            if not key.startswith("_") and not (is_helper and key not in kinds):
+            if key in names or not (is_helper or key.startswith("_")):
                 settings[key] = checked(cls, key, value, path)
-        if "out_dir" in kinds:  # every config has a folder of its own
+        if "out_dir" in names:  # every config has a folder of its own
             settings.setdefault("out_dir", f"out/{Path(path).stem}")
     try:
         return cls(**settings | given | flags)
@@ -146,44 +145,31 @@ def split(cls, argv):
         key, equals, text = word[2:].partition("=")
         if not equals and getattr(cls, key, None) is False:  # --chat is short for --chat=True,
             text = words.pop(0) if words[:1] in (["True"], ["False"]) else "True"  # --chat True too
-        elif not equals and words and not words[0].startswith("--"):
-            text = words.pop(0)
         elif not equals:
-            known(cls, key, COMMAND_LINE)
-            stop(f"{word} has no value; write --{key}=VALUE (--help lists the settings)")
+            text = words.pop(0) if words and not words[0].startswith("--") else None
         flags[key] = text
     return paths, flags
 
 
-def kinds_of(cls):
-    """{setting: its type}."""
-    return {f.name: f.type for f in dataclasses.fields(cls)}
-
-
-def known(cls, key, where):
-    """The type of the setting; an unknown one stops with the nearest name."""
-    kinds = kinds_of(cls)
+def checked(cls, key, value, where):
+    """value as the declared type of cls.key; text from the command line is read as a literal. What
+    is wrong stops: an unknown setting, with the nearest name; None, a flag without a value."""
+    kinds = {f.name: f.type for f in dataclasses.fields(cls)}
     if key not in kinds:
         near = difflib.get_close_matches(key, kinds, 1)
-        hint = f"; did you mean {near[0]!r}?" if near else ""
-        if not near and where != COMMAND_LINE:
-            hint = f"; if it is a helper, name it _{key}"
+        hint = f"; if it is a helper, name it _{key}" if where != COMMAND_LINE else ""
+        hint = f"; did you mean {near[0]!r}?" if near else hint
         stop(f"{where}: unknown setting {key!r}{hint}")
-    return kinds[key]
-
-
-def checked(cls, key, value, where):
-    """value as the declared type of cls.key; text from the command line is read as a literal."""
-    kind = known(cls, key, where)
+    if value is None and where == COMMAND_LINE:
+        stop(f"--{key} has no value; write --{key}=VALUE (--help lists the settings)")
+    kind = kinds[key]
     if hasattr(value, "dtype") and getattr(value, "ndim", 1) == 0:
         value = value.item()  # a number that NumPy or PyTorch computed
     if key in PATHS.split() and isinstance(value, str):
         value = os.path.expanduser(value)
     if isinstance(value, str) and kind is not str:
-        try:
+        with suppress(Exception):  # else it stays text, and is the wrong type below
             value = ast.literal_eval(value)
-        except Exception:
-            pass  # stays text, and is the wrong type below
     if type(value) is int and abs(value) >= 2**63:
         stop(f"{where}: {key} must fit into 64 bits, got {value}")
     if type(value) is int and kind is float:

@@ -26,16 +26,15 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-import config
 from sources import (
     END_TEXT, GRAMMAR, REAL_SAM, SAM, STREAM, YOU, Source, Stream, nursery, online, parse_mixture,
     read_records, real_sam, sample_mixture, sha256_of,
 )  # fmt: skip
-from tokenizer import Bytes, DataError, Tokenizer, sha256, tokenizer_from_state, train_tokenizer
+from tokenizer import DataError, Tokenizer, sha256, tokenizer_from_state, train_tokenizer
+from traits import IGNORED
 
 DOCUMENTS = ("stories", "conversations")
 PHASES = ("words", "phrases", "sentences", *DOCUMENTS, "blended")  # blended: all documents
-IGNORED = -100  # a target that does not count, as PyTorch's cross_entropy has it
 
 
 def turn(text: str) -> str:
@@ -51,16 +50,14 @@ def batch(tokens, step, batch_size, length, seed, rank=0, world=1):
 
     Windows do not overlap and are drawn without replacement; each epoch has its own order and
     offset. There is no state: a resumed run needs only its step, and rank r of w gets rows
-    r * B/w to (r + 1) * B/w of the same batch. A stream shorter than length + 1 is a DataError:
-    if it were repeated, a window would contain its own targets.
+    r * B/w to (r + 1) * B/w of the same batch; B is a multiple of w. A stream shorter than
+    length + 1 is a DataError: if it were repeated, a window would contain its own targets.
     """
     if len(tokens) <= length:
         raise DataError(
             f"{len(tokens)} tokens are too few for windows of {length} + 1: "
             "set a smaller length or add text"
         )
-    if batch_size % world:
-        raise DataError(f"batch_size {batch_size} must be a multiple of the {world} processes")
     n_windows = max(1, (len(tokens) - length) // length)  # one fewer than fit: the offset's room
     slack = min(length, len(tokens) - n_windows * length)
     first = step * batch_size + rank * (batch_size // world)
@@ -136,13 +133,12 @@ def list_files(root: Path, own=(), log=print) -> dict[str, Path]:
     Left out: dot files and, inside the folder, caches and the program's `own` folders."""
     if not root.exists():
         raise DataError(f"no file or folder {root}: give nursery, real_sam, auto or a path")
-    base, files, others = root.resolve(), {}, set()
     own = [Path(os.path.expanduser(folder)).resolve() for folder in own]
-    own = [root / folder.relative_to(base) for folder in own if base in folder.parents]
+    own, files, others = [folder for folder in own if root.resolve() in folder.parents], {}, set()
     for path in sorted(root.rglob("*")) if root.is_dir() else [root]:
         name = path.relative_to(root).as_posix() if path != root else path.name
         is_hidden = re.search(r"(^|/)(\.|__MACOSX/)", name) and path != root
-        is_own = any(folder in path.parents for folder in own)
+        is_own = any(folder in path.resolve().parents for folder in own)
         is_own |= path.name == "meta.json" and path.with_name("heldout.bin").exists()  # a cache's
         is_own |= path.name == "log.jsonl" and any(path.parent.glob("*.pt"))  # a run's
         if is_hidden or is_own or not path.is_file():
@@ -440,7 +436,7 @@ def prepare(dataset, tokenizer, vocab_size, data_dir, seed=0, log=print, ignore=
     known = None if isinstance(tokenizer, str) else tokenizer.hash
     for recipe in [tokenizer] if known is None else [tokenizer.kind, known]:
         key = sha256(repr((checksum, recipe, vocab_size, seed, FORMAT)))[:12]
-        folder, is_damaged = data_dir / f"{name}-{key}", False
+        folder = data_dir / f"{name}-{key}"
         if folder.exists():
             try:
                 found = _load(folder, key, dataset)
@@ -448,7 +444,7 @@ def prepare(dataset, tokenizer, vocab_size, data_dir, seed=0, log=print, ignore=
                     return found
             except DataError as error:
                 log(f"{error}: building it again")
-                is_damaged = True
+                shutil.rmtree(folder, ignore_errors=True)
     try:
         data_dir.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=".building-", dir=data_dir) as temporary:
@@ -461,9 +457,6 @@ def prepare(dataset, tokenizer, vocab_size, data_dir, seed=0, log=print, ignore=
                 raise DataError(f"{name}: too little to learn some and hold out some: add text")
             meta = {"name": name, "key": key, "sha256": checksum} | facts
             _build(building, meta, train, held, tokenizer, vocab_size, seed)
-            if is_damaged:
-                with suppress(OSError):
-                    os.rename(folder, building.with_name("damaged"))  # deleted with `temporary`
             with suppress(OSError):  # another process was first
                 os.rename(building, folder)
             return _load(folder, key, dataset)
@@ -487,43 +480,37 @@ def _build(folder: Path, meta: dict, train, held, tokenizer, vocab_size: int, se
         "dtype": "uint16" if tokenizer.vocab_size < 65536 else "uint32",
         "heldout_bytes": sum(len(document.encode()) for document in held),
     }
-    meta["streams"] = {
-        name: _write(folder / f"{name}.bin", texts, tokenizer, meta["dtype"])
-        for name, texts in streams.items()
-        if texts
-    }
+    for name in [name for name, texts in streams.items() if texts]:
+        path = folder / f"{name}.bin"
+        _write(path, streams[name], tokenizer, meta["dtype"])
+        if name.endswith("conversations"):
+            tokens = np.memmap(path, meta["dtype"], mode="r")
+            answers = _answers(tokens, streams[name], tokenizer)
+            answers.tofile(folder / f"{name.split('_')[0]}_answers.bin")
     for split in ("train", "valid"):
-        parts = [folder / f"{split}_{phase}.bin" for phase in DOCUMENTS if streams[f"{split}_{phase}"]]
-        if len(parts) == 2:
+        parts = [folder / f"{split}_{phase}.bin" for phase in DOCUMENTS]
+        if all(part.exists() for part in parts):
             with open(folder / f"{split}_blended.bin", "wb") as blended:
                 for part in parts:
-                    with open(part, "rb") as file:
-                        shutil.copyfileobj(file, blended)
-            whole = np.memmap(blended.name, meta["dtype"], mode="r")
-            meta["streams"][f"{split}_blended"] = zlib.crc32(whole)
-        if talks := streams[f"{split}_conversations"]:
-            tokens = np.memmap(folder / f"{split}_conversations.bin", meta["dtype"], mode="r")
-            answers = _answers(tokens, talks, tokenizer)
-            answers.tofile(folder / f"{split}_answers.bin")
-            meta["streams"][f"{split}_answers"] = zlib.crc32(answers)
+                    np.memmap(part, mode="r").tofile(blended)
+    meta["streams"] = {
+        p.stem: zlib.crc32(np.memmap(p, mode="r")) for p in sorted(folder.glob("*.bin"))
+    }
     content = json.dumps(meta)
     (folder / "meta.json").write_text(json.dumps({"hash": sha256(content), "content": content}))
 
 
-def _write(path: Path, texts: list[str], tokenizer: Tokenizer, dtype: str) -> int:
-    """Write the stream of `texts`; returns its checksum."""
-    checksum, step, size = 0, 4096, sum(map(len, texts))
+def _write(path: Path, texts: list[str], tokenizer: Tokenizer, dtype: str) -> None:
+    """Write the stream of `texts`."""
+    step, size = 4096, sum(map(len, texts))
     bar = tqdm(total=size, desc=path.stem, unit="B", unit_scale=True, disable=size < 2e7)
     with open(path, "wb") as file, bar:
         for start in range(0, len(texts), step):
             ids = [] if start else [tokenizer.end]
             for text_ids in tokenizer.encode_batch(texts[start : start + step]):
                 ids += [*text_ids, tokenizer.end]
-            block = np.array(ids, dtype).tobytes()
-            file.write(block)
-            checksum = zlib.crc32(block, checksum)
+            file.write(np.array(ids, dtype).tobytes())
             bar.update(sum(map(len, texts[start : start + step])))
-    return checksum
 
 
 def _answers(tokens: np.ndarray, talks: list[str], tokenizer: Tokenizer) -> np.ndarray:
@@ -570,17 +557,3 @@ def _load(folder: Path, key: str, dataset: str) -> Data:
         streams["heldout"], meta["heldout_bytes"], meta.get("entropy_bits"),
         [Source(*source) for source in meta.get("mixture", ())], answers, dataset,
     )  # fmt: skip
-
-
-def main():
-    """Show a piece of each phase of the nursery, and its entropy."""
-    with config.one_line():
-        documents, bits = nursery(NURSERY_BYTES[1], "sample")
-        for phase in (*CUTS, *DOCUMENTS):
-            print(f"{phase}: {cut(documents, phase, Bytes())[0].strip()}\n")
-        size = sum(len(document.encode()) for document in documents)
-        print(f"entropy: {bits / size:.4f} bits per byte of {len(documents)} documents")
-
-
-if __name__ == "__main__":
-    main()

@@ -52,17 +52,17 @@ def fastest_threads(step):
 
     On a busy machine threads wait for each other: two can be five times slower than one.
     """
-    counts = [torch.get_num_threads()]
-    while counts[-1] > 1:
-        counts.append(counts[-1] // 2)
-    times, start = {n: [] for n in counts}, time.perf_counter()
-    for n in counts * 4 if len(counts) > 1 else []:
+    most, start = torch.get_num_threads(), time.perf_counter()
+    if most == 1:
+        return 1  # nothing to compare
+    times = {most >> halvings: [] for halvings in range(most.bit_length())}
+    for n in [*times] * 4:
         if len(times[n]) < 2 or time.perf_counter() - start < 10:
             torch.set_num_threads(n)
             began = time.perf_counter()
             step()
             times[n].append(time.perf_counter() - began)
-    return min(counts, key=lambda n: statistics.median(times[n][1:] or [0]))  # the first warms up
+    return min(times, key=lambda n: statistics.median(times[n][1:]))  # the first warms up
 
 
 class Run:
@@ -72,16 +72,16 @@ class Run:
         self.world = int(os.environ.get("WORLD_SIZE", 1))
         self.rank = int(os.environ.get("RANK", 0))
         self.local = int(os.environ.get("LOCAL_RANK", 0))
-        self.restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0  # by torchrun
+        self.main, self.stopping = self.rank == 0, False
+        restarts = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+        self.restarted = restarts != "0"  # by torchrun
         device = find_device(c.device).type
         if self.world > 1:
             device = "cpu" if device == "mps" else device  # gloo can not reduce tensors of MPS
-            backend = "nccl" if device == "cuda" else "gloo"
-            # the store outlives workers that torchrun restarts: without a prefix of their own they
-            # would read the addresses of the dead
             store, _, _ = next(rendezvous("env://"))
-            store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
-            wait = datetime.timedelta(hours=3)  # for downloads
+            # the store outlives its workers: restarted ones must not read addresses of the dead
+            store = dist.PrefixStore(restarts, store)
+            backend, wait = "nccl" if device == "cuda" else "gloo", datetime.timedelta(hours=3)
             dist.init_process_group(backend, None, wait, self.world, self.rank, store)
         self.device = torch.device(device, self.local) if device == "cuda" else torch.device(device)
         if device == "cuda" and self.local >= torch.cuda.device_count():
@@ -91,7 +91,6 @@ class Run:
             raise ValueError("this GPU has no bfloat16: set --dtype=float32")
         half = c.dtype == "bfloat16" or c.dtype == "auto" and has_half
         self.autocast = torch.autocast(device, torch.bfloat16) if half else nullcontext()
-        self.main = self.rank == 0
         if device == "cuda":
             torch.cuda.set_device(self.device)
             torch.set_float32_matmul_precision("high")
@@ -99,23 +98,20 @@ class Run:
             torch.set_num_threads(c.threads)
         if device == "cpu":
             keep_memory()
-        self.stopping = False
-        self.has_header = False  # whether the table of evaluations has begun
         # what dropout and noise draw from; batches and samples have their own
-        other = [] if device == "cpu" else [torch.get_device_module(self.device)]
-        self.generators = [torch, *other]
+        self.generators = [torch] + [torch.get_device_module(device)] * (device != "cpu")
 
     def listen(self):
-        """From now on Ctrl-C and SIGTERM let the step end and save."""
-        for s in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(s, self.stop)
+        """From now on Ctrl-C and SIGTERM let the step end and save; a second one ends at once."""
 
-    def stop(self, *_):
-        """Ctrl-C: finish the step, save, leave; a second one leaves at once."""
-        if self.stopping:
-            raise SystemExit(130)
-        self.stopping = True
-        self.say("stopping after this step; once more to stop at once")
+        def stop(*_):
+            if self.stopping:
+                raise SystemExit(130)
+            self.stopping = True
+            self.say("stopping after this step; once more to stop at once")
+
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, stop)
 
     def any_stopping(self):
         return bool(self.mean(torch.tensor(float(self.stopping))) > 0)
@@ -129,10 +125,9 @@ class Run:
 
     def one_first(self, work):
         """work() in the first process of each machine, then, from its cache, in the others."""
-        if self.world == 1:
-            return work()
         done = work() if self.local == 0 else None
-        dist.barrier()
+        if self.world > 1:
+            dist.barrier()
         return done if self.local == 0 else work()
 
     def mean(self, x):

@@ -4,8 +4,10 @@ python sample.py --prompt="Once upon a time"
 python sample.py --chat
 python sample.py --eval=some.txt
 python sample.py --eval=nursery
-python sample.py --serve
+python sample.py --serve --run=out/sam_6m
+python sample.py --spikes --prompt="Once upon a time"
 python sample.py --ckpt=out/best.pt --picture=neurons.png
+python sample.py --picture=loss.png --run="out/sam_6m out/gpt_6m"
 
 What the model writes goes to stdout, everything else to stderr.
 """
@@ -16,7 +18,6 @@ import sys
 if __name__ == "__main__":
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C while torch is imported: no traceback
 
-import codecs
 import math
 from contextlib import suppress
 from dataclasses import dataclass
@@ -33,6 +34,7 @@ import watch
 from checkpoint import build, load_checkpoint
 from machine import find_device
 from tokenizer import DataError, tokenizer_from_state
+from watch import Speaker
 
 
 @dataclass(frozen=True)
@@ -72,8 +74,10 @@ def note(text):
     print(text, file=sys.stderr, flush=True)
 
 
-def open_checkpoint(path):
-    """(file and step, checkpoint) of a file or folder; without one, of the newest run."""
+def open_speaker(c):
+    """(file and step, checkpoint, Speaker) of --ckpt, a file or a folder; without it, of the newest
+    run. Prints the first and the backend, on stderr."""
+    path = c.ckpt or c.run.split(" ")[0]
     if not path:
         found = [*Path("out").glob("best.pt"), *Path("out").glob("*/best.pt")]
         if not found:
@@ -84,67 +88,28 @@ def open_checkpoint(path):
     checkpoint = load_checkpoint(path)
     position = checkpoint.get("position")
     step = position.get("step") if isinstance(position, dict) else "unknown"
-    return f"{path}, step {step}", checkpoint
+    tokenizer, device = tokenizer_from_state(checkpoint["tokenizer"]), find_device(c.device)
+    model = build(checkpoint).to(device)
+    if c.dtype == "bfloat16":
+        model.halve_synapses()
+    if tokenizer.vocab_size > model.config.vocab_size:
+        raise ValueError(f"{path}: its tokenizer is larger than its model: take another --ckpt")
+    with torch.no_grad():  # so that `backends` knows
+        model(torch.tensor([[tokenizer.end]], device=device))
+    name = f"{path}, step {step}"
+    note(" | ".join(filter(None, (name, kernels.backends()))))
+    return name, checkpoint, Speaker(model, tokenizer, c)
 
 
-class Speaker:
-    """A model, its tokenizer and the state of what has been said so far."""
-
-    def __init__(self, model, tokenizer, c):
-        self.model, self.tokenizer, self.c, self.state = model, tokenizer, c, None
-        self.device = find_device(c.device)
-        self.generator = torch.Generator(device=self.device).manual_seed(c.seed)
-        self.pending = [tokenizer.end]  # tokens that the state has not seen yet
-
-    @classmethod
-    def of(cls, name, checkpoint, c):
-        """The speaker of a checkpoint; prints its name and the backend, on stderr."""
-        tokenizer, device = tokenizer_from_state(checkpoint["tokenizer"]), find_device(c.device)
-        model = build(checkpoint).to(device)
-        if c.dtype == "bfloat16":
-            model.halve_synapses()
-        if tokenizer.vocab_size > model.config.vocab_size:
-            raise ValueError(f"{name}: its tokenizer is larger than its model: take another --ckpt")
-        with torch.no_grad():  # so that `backends` knows
-            model(torch.tensor([[tokenizer.end]], device=device))
-        note(" | ".join(filter(None, (name, kernels.backends()))))
-        return cls(model, tokenizer, c)
-
-    def speak(self, text, until=None):
-        """Yield pieces of the continuation of all that was said before and of `text`.
-
-        Ends at the model's end token or after max_new_tokens. With `until`, in a chat, it also ends
-        before that string, and leading blanks are dropped. Neither `until` nor the end token
-        becomes part of what was said.
-        """
-        c, before = self.c, self.state
-        self.pending = prompt = self.pending + self.tokenizer.encode(text)
-        stream = self.model.generate(
-            torch.tensor([prompt], device=self.device), before, c.temperature, c.top_k, c.top_p,
-            self.generator, self.tokenizer.vocab_size, c.repetition,
-        )  # fmt: skip
-        decoder = codecs.getincrementaldecoder("utf-8")("replace")  # a character may need 4 tokens
-        said, shown = "", 0
-        for _ in range(c.max_new_tokens):
-            token, self.state = next(stream)
-            self.pending = [token.item()]
-            if self.pending[0] == self.tokenizer.end:
-                self.pending = []
-                break
-            said += decoder.decode(self.tokenizer.decode_bytes(self.pending))
-            safe = len(said)
-            if until and until in said:  # the state has seen too much: read this turn again
-                said, _ = said.split(until, 1)
-                self.state, self.pending = before, prompt + self.tokenizer.encode(said)
-                decoder.reset()
-                break
-            if until:  # hold back what could be its start, and skip leading blanks
-                safe -= max(n for n in range(len(until)) if said.endswith(until[:n]))
-                shown = max(shown, len(said) - len(said.lstrip()))
-            if safe > shown:
-                yield said[shown:safe]
-                shown = safe
-        yield said[shown:] + decoder.decode(b"", final=True)
+def written(speaker, text, chat=False):
+    """Yield what the speaker writes after `text`, in pieces; in a chat without leading blanks."""
+    c, is_blank = speaker.c, chat
+    for event in speaker.speak(text, c.max_new_tokens, c.temperature, chat):
+        piece = event["text"] * event["own"]
+        if piece := piece.lstrip() if is_blank else piece:
+            is_blank = False
+            yield piece
+    yield speaker.decoder.decode(b"", final=True)  # half a character
 
 
 def show(pieces, prompt=""):
@@ -161,12 +126,10 @@ def chat(speaker, prompt, examples):
     note("Say something and press Enter; Ctrl-D ends.")
     if examples:
         note("For example:" + "".join(f"\n  {example}" for example in examples))
-    between = ""
     for line in typed(prompt):
         try:
             line.encode()
-            show(speaker.speak(between + data.turn(line), until="\n" + data.YOU.rstrip()))
-            between = "\n"  # a turn begins on a line of its own
+            show(written(speaker, line, chat=True))
         except UnicodeEncodeError:
             note("that line is not UTF-8 text: type it again, or set your terminal to UTF-8")
         except DataError as error:
@@ -228,16 +191,18 @@ def main(argv):
         c = config.load(SampleConfig, [a + "=nursery" * is_bare for a, is_bare in zip(argv, bare)])
         if c.threads:
             torch.set_num_threads(c.threads)
-        if c.picture and Path(c.picture).stem not in ("loss", *watch.PICTURES):
-            raise ValueError("--picture draws raster, neurons, rates or loss: name the file so")
-        if Path(c.picture).stem == "loss":
-            return watch.loss(c.run).savefig(c.picture, dpi=120)
-        name, checkpoint = open_checkpoint(c.ckpt or c.run.split(" ")[0])
+        if c.picture:
+            from experiments.pictures import PICTURES, loss, picture  # by name alone
+
+            if (kind := Path(c.picture).stem) not in ("loss", *PICTURES):
+                raise ValueError("--picture draws raster, neurons, rates or loss: name the file so")
+            if kind == "loss":
+                return loss(c.run).savefig(c.picture, dpi=120)
+        name, checkpoint, speaker = open_speaker(c)
         is_nursery = "nursery" in (checkpoint.get("dataset"), checkpoint["config"].get("dataset"))
-        speaker = Speaker.of(name, checkpoint, c)
         examples = sources.EXAMPLES if is_nursery else ()
         if c.picture:
-            watch.picture(c.picture, speaker, name, c)
+            picture(c.picture, speaker, name, c)
         elif c.serve:
             watch.serve(speaker, name, c, examples)
         elif c.spikes:
@@ -247,9 +212,8 @@ def main(argv):
         elif c.chat:
             chat(speaker, c.prompt, examples)
         else:
-            show(speaker.speak(c.prompt), c.prompt)
+            show(written(speaker, c.prompt), c.prompt)
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # a chat restores its terminal first
     main(sys.argv[1:])

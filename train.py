@@ -14,12 +14,14 @@ Read train() last: it is the loop; everything above it is a helper that it calls
 
 import json
 import math
+import os
 import signal
 import sys
 import textwrap
 import time
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field, replace
+from itertools import groupby, islice
 from pathlib import Path
 
 if __name__ == "__main__":  # Ctrl-C while torch is imported ends without a traceback
@@ -102,8 +104,8 @@ class TrainConfig(ModelConfig):
         super().__post_init__()
         if self.answers_only and "conversations" not in dict(self.curriculum()):
             raise ValueError("answers_only needs conversations in phases")
-        if self.tokens_per_step < self.longest():
-            raise ValueError(f"tokens_per_step must hold a sequence of {self.longest()} tokens")
+        if self.tokens_per_step < self.longest() * int(os.environ.get("WORLD_SIZE", 1)):
+            raise ValueError(f"tokens_per_step must hold {self.longest()} tokens for every process")
 
     def curriculum(self):
         """[(phase, length)] from the phases setting."""
@@ -146,14 +148,17 @@ class Position:
         phase. Real Sam's author restarts the rate where the conversations grow longer."""
         if not c.lr_restart:
             return self.step, c.max_steps
-        if self.phase + 1 == len(self.curriculum):
+        if self.is_last():
             return self.phase_step, c.max_steps - self.step + self.phase_step
         return self.phase_step, math.ceil(c.phase_share * c.max_steps)
 
     def had_its_share(self, c):
         """Whether a phase, not the last one, has taken its share of the steps."""
-        is_last = self.phase + 1 == len(self.curriculum)
-        return self.phase_step >= c.phase_share * c.max_steps and not is_last
+        return self.phase_step >= c.phase_share * c.max_steps and not self.is_last()
+
+    def is_last(self):
+        """Whether no phase comes after this one."""
+        return self.phase + 1 == len(self.curriculum)
 
 
 def train_step(model, optimizers, x, y, c, run):
@@ -199,7 +204,7 @@ class Training:
     position: Position
     feed: data.Feed = None
     record: dict = None  # where, when and with what it is trained
-    sizes: dict = field(default_factory=dict)  # tokens of held-out text -> its bytes
+    has_header: bool = False  # whether the table of evaluations has begun
 
 
 # ---- evaluation -------------------------------------------------------------------------------
@@ -217,31 +222,28 @@ def evaluate(t):
         valid = model.score(tokens, length, counted)
         score = model.score(heldout, c.eval_length)
     model.train()
-    if len(heldout) not in t.sizes:
-        t.sizes[len(heldout)] = len(corpus.tokenizer.decode_bytes(heldout.tolist()))
-    of_phase = tokens[1:] if counted is None else tokens[1:][counted[1:] > 0]
-    losses = position.losses
+    scored = tokens[1:] if counted is None else tokens[1:][counted[1:] > 0]
+
+    def bits_per_byte(score, ids):
+        return score["nats"] / math.log(2) / len(corpus.tokenizer.decode_bytes(ids))
+
     line = {
         "step": position.step,
         "phase": phase,
         "tokens": position.tokens,
         "minutes": position.minutes,
-        "train": sum(losses) / len(losses) if losses else None,
+        "train": sum(position.losses) / len(position.losses) if position.losses else None,
         # the mean, lest processes disagree about the end of a phase
         "valid": t.run.mean(torch.tensor(valid["nats"] / valid["tokens"])).item(),
-        "valid_bpb": valid["nats"] / math.log(2) / len(corpus.tokenizer.decode_bytes(of_phase)),
+        "valid_bpb": bits_per_byte(valid, scored),
         "heldout": score["nats"] / score["tokens"],
         "bits_per_token": score["nats"] / math.log(2) / score["tokens"],
-        "bpb": score["nats"] / math.log(2) / t.sizes[len(heldout)],
-        "rate": score["rate"],
-        "synops": score["synops"],
-        "synapses": score["synapses"],
+        "bpb": bits_per_byte(score, heldout),
         "stress": model.stress.item(),
-        "log": score["log"],
+        **{key: score[key] for key in ("rate", "synops", "synapses", "log")},
     }
     if corpus.entropy_bits is not None and len(heldout) == len(corpus.heldout):
         line["entropy_bpb"] = corpus.entropy_bits / corpus.heldout_bytes
-        line["above_entropy"] = line["bpb"] - line["entropy_bpb"]
     return line
 
 
@@ -256,9 +258,8 @@ def advance(t, valid):
     """Go on to the next phase if this one, by its valid losses, has converged or had its share."""
     position = t.position
     position.history.append(valid)
-    is_converged = converged(position.history)
-    has_next = position.phase + 1 < len(position.curriculum)
-    if (is_converged or position.had_its_share(t.c)) and has_next:
+    is_converged = converged(position.history) and not position.is_last()
+    if is_converged or position.had_its_share(t.c):
         why = "converged" if is_converged else "its share of the steps is over"
         old, new = (position.curriculum[position.phase + i][0] for i in (0, 1))
         t.run.say(f"        {old} -> {new}: {why}")
@@ -291,22 +292,16 @@ def ill_layers(rates):
 
 def sample(t):
     """What the model writes by itself: documents, one after the other."""
-    c, end, decode = t.c, t.corpus.tokenizer.end, t.corpus.tokenizer.decode
+    c, tokenizer, ids = t.c, t.corpus.tokenizer, []
+    start = torch.tensor([[tokenizer.end]], device=t.run.device)
     generator = torch.Generator(device=t.run.device).manual_seed(c.seed)
-    stream = t.model.generate(
-        torch.tensor([[end]], device=t.run.device),
-        temperature=0.7, top_p=0.95, generator=generator, vocab=t.corpus.tokenizer.vocab_size,
-    )  # fmt: skip
-    documents, size = [[]], 0
-    while size < c.sample_tokens:
-        token, size = next(stream)[0].item(), size + 1
-        if token != end:
-            documents[-1].append(token)
-        elif size > c.sample_tokens / 3:
-            break
-        else:
-            documents.append([])
-    return [text for ids in documents if (text := decode(ids).strip())]
+    stream = t.model.generate(start, None, 0.7, 0, 0.95, generator, tokenizer.vocab_size)
+    for token, _ in islice(stream, c.sample_tokens):
+        ids.append(token.item())
+        if ids[-1] == tokenizer.end and len(ids) > c.sample_tokens / 3:
+            break  # rather than begin another document
+    parts = groupby(ids, lambda token: token == tokenizer.end)
+    return [text for _, part in parts if (text := tokenizer.decode(part).strip())]
 
 
 LEGEND = """
@@ -341,9 +336,9 @@ def table(line, c):
 def show(t, line):
     """Print an evaluation: a row of the table, what the model writes by itself, dead layers."""
     cells, line["samples"] = table(line, t.c), sample(t)
-    if not t.run.has_header:
+    if not t.has_header:
         t.run.say(LEGEND + "\n" + "  ".join(head for head, _ in cells))
-        t.run.has_header = True
+        t.has_header = True
     t.run.say("  ".join(text.rjust(len(head)) for head, text in cells))
     for text in "  ".join(f'"{document}"' for document in line["samples"]).splitlines():
         t.run.say(textwrap.fill(text, 98, initial_indent=" " * 8, subsequent_indent=" " * 8))
@@ -366,14 +361,11 @@ def open_corpus(c, run, checkpoint, resuming):
             dataset, tokenizer, c.vocab_size, c.data_dir, log=run.say, ignore=[c.out_dir]
         )
     )
-    needed = corpus.tokenizer.vocab_size
-    if needed > c.vocab_size:
+    if (needed := corpus.tokenizer.vocab_size) > c.vocab_size:
         raise ValueError(
             f"the {corpus.tokenizer.kind} tokenizer has {needed} tokens, the model room for "
             f"{c.vocab_size}; set --vocab_size={needed}"
         )
-    if c.tokens_per_step < c.longest() * run.world:
-        raise ValueError(f"--tokens_per_step must hold {c.longest()} tokens for every process")
     return corpus
 
 
@@ -390,24 +382,21 @@ def open_curriculum(corpus, c, run):
 
 
 def set_threads(t):
-    """Take the threads that the user or the resumed run chose, else those that prove fastest.
+    """Take the threads that the user or the resumed run chose, else those that prove fastest: with
+    another number sums are rounded differently."""
+    c, most, (_, length) = t.c, torch.get_num_threads(), t.position.curriculum[-1]
 
-    Sums are rounded differently with another number: a resumed run keeps its own.
-    """
-    c, most = t.c, torch.get_num_threads()
+    def step():
+        x = torch.randint(c.vocab_size, (max(1, c.micro_tokens // length), length + 1))
+        with t.run.autocast:
+            logits, _, report = t.model(x[:, :-1])
+            nats, others = t.model.loss(logits, x[:, 1:], report)
+        (nats + sum(others.values())).backward()
+        t.model.zero_grad(set_to_none=True)
+
     if t.run.device.type != "cpu" or c.threads:
         t.position.threads = most
     elif not t.position.threads:
-        _, length = t.position.curriculum[-1]
-        x = torch.randint(c.vocab_size, (max(1, c.micro_tokens // length), length + 1))
-
-        def step():
-            with t.run.autocast:
-                logits, _, report = t.model(x[:, :-1])
-                nats, others = t.model.loss(logits, x[:, 1:], report)
-            (nats + sum(others.values())).backward()
-            t.model.zero_grad(set_to_none=True)
-
         with torch.random.fork_rng(devices=[]):  # the trial leaves nothing behind
             t.position.threads = fastest_threads(step)
     torch.set_num_threads(min(t.position.threads, most))
@@ -433,7 +422,7 @@ def begin(c, run):
     torch.manual_seed(c.seed + 1 + run.rank)  # each process has dropout and noise of its own
     t = Training(c, run, out, corpus, model, optimizers, Position(open_curriculum(corpus, c, run)))
     if resuming:
-        restore(t, checkpoint, {o.kind: o.kept for o in OPTIMIZERS.values()})
+        restore(t, checkpoint)
     if run.main and resuming:
         rewind_log(out, t.position.step)
     elif run.main and (aside := set_aside(out)):
@@ -453,13 +442,12 @@ def introduce(t):
     with torch.no_grad():
         model.eval()(torch.zeros(1, 1, dtype=torch.long, device=run.device))  # for `backends`
         model.train()
-    threads = f", threads: {position.threads}" * (run.device.type == "cpu")
-    threads += " (fastest in a trial)" * (bool(threads) and not c.threads and not position.step)
-    run.say(
-        f"{sum(p.numel() for p in model.parameters()) / 1e6:.2f}M parameters on {run.device}"
-        f"{f' x {run.world}' * (run.world > 1)}{threads} | "
-        + " | ".join(filter(None, (kernels.backends(), f"files: {c.out_dir}")))
-    )
+    machine = f"{run.device}" + f" x {run.world}" * (run.world > 1)
+    if run.device.type == "cpu":
+        machine += f", threads: {position.threads}"
+        machine += " (fastest in a trial)" * (not c.threads and not position.step)
+    size = f"{sum(p.numel() for p in model.parameters()) / 1e6:.2f}M parameters on {machine}"
+    run.say(" | ".join(filter(None, (size, kernels.backends(), f"files: {c.out_dir}"))))
     sizes = [f"{len(corpus.train[phase]) / 1e6:.2f}M {phase}" for phase, _ in position.curriculum]
     text = f"{corpus.name}: tokens of {', '.join(sizes)}; held out {len(corpus.heldout) - 1}"
     run.say(textwrap.fill(text + f", {EVAL_TOKENS} of them are scored at most", 98))
@@ -486,10 +474,8 @@ def finish(t):
     run.say(f'next: {speak} --prompt="Once upon a time"\n      {speak} --chat')
     if c.result:
         record["data"] = {"name": corpus.name, "sha256": corpus.sha256}
-        record["config"] = {k: v for k, v in asdict(c).items() if not k.endswith("_dir")}
-        record["config"] |= {"dataset": corpus.name, "result": ""}  # nobody's paths
         record["parameters"] = sum(p.numel() for p in t.model.parameters())
-        write_result(c.result, record | {"log": log})
+        write_result(c.result, record | {"log": log}, replace(c, dataset=corpus.name))
 
 
 def train(c, run):
@@ -564,12 +550,6 @@ def main(argv):
             Path(c.out_dir).mkdir(parents=True, exist_ok=True)
             with locked(c.out_dir) if run.main else nullcontext():
                 train(c, run)
-        except RuntimeError as error:
-            if "gloo" not in str(error).lower() and not isinstance(error, dist.DistError):
-                raise
-            raise OSError(
-                "another process of this run is gone: resume, or let torchrun: --max-restarts=3"
-            ) from error
         finally:
             if dist.is_initialized():
                 dist.destroy_process_group()

@@ -1,13 +1,7 @@
-"""Everything one looks at: the page of a model, spikes in the terminal, pictures.
+"""A model that speaks, and what one looks at while it does: its page, spikes in the terminal.
 
-python sample.py --serve
-python sample.py --serve --run=out/sam_6m
-python sample.py --spikes --prompt="Once upon a time"
-python sample.py --picture=raster.png
-python sample.py --picture=loss.png --run="out/sam_6m out/gpt_6m"
-
-The page is page.html; `Page` answers its requests. `neurons_of` alone knows how a block names its
-neurons. matplotlib is optional: only who draws a picture needs it.
+sample.py is its command line; experiments/pictures.py draws what is seen here. The page is
+page.html; `Page` answers its requests. `neurons_of` alone knows how a block names its neurons.
 """
 
 import codecs
@@ -113,15 +107,16 @@ def layers(model):
     return found
 
 
-# ---- a model that is watched -------------------------------------------------------------------
+# ---- a model that speaks, and one that is watched -----------------------------------------------
 
 
-class Watcher:
-    """A model that runs every token alone and tells what each neuron did. c: a SampleConfig."""
+class Speaker:
+    """A model, its tokenizer and the state of what has been said so far. c: a SampleConfig."""
+
+    AT_ONCE = 512  # tokens of a prompt, so that a long one takes no more memory
 
     def __init__(self, model, tokenizer, c):
         self.model, self.tokenizer, self.c = model, tokenizer, c
-        self.layers = layers(model)
         self.forget()
 
     def forget(self):
@@ -129,59 +124,89 @@ class Watcher:
         self.generator = torch.Generator(self.model.stress.device).manual_seed(self.c.seed)
         self.decoder = codecs.getincrementaldecoder("utf-8")("replace")
         self.state, self.logits, self.seen, self.stopping = None, None, 0, False
-        for layer in self.layers:
-            layer.total = torch.zeros_like(layer.out)  # spikes per neuron
 
-    def read(self, token, own):
-        """Run one token: how surprising it was, and what it did. own: the model wrote it."""
-        start, event = time.perf_counter(), {"own": own, "likely": []}
-        if self.logits is not None:
-            nats = -self.logits.log_softmax(-1)[0]
-            event["bits"] = round(nats[token].item() / math.log(2), 3)
-            for i in nats.topk(min(5, len(nats)), largest=False).indices.tolist():
-                text = self.tokenizer.decode([i]) if i != self.tokenizer.end else "(end)"
-                event["likely"].append([text, round(math.exp(-nats[i]), 4)])
-        tokens = torch.tensor([[token]], device=self.generator.device)
-        logits, self.state, report = self.model(tokens, self.state)
+    def read(self, ids, own):
+        """Run tokens. Returns an event: their text, and whether the model wrote them."""
+        tokens = torch.tensor([ids], device=self.generator.device)
+        logits, self.state, self.report = self.model(tokens, self.state)
         self.logits = logits[:, -1, : self.tokenizer.vocab_size].float()
-        self.seen += 1
-        event |= {"seen": self.seen, "macs": report.macs, "rate": [], "fired": [], "membrane": []}
-        for layer, rate in zip(self.layers, (rate.cpu() for rate in report.rates)):
-            layer.total += rate
-            event["rate"].append(round(rate.mean().item(), 4))
-            event["fired"].append((rate[layer.shown] > 0).nonzero()[:, 0].tolist())
-            v = layer.membrane(self.state)[layer.shown]
-            event["membrane"].append([round(x, 2) for x in v.tolist()])
-        event["synops"] = round(sum(float(triggered) for triggered, _ in report.synapses))
-        event["synapses"] = sum(every for _, every in report.synapses)
-        event["state_bytes"] = sum(x.nbytes for x in tensors(self.state))
-        event["text"] = self.decoder.decode(self.tokenizer.decode_bytes([token]))
-        return event | {"seconds": round(time.perf_counter() - start, 5)}
+        self.seen += len(ids)
+        return {"own": own, "text": self.decoder.decode(self.tokenizer.decode_bytes(ids))}
 
     @torch.no_grad()
-    def speak(self, text, n, temperature, until=None):
-        """Yield what happens at each token of the text, and of n more that the model writes. It
-        ends at the end token and, in a turn of a chat, before the string `until`."""
-        self.stopping, ids, c = False, self.tokenizer.encode(text), self.c
-        for token in [self.tokenizer.end] * (self.state is None) + ids:
+    def speak(self, text, n, temperature, chat=False):
+        """Yield the events of the text, and of at most n tokens more that the model writes. In a
+        chat the text is what the user says, and the answer ends before the user's next turn; it
+        always ends before the end token. What it ends before is no part of what was said."""
+        self.stopping, c, encode = False, self.c, self.tokenizer.encode
+        until = "\n" + YOU.rstrip() if chat else None
+        text = "\n" * (self.seen > 0) + turn(text) if chat else text
+        ids = [self.tokenizer.end] * (self.state is None) + encode(text)
+        for at in range(0, len(ids), self.AT_ONCE):
             if not self.stopping:
-                yield self.read(token, own=False)
+                yield self.read(ids[at : at + self.AT_ONCE], own=False)
         held = []  # (event, what was before it): what may be the start of `until`
         while n > 0 and not self.stopping:
             n, before = n - 1, (self.state, self.logits, self.seen)
-            token = pick(self.logits, temperature, c.top_k, c.top_p, self.generator).item()
+            logits = self.logits.clone()
+            if c.repetition != 1:  # what this turn said becomes less likely, as in `generate`
+                said = logits[:, ids]
+                logits[:, ids] = torch.where(said > 0, said / c.repetition, said * c.repetition)
+            token = pick(logits, temperature, c.top_k, c.top_p, self.generator).item()
             if token == self.tokenizer.end:
                 break
-            held.append((self.read(token, own=True), before))
+            ids.append(token)
+            held.append((self.read([token], own=True), before))
             said = "".join(event["text"] for event, _ in held)
             if until and until in said:  # as if it had not begun to say it
-                while said.find(until) < sum(len(event["text"]) for event, _ in held):
-                    _, (self.state, self.logits, self.seen) = held.pop()
+                whole = said[: said.find(until)]
+                while len(said) > len(whole):
+                    event, (self.state, self.logits, self.seen) = held.pop()
+                    said = said[: len(said) - len(event["text"])]
+                self.decoder.reset()
+                held += [(self.read([i], own=True), None) for i in encode(whole[len(said) :])]
                 break
             if not until or not any(said.endswith(until[:k]) for k in range(1, len(until))):
                 yield from (event for event, _ in held)
                 held = []
         yield from (event for event, _ in held)
+
+
+class Watcher(Speaker):
+    """One that runs every token alone; its events tell what each neuron did."""
+
+    AT_ONCE = 1
+
+    def __init__(self, model, tokenizer, c):
+        self.layers = layers(model)
+        super().__init__(model, tokenizer, c)
+
+    def forget(self):
+        super().forget()
+        for layer in self.layers:
+            layer.total = torch.zeros_like(layer.out)  # spikes per neuron
+
+    def read(self, ids, own):
+        """Run one token: how surprising it was, and what it did."""
+        start, event = time.perf_counter(), {"likely": [], "rate": [], "fired": [], "membrane": []}
+        if self.logits is not None:
+            nats = -self.logits.log_softmax(-1)[0]
+            event["bits"] = round(nats[ids[0]].item() / math.log(2), 3)
+            for i in nats.topk(min(5, len(nats)), largest=False).indices.tolist():
+                text = self.tokenizer.decode([i]) if i != self.tokenizer.end else "(end)"
+                event["likely"].append([text, round(math.exp(-nats[i]), 4)])
+        event |= super().read(ids, own)
+        event |= {"seen": self.seen, "macs": self.report.macs}
+        for layer, rate in zip(self.layers, (rate.cpu() for rate in self.report.rates)):
+            layer.total += rate
+            event["rate"].append(round(rate.mean().item(), 4))
+            event["fired"].append((rate[layer.shown] > 0).nonzero()[:, 0].tolist())
+            v = layer.membrane(self.state)[layer.shown]
+            event["membrane"].append([round(x, 2) for x in v.tolist()])
+        event["synops"] = round(sum(float(triggered) for triggered, _ in self.report.synapses))
+        event["synapses"] = sum(every for _, every in self.report.synapses)
+        event["state_bytes"] = sum(x.nbytes for x in tensors(self.state))
+        return event | {"seconds": round(time.perf_counter() - start, 5)}
 
     def describe(self):
         """What the page has to know of the model."""
@@ -307,20 +332,16 @@ class Page(BaseHTTPRequestHandler):
     def think(self, tab, asked):
         """Let the model read a text and write."""
         text, n, heat = (asked.get(key) for key in ("text", "tokens", "temperature"))
-        is_text = isinstance(text, str) and len(text) <= TEXT
-        refuse(not is_text, 400, f"text must be a string of at most {TEXT} characters")
-        is_count = type(n) is int and 0 <= n <= TOKENS
-        refuse(not is_count, 400, f"tokens must be a whole number from 0 to {TOKENS}")
-        is_heat = type(heat) in (int, float) and 0 <= heat <= 5
-        refuse(not is_heat, 400, "temperature must be a number from 0 to 5")
-        until = "\n" + YOU.rstrip() if asked.get("chat") else None
-        text = "\n" * bool(tab.seen) + turn(text) if until else text
+        is_fine = isinstance(text, str) and len(text) <= TEXT and type(n) is int
+        is_fine = is_fine and 0 <= n <= TOKENS and type(heat) in (int, float) and 0 <= heat <= 5
+        wanted = f"text of at most {TEXT} characters, 0 to {TOKENS} tokens, a temperature of 0 to 5"
+        refuse(not is_fine, 400, f"send {wanted}")
         try:
             tab.tokenizer.encode(text.encode().decode())  # not half a character
         except (DataError, UnicodeError) as error:
             raise Refused(400, " ".join(str(error).split())) from None
         with suppress(OSError):  # the reader left
-            self.stream(tab.speak(text, n, heat, until))
+            self.stream(tab.speak(text, n, heat, bool(asked.get("chat"))))
 
     def stream(self, events):
         """Server-sent events, a line of JSON each, until they end or the reader leaves."""
@@ -405,125 +426,3 @@ def spikes(speaker, name, c):
             fired, n = event["fired"][k // 2], len(watcher.layers[k // 2].shown)
             upper, lower = ((k % 2 * 2 + half) * n // 4 in fired for half in (0, 1))
             rows[k] += blocks[upper + 2 * lower] * width
-
-
-# ---- pictures ----------------------------------------------------------------------------------
-
-COLOURS = ["#0072b2", "#d55e00", "#56b4e9", "#777777", "#000000", "#e69f00"]
-LINES, MARKERS = ["-", "--", "-.", ":"], "os^Dv"  # told apart in grey too
-
-
-def sheet(panels=1, size=(7, 4), columns=3, **options):
-    """A figure and its axes, each of this size in inches, in rows of at most `columns`."""
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise ImportError("pictures need matplotlib: pip install matplotlib") from None
-    columns, rows = min(columns, panels), -(-panels // columns)
-    figure = Figure(figsize=(columns * size[0], rows * size[1]), layout="constrained")
-    axes = figure.subplots(rows, columns, squeeze=False, **options).flatten()
-    for empty in axes[panels:]:
-        empty.axis("off")
-    return figure, axes[:panels]
-
-
-def raster(title, watcher, events):
-    """Tokens by neurons, and the membranes of the three neurons that fire closest to 30%."""
-    figure, (above, below) = sheet(2, (9, 3.5), 1, sharex=True, height_ratios=(2, 1))
-    start, lively = 0, []
-    for i, layer in enumerate(watcher.layers):
-        fired = torch.zeros(len(events), len(layer.shown))
-        for t, event in enumerate(events):
-            fired[t, event["fired"][i]] = 1
-        t, row = fired.nonzero(as_tuple=True)
-        look = {"color": f"C{i % 10}", "marker": MARKERS[i % 5], "linewidths": 0}
-        label = f"layer {layer.name}: {fired.mean():.0%} fire"
-        above.scatter(t, start + row, 5, label=label, **look)
-        if layer.theta is not None:
-            lively += [(abs(r - 0.3), i, n) for n, r in enumerate(fired.mean(0).tolist())]
-        start += len(layer.shown)
-    for k, (_, i, row) in enumerate(sorted(lively)[:3]):
-        layer, v = watcher.layers[i], [event["membrane"][i][row] for event in events]
-        n = layer.shown[row]
-        below.plot(v, LINES[k], color=COLOURS[k], lw=1, label=f"layer {layer.name}, neuron {n}")
-        below.axhline(layer.theta[n].item(), linestyle=":", color=COLOURS[k], lw=1)
-    below.plot([], [], "k:", label="threshold")
-    above.set(title=f"Spikes of {title}", ylabel="neuron", xlim=(-1, len(events)))
-    below.set(title="Membranes before the reset", ylabel="membrane", xlabel="token (a time step)")
-    words = [printable(event["text"]).replace("$", r"\$") for event in events]
-    below.set_xticks(range(len(words)), words, fontsize=6, rotation=90)
-    below.legend(fontsize=7, ncols=4)
-    figure.legend(*above.get_legend_handles_labels(), loc="outside right upper", fontsize=7)
-    return figure
-
-
-def neurons(axes, layer, rate):
-    """Every neuron a dot: its area is the weight that it sends out, its colour the gene program
-    that it follows or, where there are none, its firing rate."""
-    n = torch.arange(N := len(rate))  # a sunflower: seed n one golden angle further
-    x, y = n.sqrt() * torch.cos(2.39996 * n), n.sqrt() * torch.sin(2.39996 * n)
-    area = (2e4 / N * (layer.out / layer.out.max()).square())[layer.order]
-    if layer.program is None:
-        dots = axes.scatter(x, y, area, rate, cmap="cividis_r")
-        axes.figure.colorbar(dots, ax=axes, label="firing rate, spikes per token", shrink=0.7)
-    for k, name in enumerate(PROGRAMS if layer.program is not None else ()):
-        own = layer.program[layer.order] == k
-        label = f"{name.replace('_', ' ')} ({int(own.sum())})"
-        marker = "o^sDvP"[k]  # told apart in grey, too
-        axes.scatter(x[own], y[own], area[own], f"C{k}", marker, label=label, linewidths=0)
-        axes.legend(loc="upper center", bbox_to_anchor=(0.5, 0), ncols=2, fontsize=7)
-    axes.set(title=f"layer {layer.name}: {N} neurons", aspect="equal", xticks=[], yticks=[])
-
-
-def rates(axes, layer, rate):
-    """How often neurons fire: dead and saturated ones stand out."""
-    axes.hist(rate, [k / 20 for k in range(21)], color=COLOURS[2], ec="white", log=True)
-    for x, marker, word in ((0, "ko", "never"), (1, "kv", "always")):
-        count = int((rate == x).sum())
-        axes.plot([x], [count or math.nan], marker, label=f"{count} {word} fire")
-    mean = rate.mean().item()
-    axes.axvline(mean, color=COLOURS[1], linestyle="--", label=f"mean {mean:.1%}")
-    axes.set(title=f"layer {layer.name}", xlabel="spikes per token", ylabel="neurons")
-    axes.legend(fontsize=7)
-
-
-def curves(axes, title, logs, key="tokens"):
-    """Held-out bits per byte of [(label, log.jsonl's lines)] against training tokens or minutes."""
-    unit, words = {"tokens": (1e6, "tokens, millions"), "minutes": (1, "minutes")}[key]
-    for k, (label, log) in enumerate(logs):
-        log = [line for line in log if line["tokens"]]  # untrained it would dwarf the rest
-        x, y = [line[key] / unit for line in log], [line["bpb"] for line in log]
-        look = LINES[k % 4] + MARKERS[k % 5]
-        axes.plot(x, y, look, color=COLOURS[k % 6], label=label, markersize=3)
-    axes.set(title=title, xlabel=f"training {words}", ylabel="held-out text, bits/byte")
-    axes.grid(alpha=0.3)
-    axes.legend(fontsize=8)
-
-
-def loss(folders):
-    """The curves of runs."""
-    logs = [(run["name"], run["log"]) for run in runs(folders)]
-    if not any(log for _, log in logs):
-        raise ValueError("loss.png needs --run=FOLDER of a run of train.py, with a log.jsonl")
-    figure, panels = sheet(2, (5, 4), sharey=True)
-    for axes, key in zip(panels, ("tokens", "minutes")):
-        curves(axes, f"Loss against {key}", logs, key)
-    return figure
-
-
-PICTURES = {"raster": raster, "neurons": neurons, "rates": rates}
-TITLES = {"neurons": "Neurons of {}. Area of a dot: norm of its outgoing weights"}
-TITLES["rates"] = "Firing rates of {}"
-
-
-def picture(path, speaker, name, c):
-    """Draw what the file is named after, while the model goes on from --prompt."""
-    (watcher, events), kind = watched(speaker, name, c), Path(path).stem
-    events = list(events)
-    if kind == "raster":
-        return raster(name, watcher, events).savefig(path, dpi=120)
-    figure, panels = sheet(len(watcher.layers), (4.4, 4.2 if kind == "neurons" else 2.8))
-    for layer, axes in zip(watcher.layers, panels):
-        PICTURES[kind](axes, layer, layer.total / watcher.seen)
-    figure.suptitle(TITLES[kind].format(name) + f"; {watcher.seen} tokens", fontsize=9)
-    figure.savefig(path, dpi=120)

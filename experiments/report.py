@@ -21,7 +21,7 @@ import statistics
 import sys
 from pathlib import Path
 
-from watch import COLOURS, curves, sheet
+from experiments.pictures import COLOURS, curves, sheet
 
 # ---- tables ------------------------------------------------------------------------------------
 

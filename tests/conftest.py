@@ -10,6 +10,8 @@ os.environ.setdefault("TRITON_INTERPRET", "1")
 import pytest
 import torch
 
+from watch import tensors as leaves  # of a state
+
 
 @pytest.fixture(scope="session")
 def corpus():
@@ -45,14 +47,6 @@ def check_model(model, vocab=50):
     hook.remove()
     grad = torch.autograd.grad(logits[:, 4].square().sum(), inputs)[0].abs().sum((0, 2))  # (T,)
     assert (grad[:5] > 0).all() and (grad[5:] == 0).all()
-
-
-def leaves(state):
-    """The tensors of a state, however nested."""
-    if torch.is_tensor(state):
-        return [state]
-    parts = state.values() if isinstance(state, dict) else state or ()
-    return [x for part in parts for x in leaves(part)]
 
 
 def fire(u, smooth):

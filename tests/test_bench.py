@@ -21,13 +21,14 @@ import train
 import config
 from checkpoint import VERSION
 from experiments import all as all_steps
+from experiments import train as training
 from experiments import ablate, frames, params, recall, scan
 from experiments.peers import check_spikes
 from experiments.recall import I_AM, NAMES, TAUGHT, WHO, WORDS
 from model import SpikingLM
 
 
-def load(words, command=bench.train):
+def load(words, command=training.train):
     return bench.settings_of(command, words.split())
 
 
@@ -240,8 +241,8 @@ def test_draw_takes_so_many_tokens_by_events_or_dense():
         ("params --gpu=8", "unknown gpu '8'; choose one of h200, h100, a100, 4090"),
         ("recall configs/snn_6m.py", "recall takes no CONFIG: leave out configs/snn_6m.py"),
         ("scan configs/snn_6m.py", "scan takes no CONFIG: leave out configs/snn_6m.py"),
-        ("peers", "write python bench.py train|generate"),
-        ("", "write python bench.py train|generate"),
+        ("peers", "write python bench.py generate|"),
+        ("", "write python bench.py generate|"),
     ],
 )
 def test_mistakes_end_in_one_line(argv, said, capsys):
@@ -413,13 +414,13 @@ def test_who_fires_otherwise_is_not_timed(change):
 
 def test_train_compares_tokens_per_second(monkeypatch, tmp_path):
     monkeypatch.setattr(
-        bench, "take_turns", lambda runs, *_: {x: [2.0 if x == "ours" else 0.5] for x in runs}
+        training, "take_turns", lambda runs, *_: {x: [2.0 if x == "ours" else 0.5] for x in runs}
     )
     gpt = tmp_path / "gpt.py"
     gpt.write_text("block = 'gpt'\nn_hidden = n_embd = 16\nn_layer = 1\n")
     argv = "configs/sam_6m.py --n_hidden=16 --n_embd=16 --n_layer=1 --vocab_size=50"
     c = load(f"{argv} --micro_tokens=32 --tokens_per_step=64")
-    result = bench.train(c, RUN, length=8, against=str(gpt))
+    result = training.train(c, RUN, length=8, against=str(gpt))
     ours, gpt = (result["contestants"][name] for name in ("ours", "transformer"))
     assert result["batch"] == [4, 8]
     assert ours["tokens_per_s"] == 16 and gpt["tokens_per_s"] == 64 and gpt["ratio"] == 0.25

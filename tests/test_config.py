@@ -141,6 +141,7 @@ def test_help_lists_every_setting_with_its_comment(cls, capsys):
         ("--beta_high=1.5", "beta_high must be 1e-06 to 0.999999, got 1.5"),
         ("--block=snn --n_head=7", "n_hidden 512 must be a multiple of n_head 7"),
         ("--rehearse=1.0", "rehearse must be 0 to 0.99"),
+        ("--eval_interval=0", "eval_interval must be at least 1"),
         ("--lr=-1.0", "lr must be at least 0, got -1.0"),
         ("--phases=novels:64", "phases must be name:length"),
         ("--phases=words", "phases must be name:length"),

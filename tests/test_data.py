@@ -27,7 +27,6 @@ from test_tokenizer import SAMPLE, make, random_text
 
 import data
 import sources
-import traits
 import train
 from sources import tell
 from tokenizer import BPE, Bytes, DataError
@@ -1040,8 +1039,6 @@ def test_ranks_share_one_batch():
         assert not torch.equal(data.batch(tokens, step, 8, 16, seed=2)[0], x)
     with pytest.raises(DataError, match="too few"):
         data.batch(tokens[:16], 0, 1, 16, 0)
-    with pytest.raises(DataError, match="multiple"):
-        data.batch(tokens, 0, 3, 16, 0, 0, 2)
 
 
 def corpus_of(**phases):
@@ -1076,7 +1073,6 @@ def test_a_feed_of_answers_ignores_the_rest():
         x, y = feed.next(phase, 5)
         assert torch.equal(y == data.IGNORED, (x + 1) % 3 != 0)
         assert torch.equal(y[y != data.IGNORED], (x + 1)[y != data.IGNORED])
-    assert data.IGNORED == traits.IGNORED
 
 
 def test_a_feed_streams_and_knows_where_it_is(rows_server, tmp_path, monkeypatch):
@@ -1104,18 +1100,6 @@ def test_turn():
     assert data.turn("Who is Mia?") == "You: Who is Mia?\nSam:"
     text, _ = tell("quizzes", seeded(0))
     assert text.startswith(data.turn(text[len(data.YOU) : text.index("\n")]) + " ")
-
-
-def test_main(capsys, monkeypatch):
-    data.main()
-    out = capsys.readouterr().out
-    assert "bits per byte" in out and all(f"{phase}: " in out for phase in data.PHASES[:-1])
-    for error, code in ((KeyboardInterrupt, 130), (BrokenPipeError, 141)):
-        monkeypatch.setattr(data, "cut", lambda *_: (_ for _ in ()).throw(error))
-        monkeypatch.setattr(data.config.os, "dup2", lambda *_: None)
-        with pytest.raises(SystemExit) as caught:
-            data.main()
-        assert caught.value.code == code and capsys.readouterr().err == ""
 
 
 def test_training_goes_on_in_a_stream_where_it_stopped(rows_server, tmp_path, monkeypatch):

@@ -29,7 +29,7 @@ MAY_IMPORT = {
     "lif": {"config"},  # for its command line
     "tokenizer": set(),
     "sources": {"tokenizer"},
-    "data": {"config", "sources", "tokenizer"},
+    "data": {"sources", "tokenizer", "traits"},
     "kernels": {"lif"},
     "pii": set(),
     "ner": {"checkpoint", "config", "lif", "model", "pii"},
@@ -55,35 +55,28 @@ MAY_IMPORT = {
     },
     "watch": {"blocks", "cell_bridge", "data", "model", "spark", "tokenizer"},
     "machine": set(),
-    "experiments.report": {"watch"},
+    "experiments.report": {"experiments.pictures"},
+    "experiments.pictures": {"cell_bridge", "watch"},
     "sample": {
         "checkpoint",
         "config",
         "data",
+        "experiments.pictures",
         "kernels",
         "machine",
         "sources",
         "tokenizer",
         "watch",
     },
-    # bench times the training step itself, so it takes it from train.py
-    "bench": {
-        "checkpoint",
-        "config",
-        "experiments.peers",
-        "lif",
-        "machine",
-        "model",
-        "optim",
-        "train",
-    },
+    "bench": {"checkpoint", "config", "lif", "machine", "model", "train"},
+    "experiments.train": {"bench", "config", "experiments.peers", "model", "optim", "train"},
     "experiments.scan": {"bench", "experiments.peers", "kernels", "lif"},
     "experiments.all": {"checkpoint"},
     "experiments.peers": {"lif", "model"},
-    "experiments.params": {"bench", "lif", "model", "optim"},
+    "experiments.params": {"bench", "experiments.train", "lif", "model", "optim"},
     "experiments.ablate": {"bench", "checkpoint", "train"},
     "experiments.recall": {"bench", "experiments.ablate", "model", "optim", "train"},
-    "experiments.frames": {"bench", "model"},
+    "experiments.frames": {"bench", "experiments.train", "model"},
 }
 PACKAGES = {"torch", "numpy", "tiktoken", "requests", "tqdm"}
 OPTIONAL = {"triton", "snntorch", "spikingjelly", "norse"}  # imported where they are used
@@ -228,9 +221,9 @@ def test_results_say_where_they_come_from():
 # ---- the budget ------------------------------------------------------------------------------
 
 CEILINGS = {  # lowered as the code shrinks, never raised; lines, where it says nothing else
-    "all files": 7982,
+    "all files": 7652,
     "largest file": 647,
-    "afternoon path": 3133,
+    "afternoon path": 3037,
     "number of files": 20,
     "settings": 77,
     "longest function of train.py": 58,

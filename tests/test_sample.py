@@ -3,14 +3,17 @@
 import codecs
 import contextlib
 import io
+import math
 import os
 import pty
+import re
 import signal
 import subprocess
 import sys
 from dataclasses import asdict
-from itertools import islice
+from itertools import islice, product
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -18,10 +21,11 @@ import torch
 import sources
 import sample
 from checkpoint import VERSION
-from data import turn
+from lif import Report
 from model import ModelConfig, SpikingLM, pick
-from sample import SampleConfig, Speaker
-from tokenizer import BPE, Bytes, Chars, tokenizer_from_state, train_tokenizer
+from sample import SampleConfig, written
+from tokenizer import BPE, Bytes, Chars, train_tokenizer
+from watch import Speaker, Watcher
 
 ROOT = Path(__file__).parent.parent
 TINY = dict(vocab_size=300, n_embd=16, n_hidden=32, n_layer=2, n_head=2, d_ff=32)
@@ -31,75 +35,80 @@ TINY = dict(vocab_size=300, n_embd=16, n_hidden=32, n_layer=2, n_head=2, d_ff=32
 
 
 class Fake:
-    """Says the given answers, one after the other, token by token, then end tokens for ever. Its
-    state is the tuple of all tokens that it has seen."""
+    """A model that says `answer` token by token, then end tokens for ever. Its state is the tokens
+    that it has seen."""
 
-    def __init__(self, tokenizer, *answers):
-        self.end = tokenizer.end
-        self.answers = [a if isinstance(a, list) else tokenizer.encode(a) for a in answers]
-        self.calls = []
+    sites, parts, head, stress, config = [], {}, None, torch.ones(()), SimpleNamespace(block="gpt")
 
-    def generate(self, tokens, state=None, *how):
-        self.calls.append(how)
-        seen = (state or ()) + tuple(tokens[0].tolist())
-        answer = iter(self.answers.pop(0))
-        while True:
-            token = next(answer, self.end)
-            yield torch.tensor([[token]]), seen
-            seen += (token,)
+    def __call__(self, tokens, state=None):
+        logits = torch.zeros(1, 1, self.end + 1)
+        logits[0, 0, self.answer[self.at] if self.at < len(self.answer) else self.end] = 99.0
+        return logits, {"seen": torch.cat([*(state or {}).values(), tokens[0]])}, Report()
 
 
 BYTE = Bytes()
 END = "<end>"
 
 
-def speaker(*answers, tokenizer=BYTE, **settings):
-    c = SampleConfig(device="cpu", **settings)
-    return Speaker(Fake(tokenizer, *answers), tokenizer, c)
+def speaker(*answers, tokenizer=BYTE, kind=Speaker, c=None, **settings):
+    """One that gives these answers, one after the other."""
+    answers = iter([a if isinstance(a, list) else tokenizer.encode(a) for a in answers])
+
+    class Scripted(kind):
+        def speak(self, text, *how):
+            self.tokenizer.encode(text)  # it may refuse
+            self.model.answer = next(answers)
+            return super().speak(text, *how)
+
+        def read(self, ids, own):
+            self.model.at = self.model.at + 1 if own else 0
+            return super().read(ids, own)
+
+    model = Fake()
+    model.end = tokenizer.end
+    return Scripted(model, tokenizer, c or SampleConfig(device="cpu", **settings))
 
 
 def seen(s):
-    """What the state and the tokens that wait for it say, as text."""
-    tokens = (*(s.state or ()), *s.pending)
-    assert s.tokenizer.end not in tokens[1:]
+    """What the state says, as text."""
+    tokens = s.state["seen"].tolist()
+    assert s.tokenizer.end not in tokens[1:] and s.seen == len(tokens)
     return (END if tokens[0] == s.tokenizer.end else "") + s.tokenizer.decode(tokens)
 
 
-def test_all_settings_reach_the_model():
-    s = speaker("a", "b", temperature=0.3, top_k=7, top_p=0.6, repetition=1.2, seed=5)
-    for _ in range(2):
-        list(s.speak("x"))
-    for temperature, top_k, top_p, generator, *others in s.model.calls:
-        assert (temperature, top_k, top_p, others) == (0.3, 7, 0.6, [BYTE.vocab_size, 1.2])
+def test_all_settings_reach_the_model(monkeypatch):
+    asked = []
+    monkeypatch.setattr("watch.pick", lambda *how: asked.append(how) or torch.tensor(97))
+    s = speaker("aa", temperature=0.3, top_k=7, top_p=0.6, repetition=2.0, seed=5, max_new_tokens=2)
+    list(written(s, "x"))
+    for logits, temperature, top_k, top_p, generator in asked:
+        assert (temperature, top_k, top_p, logits.shape) == (0.3, 7, 0.6, (1, BYTE.vocab_size))
         assert generator is s.generator and generator.initial_seed() == 5
+    assert [logits.max() for logits, *_ in asked] == [99.0, 99.0 / 2]  # "a" was said by then
 
 
 def test_a_continuation():
     s = speaker("upon a\nYou: time ")
-    pieces = list(s.speak("Once "))
+    pieces = list(written(s, "Once "))
     assert "".join(pieces) == "upon a\nYou: time "  # of a prompt, blanks and all
     assert len(pieces) > 10  # shown as it comes
     assert seen(s) == f"{END}Once upon a\nYou: time "
-    assert len(s.model.calls) == 1
 
 
 def test_where_it_stops():
     for n in (0, 1, 3):
         s = speaker("abcdef", max_new_tokens=n)
-        assert "".join(s.speak("x")) == "abcdef"[:n]
+        assert "".join(written(s, "x")) == "abcdef"[:n]
         assert seen(s) == END + "x" + "abcdef"[:n]
     goes_on = [*b"ab", BYTE.end, *b"cd"]
-    assert "".join(speaker(goes_on).speak("")) == "ab"
+    assert "".join(written(speaker(goes_on), "")) == "ab"
 
 
 def test_a_character_of_several_tokens():
     s = speaker("a文b")
-    assert list(s.speak("")) == ["a", "文", "b", ""]
+    assert list(written(s, "")) == ["a", "文", "b", ""]
     s = speaker("a文b", max_new_tokens=3)  # cut off within
-    assert list(s.speak("")) == ["a", "\N{REPLACEMENT CHARACTER}"]
-
-
-UNTIL = "\nYou:"
+    assert list(written(s, "")) == ["a", "\N{REPLACEMENT CHARACTER}"]
 
 
 @pytest.mark.parametrize(
@@ -108,7 +117,7 @@ UNTIL = "\nYou:"
         (" Hello.", "Hello."),
         (" Hello.\nYou: What", "Hello."),
         ("\n Hello.\n\n- a\n- b\nYou: What", "Hello.\n\n- a\n- b"),  # several lines
-        (" I like\nYou, you.\nY", "I like\nYou, you.\nY"),  # only a beginning of `until`
+        (" I like\nYou, you.\nY", "I like\nYou, you.\nY"),  # only a beginning of a turn
         (" A\n\nYou: b", "A\n"),
         (" a\nSam: b\nYou: c\nYou: d", "a\nSam: b"),
         ("\nYou: c", ""),
@@ -121,35 +130,38 @@ def test_a_turn(said, shown):
     text = "You: hi\nSam: next é文 Hello. I like you, A b\n"
     kinds = [Chars(sorted(set(text + said)))]
     kinds += [train_tokenizer(kind, [text * 9 + said], 320) for kind in ("bpe", "lengthmax")]
-    for tokenizer in [BYTE, *kinds]:
-        s = speaker(said, " next", tokenizer=tokenizer)
-        pieces = list(s.speak(turn("hi"), UNTIL))
+    for tokenizer, kind in [*product([BYTE, *kinds], [Speaker, Watcher])]:
+        s = speaker(said, " next", tokenizer=tokenizer, kind=kind)
+        pieces = list(written(s, "hi", chat=True))
         assert "".join(pieces) == shown
-        cut = said.split(UNTIL)[0]
+        cut = said.split("\nYou:")[0]
         assert seen(s) == f"{END}You: hi\nSam:{cut}"
-        assert "".join(s.speak("\n" + turn("A"), UNTIL)) == "next"
+        assert "".join(written(s, "A", chat=True)) == "next"
         assert seen(s) == f"{END}You: hi\nSam:{cut}\nYou: A\nSam: next"
 
 
 def test_a_turn_is_shown_as_it_comes():
-    pieces = list(speaker(" Hello you\nYou: x").speak("", UNTIL))
+    pieces = list(written(speaker(" Hello you\nYou: x"), "", chat=True))
     assert pieces[:5] == list("Hello") and "".join(pieces) == "Hello you"
 
 
 def test_tokens_across_the_end_of_a_turn():
+    START = f"{END}You: \nSam:"
     broken = [*b" a\nYou:", *"文".encode()[:1]]
-    assert "".join(speaker(broken).speak("", UNTIL)) == "a"
+    assert "".join(written(speaker(broken), "", chat=True)) == "a"
     lengthmax = train_tokenizer("lengthmax", ["You: é\n" * 50], 300)
     s = speaker(" a\nYou: é\n", tokenizer=lengthmax)  # "You: é" is one token
-    assert "".join(s.speak("", UNTIL)) == "a" and seen(s) == f"{END} a"
+    assert "".join(written(s, "", chat=True)) == "a" and seen(s) == f"{START} a"
     s = speaker([*b" a", 256, *b"You:"], tokenizer=BPE([b".\n"]))
-    assert "".join(s.speak("", UNTIL)) == "a." and seen(s) == f"{END} a."
+    assert "".join(written(s, "", chat=True)) == "a." and seen(s) == f"{START} a."
+    s = speaker([*b" a\nYo", 256], tokenizer=BPE([b"u:\xe6"]))  # and half a character
+    assert "".join(written(s, "", chat=True)) == "a"
 
 
 def test_a_turn_that_was_cut_off_is_remembered():
     s = speaker(" abcdefgh", " x", max_new_tokens=4)
-    assert "".join(s.speak("You: a\nSam:", UNTIL)) == "abc"
-    list(s.speak("\nYou: b\nSam:", UNTIL))
+    assert "".join(written(s, "a", chat=True)) == "abc"
+    list(written(s, "b", chat=True))
     assert seen(s) == f"{END}You: a\nSam: abc\nYou: b\nSam: x"
 
 
@@ -243,14 +255,13 @@ def talk(monkeypatch, capsys, lines, *argv, answers=(), **settings):
             raise line
         return line
 
-    def of(name, loaded, c):
-        tokenizer = tokenizer_from_state(loaded["tokenizer"])
-        made.append(Speaker(Fake(tokenizer, *answers), tokenizer, c))
+    def make(model, tokenizer, c):
+        made.append(speaker(*answers, tokenizer=tokenizer, c=c))
         return made[0]
 
     monkeypatch.setattr("builtins.input", read)
     if answers:
-        monkeypatch.setattr(Speaker, "of", of)
+        monkeypatch.setattr(sample, "Speaker", make)
     return *run(capsys, "--chat", *argv), made and made[0]
 
 
@@ -322,7 +333,7 @@ def test_a_chat_through_a_pipe(ckpt, monkeypatch, capsys):
     assert not out.startswith(">") and "lif" not in out and out.count("\n") >= 2
 
 
-@pytest.mark.parametrize("script", ["sample.py", "cell_bridge.py"])
+@pytest.mark.parametrize("script", ["train.py", "sample.py", "cell_bridge.py"])
 def test_ctrl_c_while_torch_is_imported(script):
     start = [sys.executable, "-X", "importtime", script]
     process = subprocess.Popen(start, cwd=ROOT, stderr=subprocess.PIPE, text=True)
@@ -345,6 +356,9 @@ def test_eval_reads_what_training_reads(ckpt, tmp_path, monkeypatch, capsys):
     out, err = run(capsys, f"--ckpt={ckpt}", "--eval=~/texts")
     assert out.startswith(f"{12 + 10 + 9 + 3} tokens, {12 + 10 + 9} bytes, 3 documents\n")
     assert "skipped 1 malformed" in err and "grammar" not in out
+    nats, bits = (float(re.search(rf"{x} +([\d.]+)", out)[1]) for x in ("token", "byte"))
+    assert bits == pytest.approx(nats * 34 / 31 / math.log(2), rel=1e-3)
+    assert re.search(r"SynOps +\d+ triggered per token, [\d.]+% of \d+", out)
     assert run(capsys, f"--ckpt={ckpt}", "--eval=~/texts", "--eval_length=2").out != out
     assert "no file or folder" in run(capsys, f"--ckpt={ckpt}", "--eval=~/none", code=2).err
 

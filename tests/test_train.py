@@ -15,9 +15,7 @@ import re
 import shutil
 import signal
 import socket
-import subprocess
 import sys
-import time
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -29,16 +27,15 @@ import torch
 import config
 import data
 import optim
-import sample
 import train
-from data import IGNORED, Feed
+from data import IGNORED
 from model import SpikingLM
 from optim import make_optimizers, schedule
 from tokenizer import Bytes
 from train import (
-    Position, Run, TrainConfig, Training, advance, converged, evaluate, fastest_threads,
-    show, train_step,
-)  # fmt: skip
+    Position, Run, TrainConfig, Training, advance, converged, evaluate, fastest_threads, show,
+    train_step,
+)
 
 ROOT = Path(__file__).parent.parent
 TINY = (
@@ -198,30 +195,6 @@ def test_two_processes_equal_one(text, one, tmp_path):
 
 def test_accumulation_changes_nothing(text, one, tmp_path):
     assert_near(one[1], run(text, tmp_path, STORIES, "--micro_tokens=64"), 1e-4)
-
-
-def test_resume_goes_on_bit_for_bit(text, one, tmp_path):
-    slow = ("--eval_interval=1", "--sample_tokens=200")
-    process = start(settings(text, tmp_path, STORIES, *slow))
-    while not (tmp_path / "step_00000003.pt").exists():
-        assert process.is_alive()
-        time.sleep(0.001)
-    os.kill(process.pid, signal.SIGINT)  # Ctrl-C in the middle
-    process.join(60)
-    assert process.exitcode == 130
-    newest = max(tmp_path.glob("step_*.pt"))
-    assert 3 <= torch.load(newest, weights_only=True)["position"]["step"] < 8
-    log = run(text, tmp_path, STORIES, "--init_from=resume")
-    assert losses(log)[-1][3] == losses(one[1])[-1][3]
-
-
-@pytest.mark.parametrize("script", ["train.py"])
-def test_ctrl_c_while_torch_is_imported_is_silent(script):
-    process = subprocess.Popen([sys.executable, script, "--help"], cwd=ROOT, stderr=subprocess.PIPE)
-    while "libtorch" not in Path(f"/proc/{process.pid}/maps").read_text():
-        assert process.poll() is None
-    process.send_signal(signal.SIGINT)
-    assert process.communicate(timeout=60)[1] == b"" and process.returncode == -signal.SIGINT
 
 
 def test_resume_draws_the_noise_that_it_would_have_drawn(text, tmp_path):
@@ -389,8 +362,6 @@ def test_a_model_that_explodes_stops(text, tmp_path):
         (["--steps=3"], "unknown setting 'steps'"),
         (["--phases=stories:100000"], "tokens_per_step"),
         (["--phases=stories:90000", "--tokens_per_step=90000"], "too little text"),
-        (["--eval_interval=0"], "eval_interval must be at least 1"),
-        (["--rehearse=1.0"], "rehearse must be"),
         (["--out_dir=README.md"], "README.md"),
     ],
 )
@@ -398,55 +369,6 @@ def test_mistakes_are_one_line(text, tmp_path, more, message):
     if "cuda" in message and torch.cuda.is_available():
         pytest.skip("there is a CUDA device")
     assert message in mistake(train.main, *settings(text, tmp_path, *more))
-
-
-# ---- sample.py on that run -----------------------------------------------------------------------
-
-
-def say(capsys, *argv):
-    sample.main(list(argv))
-    return capsys.readouterr().out
-
-
-def test_sample_continues_a_prompt(one, capsys):
-    ckpt = f"--ckpt={one[0] / 'best.pt'}"
-    out = say(capsys, ckpt, "--prompt=The cat", "--max_new_tokens=30")
-    assert out.startswith("The cat") and len(out) > 20
-    again = say(capsys, ckpt, "--prompt=The cat", "--max_new_tokens=30")
-    other = say(capsys, ckpt, "--prompt=The cat", "--max_new_tokens=30", "--seed=1")
-    assert out == again != other
-    assert say(capsys, ckpt, "--prompt=The cat", "--max_new_tokens=0").strip() == "The cat"
-    for how in ("--temperature=0.0", "--top_k=100000", "--top_p=0.01", "--temperature=0.00001"):
-        assert say(capsys, ckpt, "--prompt=", how, "--max_new_tokens=5")
-
-
-def test_sample_scores_a_text_as_training_does(one, capsys, tmp_path):
-    out, _ = one
-    tokenizer = data.tokenizer_from_state(torch.load(out / "step_00000008.pt")["tokenizer"])
-    path = tmp_path / "some.txt"
-    path.write_text("The cat sat.\n<|endoftext|>\nA big dog ran.\n")
-    printed = say(capsys, f"--ckpt={out / 'step_00000008.pt'}", f"--eval={path}")
-    n = len(tokenizer.encode("The cat sat.")) + len(tokenizer.encode("A big dog ran.")) + 2
-    assert printed.startswith(f"{n} tokens, 26 bytes, 2 documents")
-    nats = float(re.search(r"nats per token +([\d.]+)", printed)[1])
-    bits = float(re.search(r"bits per byte +([\d.]+)", printed)[1])
-    assert bits == pytest.approx(nats * n / 26 / 0.693147, rel=1e-3)
-    assert re.search(r"SynOps +\d+ triggered per token, [\d.]+% of \d+", printed)
-
-
-def test_a_damaged_or_hostile_checkpoint_is_refused(tmp_path, capsys):
-    class Evil:
-        def __reduce__(self):
-            return (os.system, (f"touch {tmp_path / 'ran'}",))
-
-    torch.save({"model": Evil()}, tmp_path / "evil.pt")
-    (tmp_path / "half.pt").write_bytes((tmp_path / "evil.pt").read_bytes()[:100])
-    for name in ("evil.pt", "half.pt", "missing.pt"):
-        with pytest.raises(SystemExit) as stopped:
-            sample.main([f"--ckpt={tmp_path / name}"])
-        err = capsys.readouterr().err
-        assert stopped.value.code == 2 and name in err and err.count("\n") == 1
-    assert not (tmp_path / "ran").exists()
 
 
 # ---- scale: the 1B config, shrunk ----------------------------------------------------------------
@@ -730,7 +652,7 @@ def test_fastest_threads(monkeypatch):
     now, used, turns = [0.0], [2], []
     monkeypatch.setattr(torch, "get_num_threads", lambda: 4)
     monkeypatch.setattr(torch, "set_num_threads", lambda n: used.append(n))
-    monkeypatch.setattr("train.time.perf_counter", lambda: now[0])
+    monkeypatch.setattr("machine.time.perf_counter", lambda: now[0])
 
     def step():
         turns.append(used[-1])

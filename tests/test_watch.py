@@ -16,7 +16,6 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -24,8 +23,7 @@ import torch
 import sample
 import watch
 from checkpoint import VERSION
-from data import turn
-from lif import Report
+from experiments import pictures
 from sample import SampleConfig
 from test_model import CONFIGS, in_the_repository, model_of, shrunk  # noqa: F401
 from tokenizer import Bytes, Chars
@@ -101,38 +99,6 @@ def test_neurons_of_a_program_stand_together_and_large_layers_are_thinned():
     many = watcher_of("sam_6m.py", n_layer=12, n_hidden=64)
     assert {len(layer.shown) for layer in many.layers} == {watch.ROWS // 12}
     assert watcher_of("snn_100m.py", spikes=False).layers == []
-
-
-class Scripted(torch.nn.Module):
-    """Writes the given bytes. Its state is the list of the tokens that it has seen."""
-
-    sites, parts, head, config = [], {}, None, SimpleNamespace(block="gpt")
-
-    def __init__(self, text):
-        super().__init__()
-        self.text, self.stress = text, torch.ones(())
-
-    def forward(self, tokens, state=None):
-        before = state["seen"].tolist() if state else []
-        seen = bytes(before + [x for x in tokens[0].tolist() if x < 256])
-        said = seen.partition(b"Sam:")[2]
-        logits = torch.zeros(1, 1, 257)
-        logits[0, 0, self.text[len(said)] if said == self.text[: len(said)] else 32] = 99.0
-        return logits, {"seen": torch.tensor(list(seen), dtype=torch.uint8)}, Report()
-
-
-@pytest.mark.parametrize("text", [" Hi.\nYou: a", " a\nb\n\nYou: c", "\nYou:", " \nYo\nYou:"])
-def test_a_turn_of_a_chat_ends_before_the_next_one(text):
-    until, asked, model = "\nYou:", turn("hello"), Scripted(text.encode() + b" " * 99)
-    watcher = Watcher(model, BYTE, SampleConfig(device="cpu"))
-    events = list(watcher.speak(asked, 60, 0.0, until))
-    said = "".join(event["text"] for event in events if event["own"])
-    assert said == text.split(until)[0]
-    assert bytes(watcher.state["seen"].tolist()).decode() == asked + said  # the rest is forgotten
-    assert watcher.seen == len(events) == 1 + len(asked) + len(said)
-    watcher.forget()
-    events = list(watcher.speak(asked, 2, 0.0, until))  # what was held back is shown at the end
-    assert "".join(event["text"] for event in events if event["own"]) == text[:2]
 
 
 # ---- the server ----------------------------------------------------------------------------------
@@ -419,7 +385,7 @@ def test_the_page_in_a_browser(browser, name, run_folder):
                     (lit if row in expected[token]["fired"][layer] else dark).add(cell)
             assert len(dark) == 1 and not lit & dark  # one background
         # a neuron that is clicked shows its membrane
-        token = len(expected) - 2
+        token = max(t for t, event in enumerate(expected) if event["fired"][1])
         row = expected[token]["fired"][1][0]
         x, y = js(
             f"(() => {{ const [x, y] = where(1, {row}, {token}), box = () => "
@@ -490,10 +456,10 @@ def test_pictures_of_every_config(name, drawn):
     watcher, c = watcher_of(name), SampleConfig(device="cpu", prompt="The $5 cat", max_new_tokens=9)
     if name.startswith("gpt"):
         with pytest.raises(ValueError, match="no spiking neurons"):
-            watch.picture("rates.png", watcher, name, c)
+            pictures.picture("rates.png", watcher, name, c)
         return
-    for kind in watch.PICTURES:
-        watch.picture(f"{kind}.png", watcher, name, c)
+    for kind in pictures.PICTURES:
+        pictures.picture(f"{kind}.png", watcher, name, c)
     (raster, neurons, rates), sites = drawn, watcher.model.sites
     watcher = watcher_of(name, c)
     events = list(watcher.speak(c.prompt, 9, c.temperature))
