@@ -296,28 +296,18 @@ class SpikingLM(nn.Module):
 
     @torch.no_grad()
     def generate(
-        self, tokens, state=None, temperature=1.0, top_k=0, top_p=1.0, generator=None, vocab=None,
-        repetition=1.0,
-    ):  # fmt: skip
+        self, tokens, state=None, temperature=1.0, top_k=0, top_p=1.0, generator=None, vocab=None
+    ):
         """Yield (token (B, 1), state) for ever, in constant time and memory per token.
 
         tokens (B, T) is the prompt after `state`. The yielded state has seen all but the yielded
         token, so a chat goes on with generate([token, more ...], state). vocab: draw from the first
-        `vocab` tokens only, for a tokenizer that uses fewer than the embedding has. repetition: the
-        odds of tokens of this prompt and of what was drawn since are lowered (Keskar et al. 2019,
-        1909.05858): a logit above 0 is divided by it, one below 0 multiplied.
+        `vocab` tokens only, for a tokenizer that uses fewer than the embedding has.
         """
-        said = torch.zeros(len(tokens), self.config.vocab_size, dtype=torch.bool).to(tokens.device)
-        said.scatter_(1, tokens, True)
         for chunk in tokens.split(512, dim=1):  # so that a long prompt takes no more memory
             logits, state, _ = self(chunk, state)
         while True:
-            last = logits[:, -1].float()
-            if repetition != 1:
-                lower = torch.where(last > 0, last / repetition, last * repetition)
-                last = last.where(~said, lower)
-            token = pick(last[:, :vocab], temperature, top_k, top_p, generator)
-            said.scatter_(1, token, True)
+            token = pick(logits[:, -1, :vocab], temperature, top_k, top_p, generator)
             yield token, state
             logits, state, _ = self(token, state)
 

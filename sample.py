@@ -130,6 +130,10 @@ def chat(speaker, prompt, examples):
         try:
             line.encode()
             show(written(speaker, line, chat=True))
+            if speaker.fired:
+                n, every = speaker.wrote, sum(n for _, n in speaker.report.synapses) or 1
+                rates = f"{speaker.fired / n:.1%} of the neurons and {speaker.synops / n / every:.1%}"
+                note(f"({n} tokens; a token fired {rates} of the synapses)")
         except UnicodeEncodeError:
             note("that line is not UTF-8 text: type it again, or set your terminal to UTF-8")
         except DataError as error:

@@ -131,6 +131,10 @@ class Speaker:
         logits, self.state, self.report = self.model(tokens, self.state)
         self.logits = logits[:, -1, : self.tokenizer.vocab_size].float()
         self.seen += len(ids)
+        self.wrote += own
+        if own and self.report.rates:
+            self.fired += torch.cat(self.report.rates).mean().item()
+            self.synops += sum(triggered.item() for triggered, _ in self.report.synapses)
         return {"own": own, "text": self.decoder.decode(self.tokenizer.decode_bytes(ids))}
 
     @torch.no_grad()
@@ -139,6 +143,7 @@ class Speaker:
         chat the text is what the user says, and the answer ends before the user's next turn; it
         always ends before the end token. What it ends before is no part of what was said."""
         self.stopping, c, encode = False, self.c, self.tokenizer.encode
+        self.wrote, self.fired, self.synops = 0, 0.0, 0.0  # of this turn: live rates
         until = "\n" + YOU.rstrip() if chat else None
         text = "\n" * (self.seen > 0) + turn(text) if chat else text
         ids = [self.tokenizer.end] * (self.state is None) + encode(text)
@@ -149,7 +154,7 @@ class Speaker:
         while n > 0 and not self.stopping:
             n, before = n - 1, (self.state, self.logits, self.seen)
             logits = self.logits.clone()
-            if c.repetition != 1:  # what this turn said becomes less likely, as in `generate`
+            if c.repetition != 1:  # what this turn said becomes less likely (Keskar et al. 2019)
                 said = logits[:, ids]
                 logits[:, ids] = torch.where(said > 0, said / c.repetition, said * c.repetition)
             token = pick(logits, temperature, c.top_k, c.top_p, self.generator).item()

@@ -553,23 +553,6 @@ def test_penalty_presses_from_its_side(kind, of_0, of_1):
         torch.testing.assert_close(grad, expected)
 
 
-def test_repetition_lowers_what_was_said():
-    model = model_of(shrunk("sam_6m.py")).eval()
-    x = torch.tensor([[3, 7]])
-    logits, state, _ = model(x)
-    for repetition in (1.0, 1.7):
-        last = logits[0, -1].clone()
-        for said in (3, 7):
-            last[said] *= 1 / repetition if last[said] > 0 else repetition
-        drawn = [next(model.generate(x, generator=torch.Generator().manual_seed(i),
-                                     repetition=repetition))[0].item() for i in range(300)]  # fmt: skip
-        for i, token in enumerate(drawn):
-            g = torch.Generator().manual_seed(i)
-            assert pick(last[None], 1.0, 0, 1.0, g).item() == token
-    repeating = [t.item() for t, _ in islice(model.generate(x, temperature=0, repetition=99.0), 20)]
-    assert len(set(repeating)) == 20  # 50 tokens are there
-
-
 @pytest.mark.parametrize("more", [{}, {"head": "spikes", "n_embd": 48}])
 def test_a_budget_is_of_all_synaptic_operations(more):
     """The share that the matrices count; above the budget all is pressed, below it nothing."""

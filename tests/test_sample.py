@@ -275,6 +275,13 @@ def test_chat(ckpt, monkeypatch, capsys):
     assert err.count("not UTF-8") == 1 and "Ctrl-D" in err and "example" not in err
 
 
+def test_a_chat_tells_live_rates(ckpt, monkeypatch, capsys):
+    ask = f"--ckpt={ckpt}", "--max_new_tokens=5", "--temperature=1"
+    err = talk(monkeypatch, capsys, ["Hello"], *ask)[1]
+    n, fired, synops = re.search(r"\((\d+) tok.*fired (\S+)% of .* (\S+)% of the synap", err).groups()
+    assert n == "5" and 1 < float(fired) < 100 and 1 < float(synops) < 100
+
+
 def test_a_prompt_is_the_first_thing_said(ckpt, monkeypatch, capsys):
     answers = " Hi.\nYou:", " Me."
     ask = f"--ckpt={ckpt}", "--prompt= Hello "
