@@ -30,6 +30,7 @@ def train(
     *,
     length: int = 64,  # tokens of a sequence
     against: str = "configs/gpt_6m.py",  # the transformer to compare with; empty: one of our size
+    profile: bool = False,  # and where the time of a step goes, by operation
 ):
     """Tokens per second of whole training steps of one micro-batch, random tokens.
 
@@ -87,7 +88,27 @@ def train(
     columns |= {"peak_gb": ".1f", "mfu": ".1%"} if on_gpu else {}
     show(f"{len(x)} sequences of {length} tokens", rows, columns, skipped)
     what = "forward, backward and optimiser step of one micro-batch; ratio of times to ours"
-    return {"what": what, "contestants": rows, "skipped": skipped, "batch": list(x.shape)}
+    result = {"what": what, "contestants": rows, "skipped": skipped, "batch": list(x.shape)}
+    if profile:
+        result["operations"] = {name: operations(step) for name, step in runs.items()}
+        for name, shares in result["operations"].items():
+            print(f"\n{name}: share of a step's time, by operation")
+            print("\n".join(f"{share:7.1%}  {key}" for key, share in shares.items()))
+    return result
+
+
+def operations(step, most=12):
+    """{operation of PyTorch: share of the time of step()}, the `most` that take longest, the rest."""
+    with torch.profiler.profile() as profiler:
+        step()
+    on_gpu = torch.cuda.is_available()
+    times = {
+        e.key.removeprefix("aten::"): e.self_device_time_total if on_gpu else e.self_cpu_time_total
+        for e in profiler.key_averages()
+    }
+    longest = sorted(times, key=times.get, reverse=True)[:most]
+    shares = {key: times[key] / sum(times.values()) for key in longest}
+    return shares | {"all others": 1 - sum(shares.values())}
 
 
 def one_step(model, optimizers, x, y, settings, run, checkpointing):

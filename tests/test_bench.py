@@ -427,6 +427,19 @@ def test_train_compares_tokens_per_second(monkeypatch, tmp_path):
     assert ours["parameters"] == bench.parameters_of(c) != gpt["parameters"]
 
 
+def test_where_the_time_of_a_step_goes():
+    x = torch.randn(400, 400)
+
+    def step():
+        for _ in range(20):
+            x @ x
+        x.exp()
+
+    shares = training.operations(step, most=1)
+    assert [*shares] == ["mm", "all others"] and sum(shares.values()) == pytest.approx(1)
+    assert shares["mm"] > 0.5
+
+
 def test_frames_finds_half_of_them(monkeypatch):
     monkeypatch.setattr(
         frames, "take_turns", lambda runs, *_: {x: [1.0 if x == "ours" else 4.0] for x in runs}
