@@ -14,7 +14,8 @@ import torch.nn.functional as F
 from cell_bridge import Modulation, identity, synthetic_scores
 from kernels import lif
 from lif import (
-    RESETS, SURROGATES, Linear, Synapse, dtype_of_products, fused, population, rms, uniform,
+    RESETS, SURROGATES, Linear, Synapse, bag, dtype_of_products, fused, population, rms, take_rows,
+    uniform,
 )  # fmt: skip
 
 
@@ -303,7 +304,7 @@ class SNNBlock(Block):
     def __init__(self, config, index):
         super().__init__()
         c, D, N = config, config.n_hidden, config.d_ff
-        self.index = index
+        self.index, self.config = index, c
         self.a = Population(D, c, True, c.beta_high)
         self.h = Population(N, c, False, c.beta_high)
         self.w_in, self.w_out = matrix(c, D, N), matrix(c, N, D)
@@ -326,6 +327,100 @@ class SNNBlock(Block):
             norms = [y.norm(dim=-1).mean() for y in (found, fed)]
             report.log[f"fast weights {self.index}"] = norms[0] / sum(norms)
         return x + fed + found, now
+
+    def prepare(self, dtype):
+        """For one token at a time. Matrices with the same input, or the same output, stand side by
+        side: one bag reads both."""
+        w_qk, w_o = self.mix.w_qk.weight, self.mix.w_o.weight
+        w_in, w_out = self.w_in.weight, self.w_out.weight
+        rows = torch.cat([w_qk, w_in], 1).to(dtype), torch.cat([w_o, w_out]).to(dtype)
+        w_qk.data, w_in.data = rows[0].split([w_qk.shape[1], w_in.shape[1]], 1)
+        w_o.data, w_out.data = rows[1].split([len(w_o), len(w_out)])
+        return OneToken(self, rows)
+
+
+class Membranes:
+    """Populations side by side, one token: what depends on weights alone is computed once."""
+
+    def __init__(self, populations, *shape):
+        """shape: that of the constants, which are broadcast over that of the membranes."""
+        beta, gain, bias = (
+            torch.cat([getattr(p, name) for p in populations]).view(shape)
+            for name in ("beta_logit", "gain", "bias")
+        )
+        self.shape, self.beta, theta, levels = shape, beta.sigmoid(), populations[0].theta, []
+        self.gain, self.bias = (
+            charge(beta.new_tensor(1.0), x, beta.new_zeros(()), self.beta) for x in (gain, bias)
+        )
+        for p in populations:  # what is sent from each interval of v, silence in the middle
+            of = p.levels.view(1 + p.signed, len(theta), -1)
+            levels += [torch.cat([of[1].flip(0) if p.signed else 0 * of[0], 0 * of[0, :1], of[0]])]
+        self.levels = torch.cat(levels, 1)
+        below = torch.nextafter(theta, 0 * theta)  # v >= theta is v > below
+        self.steps, self.high = torch.cat([-below.flip(0), theta]), below[0]
+        n = torch.tensor([len(p.gain) for p in populations])
+        low = [-math.inf if p.signed == 0 else -below[0].item() for p in populations]
+        self.low = theta.new_tensor(low).repeat_interleave(n).view(shape)
+
+    def __call__(self, z, v):
+        """z, v of one shape. Returns v, where it fired, the numbers of those, and what they send."""
+        v = torch.addcmul(torch.addcmul(self.bias, self.gain, z), self.beta, v)
+        fired = torch.ne(v.clamp(self.low, self.high), v)
+        number = active = torch.from_numpy(
+            fired.numpy().reshape(-1).nonzero()[0]
+        )  # torch's is slow
+        if v.numel() > self.levels.shape[1]:  # several texts
+            every = torch.arange(self.levels.shape[1]).view(self.shape).expand(v.shape)
+            number = every.flatten().take(active)
+        step = torch.bucketize(v.take(active), self.steps, right=True)
+        sent = self.levels.take(torch.add(number, step, alpha=self.levels.shape[1]))
+        return v, fired, active, sent
+
+
+class OneToken:
+    """SNNBlock.forward for one token of each text, on a CPU and without gradient: few operations."""
+
+    def __init__(self, block, rows):
+        c, mix, self.rows = block.config, block.mix, rows
+        self.a = Membranes([block.a], c.n_head, c.n_hidden // c.n_head)
+        self.qk = Membranes([mix.q, mix.k], 2, 1, c.n_head, c.keys)
+        self.oh = Membranes([mix.o, block.h], c.n_hidden + c.d_ff)
+        self.log_gamma = mix.gamma().log().repeat_interleave(c.keys)
+
+    def __call__(self, x, state):
+        """x (B, D) -> (B, D), the state, and which populations fired: of a, q, k, o, h, (B, N) bool."""
+        B, D = x.shape
+        _, _, heads, keys = self.qk.shape
+        mix, cut = state["mix"], 2 * heads * keys
+        values = x.new_ones(B, heads, D // heads + 1)
+        z = torch.mul(x.view(B, heads, -1), 1 / size(x)[..., None], out=values[..., :-1])
+        a, sent_a, *events = self.a(z, state["a"].view(z.shape))
+        y = take_rows(self.rows[0], *events, B)
+        qk = y[:, :cut].view(B, 2, heads, keys).transpose(0, 1)
+        old = torch.stack([mix["q"], mix["k"]]).view(qk.shape)
+        qk, sent_qk, active, level = self.qk(qk / size(qk), old)
+        if len(S := mix["S"]) == 2:  # as fast_weights left it; 0 used: read_rows makes a log of it
+            S = S[0].flatten(0, 2), torch.tensor(0), torch.arange(S[1].numel()), S[1].flatten()
+        log, used, at, owed = S
+        owed = owed + (self.log_gamma if B == 1 else self.log_gamma.repeat(B))
+        n = active.numpy().searchsorted(len(at))  # queries come first
+        o, S = read_rows(
+            active[:n], level[:n], active[n:] - len(at), level[n:], values.flatten(0, 1),
+            log, used, at, owed,
+        )  # fmt: skip
+        o = (o[:, :-1] / o[:, -1:].clamp(min=0).add_(1)).view(B, D)
+        z = torch.cat([o / size(o), y[:, cut:]], 1)
+        oh, sent_oh, *events = self.oh(z, torch.cat([mix["o"], state["h"]], 1))
+        (q, k), (o, h) = qk.flatten(2), oh.split([D, oh.shape[1] - D], 1)
+        state = {"a": a.view(B, D), "mix": {"q": q, "k": k, "S": S, "o": o}, "h": h}
+        return x + take_rows(self.rows[1], *events, B), state, (sent_a, sent_qk, sent_oh)
+
+
+def size(x):
+    """By what rms(x) divides: (..., 1)."""
+    n = x.shape[-1] ** 0.5
+    norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+    return torch.hypot(norm, norm.new_full((), n * 1e-3)).mul_(1 / n)
 
 
 def matrix(c, fan_in, fan_out):
@@ -370,32 +465,38 @@ class FastWeights(nn.Module):
             report.macs += 2 * c.n_head * c.keys * self.width
         q, k, v = (in_heads(y, c.n_head, 1)[0] for y in (q, k, z))
         v = torch.cat([v, torch.ones_like(v[..., :1])], -1)
-        gamma = 1 - self.log_fade.exp().clamp(max=0.99)
+        gamma = self.gamma()
         if "S" not in state:
             S = gamma.new_zeros(len(a), c.n_head, c.keys, self.width)
             state["S"] = S, S[..., 0]
-        one_token = len(a) * a.shape[1] == 1 and not torch.is_grad_enabled()
-        o, now["S"] = (read_rows if one_token else fast_weights)(q, k, v, gamma, *state["S"])
+        if len(state["S"]) > 2:  # as read_rows left it
+            log, _, at, owed = state["S"]
+            owed = owed.view(len(a), c.n_head, c.keys)
+            state["S"] = log[at].view(*owed.shape, -1), owed
+        o, now["S"] = fast_weights(q, k, v, gamma, *state["S"])
         o = (o[..., :-1] / (1 + F.relu(o[..., -1:]))).transpose(1, 2).flatten(2)
         o, now["o"] = self.o(rms(o), state.get("o"), report)
         return self.w_o(o, report), now
 
+    def gamma(self):
+        return 1 - self.log_fade.exp().clamp(max=0.99)
 
-def fast_weights_reference(q, k, v, gamma, S, age):
+
+def fast_weights_reference(q, k, v, gamma, S, owed):
     """FastWeights' two equations, token by token. Shapes as for fast_weights."""
-    S, out = S * gamma[:, None, None] ** age[..., None], []
+    S, out = S * owed.exp()[..., None], []
     for q_t, k_t, v_t in zip(q.unbind(2), k.unbind(2), v.unbind(2)):
         S = gamma[:, None, None] * S + k_t[..., None] * v_t[..., None, :]
         out.append((q_t[..., None, :] @ S)[..., 0, :])
-    return torch.stack(out, 2), (S, torch.zeros_like(age))
+    return torch.stack(out, 2), (S, torch.zeros_like(owed))
 
 
-def fast_weights(q, k, v, gamma, S, age, chunk=64):
+def fast_weights(q, k, v, gamma, S, owed, chunk=64):
     """The same in chunks: from its own chunk token t reads gamma^(t-j) (q_t . k_j) v_j of all tokens
     j <= t at once, and from S what was before it.
 
     q, k (B, heads, T, keys), v (B, heads, T, values), gamma (heads,) -> (B, heads, T, values).
-    State: S (B, heads, keys, values) and age (B, heads, keys), tokens of decay that a row owes.
+    State: S (B, heads, keys, values), and owed (B, heads, keys), the log of decay that a row owes.
     """
     T, gamma = q.shape[2], gamma[:, None, None]
     chunk = min(chunk, T)
@@ -405,27 +506,33 @@ def fast_weights(q, k, v, gamma, S, age, chunk=64):
     since, until = gamma ** (t[:1] + 1), gamma ** (last - t).clamp(min=0)  # (heads, chunks, chunk)
     inner = q @ k.transpose(3, 4) * (gamma ** lag.clamp(min=0) * (lag >= 0))[:, None]
     added = (k * until[..., None]).transpose(3, 4) @ v  # by each chunk, as at its end
-    S, before = S * gamma ** age[..., None], []
+    S, before = S * owed.exp()[..., None], []
     for kept, more in zip((gamma ** (last - t[:, :1] + 1)).unbind(1), added.unbind(2)):
         before.append(S)
         S = kept[..., None] * S + more
     out = inner @ v + (q * since[..., None]) @ torch.stack(before, 2)
-    return out.flatten(2, 3)[:, :, :T], (S, torch.zeros_like(age))
+    return out.flatten(2, 3)[:, :, :T], (S, torch.zeros_like(owed))
 
 
-def read_rows(q, k, v, gamma, S, age):
-    """The same for one token: computes with no rows but those of the neurons that fired. A row
-    owes its decay until a key writes it; age counts the tokens."""
-    heads, keys = S.shape[1:3]
-    q, k, gamma = q.flatten(), k.flatten(), gamma.repeat_interleave(keys)
-    rows, age = S[0].flatten(0, 1), age.flatten() + 1
-    written, read = (x.nonzero()[:, 0] for x in (k, q))
-    kept = rows[written] * (gamma[written] ** age[written])[:, None]
-    rows = rows.index_copy(0, written, kept + k[written, None] * v[0, written // keys, 0])
-    age = age.index_fill(0, written, 0)
-    found = rows[read] * (q[read] * gamma[read] ** age[read])[:, None]
-    o = S.new_zeros(heads, S.shape[3]).index_add(0, read // keys, found)
-    return o[None, :, None], (rows.view_as(S), age.view(1, heads, keys))
+def read_rows(read, q, written, k, values, log, used, at, owed):
+    """The same for one token: touches no rows of S but those of the neurons that fired.
+
+    read, written: numbers of the query and key neurons that fired, of all texts and heads; q, k: their
+    levels; values (texts * heads, width). S is log[at]: a row that is written is put behind the
+    `used` ones, so that a state before this one keeps its own. Returns o, as values, and the state.
+    """
+    n, m, keys = int(used), len(written), len(at) // len(values)
+    if n + m > len(log) or n != at.max() + 1:  # full, or a later state has written there
+        log, n = torch.cat([log[at], torch.empty_like(log[at])]), len(at)
+        used, at = used.new_tensor(n), torch.arange(n)
+    kept = log.index_select(0, at.index_select(0, written))
+    kept *= owed.index_select(0, written).exp_()[:, None]
+    new = values.index_select(0, written // keys)
+    torch.addcmul(kept, new, k[:, None], out=log[n : n + m])
+    at, owed = at.index_copy(0, written, torch.arange(n, n + m)), owed.index_fill(0, written, 0)
+    start = torch.searchsorted(read, torch.arange(0, len(at), keys))
+    level = owed.index_select(0, read).exp_().mul_(q)
+    return bag(log, at.index_select(0, read), start, level), (log, used.fill_(n + m), at, owed)
 
 
 def in_heads(x, heads, parts):

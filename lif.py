@@ -41,6 +41,8 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
+from machine import has_bfloat16
+
 # ---- the neuron -------------------------------------------------------------------------------
 
 
@@ -557,6 +559,28 @@ class Report:
         self.synapses.append((rate.detach().sum() * fan_out, rate.numel() * fan_out))
 
 
+class EventReport(Report):
+    """Of one token that was read by events: told only to those who ask, as it takes time.
+
+    events: which neurons fired (B, N), bool, per layer; fan_out: the synapses of a neuron of each.
+    """
+
+    def __init__(self, events, fan_out):
+        super().__init__()
+        self.events, self.fan_out = events, fan_out
+
+    @property
+    def rates(self):
+        return [fired.flatten(1).float().mean(0) for fired in self.events]
+
+    @property
+    def synapses(self):
+        pairs = zip(self.events, self.fan_out)
+        return [(x.sum() / len(x) * n, x[0].numel() * n) for x, n in pairs]
+
+    rates, synapses = rates.setter(lambda self, x: None), synapses.setter(lambda self, x: None)
+
+
 def rms(x):
     """x (..., n) at a root mean square of 1 over its last dimension (no gain: a matrix follows)."""
     return F.rms_norm(x, x.shape[-1:], eps=1e-6)
@@ -577,22 +601,40 @@ EVENT_RATE = 0.5  # above it reading all rows in order is as fast (in float32; e
 def deliver(s, weight, report):
     """What spikes s (..., fan_in) bring through weight (fan_in, fan_out): s W, (..., fan_out).
 
-    One token without gradient reads only the rows of the neurons that fired. A row is read by one
-    thread, so there are as many bags of rows as threads.
+    One token without gradient reads only the rows of the neurons that fired.
     """
     if s.numel() == len(weight) and not torch.is_grad_enabled():
-        active = (s.flatten() != 0).nonzero()[:, 0]
+        active = s.flatten().nonzero()[:, 0]
         triggered = active.new_tensor(len(active) * weight.shape[1])
         report.synapses.append((triggered, weight.numel()))
         if len(active) < EVENT_RATE * len(weight) or weight.dtype != s.dtype:
-            bags = torch.get_num_threads() if len(active) >= 64 else 1
-            start = active.new_tensor([len(active) * i // bags for i in range(bags)])
-            level = s.flatten()[active].to(weight.dtype)
-            rows = F.embedding_bag(active, weight, start, mode="sum", per_sample_weights=level)
-            return rows.to(s.dtype).sum(0).view(*s.shape[:-1], -1)
+            return take_rows(weight, active, s.flatten()[active]).view(*s.shape[:-1], -1)
     else:
         report.fed_by_spikes(fused(s, rate_of)(s.detach()), weight.shape[1])
+    if weight.dtype != s.dtype and s.numel() > 64 * len(weight) and not has_bfloat16(s.device.type):
+        weight = weight.to(s.dtype)  # multiplied faster than bfloat16 that is imitated
     return F.linear(s.to(weight.dtype), weight.t()).to(s.dtype)
+
+
+def take_rows(weight, active, level, texts=1):
+    """The sums of the rows that fired in each text, times their level: (texts, fan_out).
+
+    active: their numbers, ascending, and `fan_in` more with each text. A row is read by one thread,
+    so a text alone has as many bags of rows as there are threads.
+    """
+    n, bags = len(active), torch.get_num_threads() if len(active) >= 64 else 1
+    if texts == 1:
+        start = active.new_tensor([n * i // bags for i in range(bags)])
+    else:
+        start = torch.searchsorted(active, torch.arange(texts) * len(weight))
+        active = active % len(weight)
+    sums = bag(weight, active, start, level.to(weight.dtype))
+    return sums.to(level.dtype) if len(sums) == texts else sums.sum(0, True, dtype=level.dtype)
+
+
+def bag(rows, active, start, level):
+    """F.embedding_bag, with less around it."""
+    return torch.embedding_bag(rows, active, start, False, 0, False, level)[0]
 
 
 def rate_of(s):

@@ -17,9 +17,9 @@ from torch.utils.checkpoint import checkpoint
 
 import config
 import spark  # noqa: F401  registers its block
-from blocks import BLOCKS, SETTINGS, Population
+from blocks import BLOCKS, SETTINGS, Membranes, Population, SNNBlock
 from cell_bridge import identity
-from lif import Linear, Report, Seen, Synapse, deliver
+from lif import EventReport, Linear, Report, Seen, Synapse, deliver, take_rows
 from traits import IGNORED, build, cross_entropy, numbers_of
 
 STRESS_DECAY = 0.99  # per step, of the moving average that is the environment's stress
@@ -93,7 +93,7 @@ class SpikingLM(nn.Module):
         self.embedding = nn.Embedding(c.vocab_size, c.n_embd)
         # bits of a spike code flip too easily near 0; a float embedding starts as GPT-2's does
         nn.init.normal_(self.embedding.weight, std=1 / 16 if c.encoder == "spikes" else 0.02)
-        self.head = None
+        self.head, self.ready = None, {}  # what `prepare` makes of the blocks
         if c.head == "spikes":
             if c.n_embd != D:
                 raise ValueError("head=spikes needs n_embd equal to the residual stream's width")
@@ -150,13 +150,33 @@ class SpikingLM(nn.Module):
         if "progsem" in self.parts:
             self.parts["progsem"].P.copy_(self.identity)
 
-    def halve_synapses(self):
-        """Store the matrices that spikes read in bfloat16: half the memory, half the bytes."""
-        rows = [part.weight for part in self.modules() if isinstance(part, Synapse)]
-        if self.head is not None and self.config.spikes:
-            rows.append(self.embedding.weight)
-        for weight in rows:
-            weight.data = weight.data.bfloat16()
+    @torch.no_grad()
+    def prepare(self, dtype=torch.float32):
+        """For writing, with weights that stay as they are: the matrices that spikes read are stored
+        in `dtype`, bfloat16 being half the bytes; block snn reads one token of few texts by events.
+        """
+        spiking = self.config.spikes
+        for part in self.modules():
+            if isinstance(part, Synapse):
+                part.weight.data = part.weight.data.to(dtype)
+        if self.head is not None and spiking:
+            self.embedding.weight.data = self.embedding.weight.data.to(dtype)
+        if all(isinstance(part, SNNBlock) for part in self.parts.values()) and spiking:
+            self.ready = {name: part.prepare(dtype) for name, part in self.parts.items()}
+            self.ready_head = self.head and Membranes([self.head], self.config.n_hidden)
+
+    def one_token(self, tokens, state):
+        """forward of a prepared model by events, for tokens (B, 1)."""
+        x, after, events = self.embed(tokens)[0][:, 0], {}, []
+        for name, block in self.ready.items():
+            x, after[name], (a, qk, oh) = block(x, state[name])
+            events += [a, *qk, *oh.split([x.shape[1], oh.shape[1] - x.shape[1]], 1)]
+        report = EventReport(events, self.fan_out)
+        if self.head is None:
+            return self.readout(x[:, None], None, report)[0], after, report
+        v, fired, *active = self.ready_head(self.norm(x), state["readout"])
+        after["readout"], report.events = v, [*events, fired]
+        return take_rows(self.embedding.weight.t(), *active, len(x))[:, None], after, report
 
     def forward(self, tokens, state=None):
         """tokens (B, T) int64; state as returned by an earlier call, or None for silence.
@@ -164,6 +184,8 @@ class SpikingLM(nn.Module):
         Returns logits (B, T, vocabulary), the state after the last token, a dictionary of those of
         the parts by their names and the readout's, and a Report.
         """
+        if self.ready and state and tokens.shape[1] == 1 and not torch.is_grad_enabled():
+            return self.one_token(tokens, state)
         x, report = self.embed(tokens)
         seen, updates = Seen(tokens, self.stress), {}
         state, after = state or {}, {}
