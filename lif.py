@@ -444,22 +444,26 @@ class _Population(torch.autograd.Function):
 
 def _send(v, theta, levels, dtype):
     """What a piece of v (B, T, N) sends, and how often its populations fired (N,)."""
-    q, fired = torch.zeros_like(v), torch.zeros_like(v[0, 0])
-    for sign, level in zip((1, -1), levels):
+    q, reached, fired = torch.zeros_like(v), torch.empty_like(v), torch.zeros_like(v[0, 0])
+    for sign, rung in zip((1, -1), rungs_of(levels)):
         for k in range(len(theta)):
-            reached = sign * v >= theta[k]
-            q = torch.where(reached, level[k], q)  # in place of the neuron's below
+            (torch.ge if sign > 0 else torch.le)(v, sign * theta[k], out=reached)
+            q.addcmul_(reached, rung[k])  # up from the neuron's below, whose place it takes
             if k == 0:
                 fired += reached.sum((0, 1))
     return q.to(dtype), fired
 
 
+def rungs_of(levels):
+    """The step from each level to the next; levels and steps (sides, K, N)."""
+    return levels.diff(dim=1, prepend=torch.zeros_like(levels[:, :1]))
+
+
 def _send_back(v, theta, levels, d_sent, d_rate, g, slope):
     """The gradient by a piece of v, and by the step from each level to the next."""
-    rungs = levels.diff(dim=1, prepend=torch.zeros_like(levels[:, :1]))
     d_q, d_v, d_rungs = d_sent.to(v.dtype), torch.zeros_like(v), []
     reached = torch.empty_like(v)
-    for sign, rung in zip((1, -1), rungs):
+    for sign, rung in zip((1, -1), rungs_of(levels)):
         for k in range(len(theta)):
             u = torch.add(-theta[k], v, alpha=sign)
             d_rungs.append(torch.ge(u, 0, out=reached).mul_(d_q).sum((0, 1)))
