@@ -435,8 +435,7 @@ class Pondered(nn.Module):
     help. lambda_k ~ p (1-p)^(k-1) over the frames that run, in sum 1. In the others the neurons
     stand still. With `adaptive` off all K run, and E[K] is sum_k k lambda_k, as in the paper: where
     on average the output comes from, 7.9 of 16 at the start against our 12.9.
-    W_o starts as published, small. Other published initial values are not used: all of them at once
-    were worse (EXPERIMENTS.md), and w needs its spread here, where it decides alone.
+    W_o starts small, as published; all published initial values at once are worse (EXPERIMENTS.md).
     """
 
     adaptive = True
