@@ -197,8 +197,7 @@ class WhaleBlock(Block):
 
     pre = beta v + gain * W_in x + W_rec s;  s = 1[pre >= theta];  v = softclamp(pre - theta s)
     The first layer reads floats, the others spikes. A MembraneReadout reads all of them. The card
-    speaks of one modulation; here each layer draws genes for its neurons and learns strengths of
-    its own, 54 numbers, so that a layer may answer to other programs than the next.
+    speaks of one modulation; here each layer draws genes and learns 54 strengths of its own.
     """
 
     heads, width, closing = "rec_heads", "n_embd", MembraneReadout

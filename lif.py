@@ -423,19 +423,20 @@ class _Population(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, v, theta, levels, surrogate, slope, dtype):
-        ctx.save_for_backward(v, theta, levels)
+        rungs = levels.diff(dim=1, prepend=torch.zeros_like(levels[:, :1]))  # from one to the next
+        ctx.save_for_backward(v, theta, rungs)
         ctx.surrogate, ctx.slope = surrogate, slope
-        pieces = [fused(v, _send)(v[rows], theta, levels, dtype) for rows in _in_cache(v)]
+        pieces = [fused(v, _send)(v[rows], theta, rungs, dtype) for rows in _in_cache(v)]
         sent, fired = zip(*pieces)
         return torch.cat(sent) if len(sent) > 1 else sent[0], sum(fired) / v[..., 0].numel()
 
     @staticmethod
     def backward(ctx, d_sent, d_rate):
-        v, theta, levels = ctx.saved_tensors
+        v, theta, rungs = ctx.saved_tensors
         d_rate = d_rate / v[..., 0].numel()
         back = fused(v, _send_back)
         pieces = [
-            back(v[rows], theta, levels, d_sent[rows], d_rate, ctx.surrogate.grad, ctx.slope)
+            back(v[rows], theta, rungs, d_sent[rows], d_rate, ctx.surrogate.grad, ctx.slope)
             for rows in _in_cache(v)
         ]
         d_v, d_rungs = zip(*pieces)
@@ -444,21 +445,20 @@ class _Population(torch.autograd.Function):
         return torch.cat(d_v) if len(d_v) > 1 else d_v[0], None, d_levels, None, None, None
 
 
-def _send(v, theta, levels, dtype):
+def _send(v, theta, rungs, dtype):
     """What a piece of v (B, T, N) sends, and how often its populations fired (N,)."""
-    q, fired = torch.zeros_like(v), torch.zeros_like(v[0, 0])
-    for sign, level in zip((1, -1), levels):
+    q, reached, fired = torch.zeros_like(v), torch.empty_like(v), torch.zeros_like(v[0, 0])
+    for sign, rung in zip((1, -1), rungs):
         for k in range(len(theta)):
-            reached = sign * v >= theta[k]
-            q = torch.where(reached, level[k], q)  # in place of the neuron's below
+            (torch.ge if sign > 0 else torch.le)(v, sign * theta[k], out=reached)
+            q.addcmul_(reached, rung[k])  # up from the neuron's below, whose place it takes
             if k == 0:
                 fired += reached.sum((0, 1))
     return q.to(dtype), fired
 
 
-def _send_back(v, theta, levels, d_sent, d_rate, g, slope):
+def _send_back(v, theta, rungs, d_sent, d_rate, g, slope):
     """The gradient by a piece of v, and by the step from each level to the next."""
-    rungs = levels.diff(dim=1, prepend=torch.zeros_like(levels[:, :1]))
     d_q, d_v, d_rungs = d_sent.to(v.dtype), torch.zeros_like(v), []
     reached = torch.empty_like(v)
     for sign, rung in zip((1, -1), rungs):
@@ -467,7 +467,7 @@ def _send_back(v, theta, levels, d_sent, d_rate, g, slope):
             d_rungs.append(torch.ge(u, 0, out=reached).mul_(d_q).sum((0, 1)))
             d_s = d_q * rung[k] + d_rate if k == 0 else d_q * rung[k]
             d_v.addcmul_(d_s, g(u, slope), value=sign)
-    return d_v, torch.stack(d_rungs).view_as(levels)
+    return d_v, torch.stack(d_rungs).view_as(rungs)
 
 
 def fused(x, function):

@@ -75,8 +75,8 @@ GOLDEN = {
     "sam_v1_char.py": [3.89285, 1.18348, 3.87233, 1.09598, 3.84891, 1.92358],
     "sam_v2.py": [3.9181, 1.18471, 3.89893, 1.15238, 3.88188, 1.13286],
     "sam_6m.py": [3.90515, 1.17743, 3.88878, 1.41285, 3.86995, 1.33781],
-    "spikewhale_6m.py": [3.92355, 1.21533, 3.86027, -0.80581, 5.62197, -2.70907],
-    "neuronspark_6m.py": [3.9101, 1.19259, 3.85422, 1.17625, 3.80874, 1.16659],
+    "spikewhale_6m.py": [3.92154, 1.21472, 3.85469, -0.73245, 7.91676, -2.5551],
+    "neuronspark_6m.py": [3.91685, 1.19286, 3.84796, 1.18195, 3.79386, 1.1738],
     "snn_6m.py": [3.9114, 1.18575, 3.88918, 3.51101, 3.89797, 3.36245],
     "gpt_6m.py": [3.92819, 1.18816, 3.83101, 1.1784, 3.76677, 1.16688],
 }
@@ -313,7 +313,7 @@ def test_snn_sends_at_most_one_spike_per_population_at_its_learned_level():
     assert len(sent) == len(synapses) == 4 * len(model.blocks)
     for (source, w, q), (synops, synapses) in zip(sent, synapses):
         levels = source.levels.view(-1, 1, 1, q.shape[-1])  # (neurons of a population, 1, 1, N)
-        assert ((q == levels).any(0) | (q == 0)).all()
+        assert (torch.isclose(q, levels, atol=1e-6).any(0) | (q == 0)).all()
         spikes = (q != 0).float().mean((0, 1)).sum().item()
         assert synops.item() == pytest.approx(spikes * w.weight.shape[1])
         assert synapses == w.weight.numel()
