@@ -339,87 +339,88 @@ class SNNBlock(Block):
 
 
 class Membranes:
-    """Populations side by side, one token: what depends on weights alone is computed once."""
+    """Populations side by side, one token: what depends on weights alone is computed once.
 
-    def __init__(self, populations, *shape):
-        """shape: that of the constants, which are broadcast over that of the membranes."""
-        beta, gain, bias = (
-            torch.cat([getattr(p, name) for p in populations]).view(shape)
-            for name in ("beta_logit", "gain", "bias")
-        )
-        self.shape, self.beta, theta, levels = shape, beta.sigmoid(), populations[0].theta, []
-        self.gain, self.bias = (
-            charge(beta.new_tensor(1.0), x, beta.new_zeros(()), self.beta) for x in (gain, bias)
-        )
-        for p in populations:  # what is sent from each interval of v, silence in the middle
-            of = p.levels.view(1 + p.signed, len(theta), -1)
-            levels += [torch.cat([of[1].flip(0) if p.signed else 0 * of[0], 0 * of[0, :1], of[0]])]
-        self.levels = torch.cat(levels, 1)
+    shape: that of the constants, which are broadcast over that of the membranes. scales: of each
+    population a factor on what feeds it, and on what it sends.
+    """
+
+    def __init__(self, populations, shape, *scales):
+        beta, gain, bias, levels, low, theta = [], [], [], [], [], populations[0].theta
         below = torch.nextafter(theta, 0 * theta)  # v >= theta is v > below
-        self.steps, self.high = torch.cat([-below.flip(0), theta]), below[0]
-        n = torch.tensor([len(p.gain) for p in populations])
-        low = [-math.inf if p.signed == 0 else -below[0].item() for p in populations]
-        self.low = theta.new_tensor(low).repeat_interleave(n).view(shape)
+        for p, (fed, sent) in zip(populations, scales):
+            beta.append(p.beta_logit.sigmoid())
+            gain.append(fed * charge(1 + 0 * p.gain, p.gain, 0 * p.bias, beta[-1]))
+            bias.append(charge(0 * p.gain, p.gain, p.bias, beta[-1]))
+            low.append(torch.full_like(p.gain, -below[0] if p.signed else -math.inf))
+            of = sent * p.levels.view(1 + p.signed, len(theta), -1)
+            negative = of[1].flip(0) if p.signed else 0 * of[0]
+            levels.append(torch.cat([negative, 0 * of[0, :1], of[0]]))  # of each interval of v
+        self.beta, self.gain, self.bias, low = (
+            torch.cat(x).view(shape) for x in (beta, gain, bias, low)
+        )
+        self.low = low if low.max() > low.min() else low.max()
+        self.high, self.steps = below[0], torch.cat([-below.flip(0), theta])
+        self.levels, self.shape = torch.cat(levels, 1), shape
 
     def __call__(self, z, v):
         """z, v of one shape. Returns v, where it fired, the numbers of those, and what they send."""
         v = torch.addcmul(torch.addcmul(self.bias, self.gain, z), self.beta, v)
         fired = torch.ne(v.clamp(self.low, self.high), v)
-        number = active = torch.from_numpy(
-            fired.numpy().reshape(-1).nonzero()[0]
-        )  # torch's is slow
-        if v.numel() > self.levels.shape[1]:  # several texts
-            every = torch.arange(self.levels.shape[1]).view(self.shape).expand(v.shape)
-            number = every.flatten().take(active)
+        number = active = torch.from_numpy(fired.numpy().ravel().nonzero()[0])  # torch's is slow
+        n = self.levels.shape[1]
+        if v.numel() > n:  # several texts
+            number = torch.arange(n).view(self.shape).expand(v.shape).reshape(-1).take(active)
         step = torch.bucketize(v.take(active), self.steps, right=True)
-        sent = self.levels.take(torch.add(number, step, alpha=self.levels.shape[1]))
-        return v, fired, active, sent
+        return v, fired, active, self.levels.take(torch.add(number, step, alpha=n))
 
 
 class OneToken:
-    """SNNBlock.forward for one token of each text, on a CPU and without gradient: few operations."""
+    """SNNBlock.forward for one token of each text, on a CPU and without gradient: few operations.
+
+    What rms divides by lacks its sqrt(n) here: gains, and the levels of k, make up for it.
+    """
 
     def __init__(self, block, rows):
         c, mix, self.rows = block.config, block.mix, rows
-        self.a = Membranes([block.a], c.n_head, c.n_hidden // c.n_head)
-        self.qk = Membranes([mix.q, mix.k], 2, 1, c.n_head, c.keys)
-        self.oh = Membranes([mix.o, block.h], c.n_hidden + c.d_ff)
-        self.log_gamma = mix.gamma().log().repeat_interleave(c.keys)
+        D, heads, keys = c.n_hidden, c.n_head, c.keys
+        self.a = Membranes([block.a], (heads, D // heads), (D**0.5, 1))
+        of_q, of_k = (keys**0.5, 1), (keys**0.5, D**0.5)
+        self.qk = Membranes([mix.q, mix.k], (2, 1, heads, keys), of_q, of_k)
+        self.oh = Membranes([mix.o, block.h], (D + c.d_ff,), (D**0.5, 1), (1, 1))
+        self.gamma = mix.gamma().repeat_interleave(keys)
+        self.eps = [1e-3 * self.gamma.new_tensor(n) ** 0.5 for n in (D, keys)]
+        self.one = self.gamma.new_full((1, heads, 1), D**-0.5)
+        self.starts = torch.arange(0, heads * keys, keys)
 
     def __call__(self, x, state):
-        """x (B, D) -> (B, D), the state, and which populations fired: of a, q, k, o, h, (B, N) bool."""
+        """x (B, D) -> (B, D), the state, and which populations fired: of a, q and k, o and h."""
         B, D = x.shape
         _, _, heads, keys = self.qk.shape
-        mix, cut = state["mix"], 2 * heads * keys
-        values = x.new_ones(B, heads, D // heads + 1)
-        z = torch.mul(x.view(B, heads, -1), 1 / size(x)[..., None], out=values[..., :-1])
-        a, sent_a, *events = self.a(z, state["a"].view(z.shape))
+        mix, cut, (eps, eps_qk) = state["mix"], 2 * heads * keys, self.eps
+        z = (x / norm(x, eps)).view(B, heads, -1)
+        a, fired_a, *events = self.a(z, state["a"].view(z.shape))
         y = take_rows(self.rows[0], *events, B)
-        qk = y[:, :cut].view(B, 2, heads, keys).transpose(0, 1)
-        old = torch.stack([mix["q"], mix["k"]]).view(qk.shape)
-        qk, sent_qk, active, level = self.qk(qk / size(qk), old)
-        if len(S := mix["S"]) == 2:  # as fast_weights left it; 0 used: read_rows makes a log of it
-            S = S[0].flatten(0, 2), torch.tensor(0), torch.arange(S[1].numel()), S[1].flatten()
-        log, used, at, owed = S
-        owed = owed + (self.log_gamma if B == 1 else self.log_gamma.repeat(B))
-        n = active.numpy().searchsorted(len(at))  # queries come first
-        o, S = read_rows(
-            active[:n], level[:n], active[n:] - len(at), level[n:], values.flatten(0, 1),
-            log, used, at, owed,
-        )  # fmt: skip
+        z_qk = y[:, :cut].view(B, 2, heads, keys).transpose(0, 1)
+        old = torch.stack([mix["q"], mix["k"]]).view(z_qk.shape)
+        qk, fired_qk, active, level = self.qk(z_qk / norm(z_qk, eps_qk), old)
+        if torch.is_tensor(S := mix["S"]):  # as fast_weights left it, full
+            used = torch.tensor(B * heads * keys)
+            S = S.flatten(0, 2), used, used.clone(), torch.arange(used), S.new_ones(int(used))
+        n, every = active.numpy().searchsorted(len(S[3])), B * heads * keys  # queries come first
+        read, written = (active[:n], level[:n]), (active[n:] - every, level[n:])
+        values = torch.cat([z, self.one.expand(B, -1, -1)], 2).flatten(0, 1)
+        o, S = read_rows(read, written, values, self.gamma, self.starts, S)
         o = (o[:, :-1] / o[:, -1:].clamp(min=0).add_(1)).view(B, D)
-        z = torch.cat([o / size(o), y[:, cut:]], 1)
-        oh, sent_oh, *events = self.oh(z, torch.cat([mix["o"], state["h"]], 1))
-        (q, k), (o, h) = qk.flatten(2), oh.split([D, oh.shape[1] - D], 1)
+        z = torch.cat([o / norm(o, eps), y[:, cut:]], 1)
+        oh, fired_oh, *events = self.oh(z, torch.cat([mix["o"], state["h"]], 1))
+        (q, k), (o, h) = qk.view(2, B, -1).unbind(), (oh[:, :D], oh[:, D:])
         state = {"a": a.view(B, D), "mix": {"q": q, "k": k, "S": S, "o": o}, "h": h}
-        return x + take_rows(self.rows[1], *events, B), state, (sent_a, sent_qk, sent_oh)
+        return x + take_rows(self.rows[1], *events, B), state, (fired_a, fired_qk, fired_oh)
 
 
-def size(x):
-    """By what rms(x) divides: (..., 1)."""
-    n = x.shape[-1] ** 0.5
-    norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
-    return torch.hypot(norm, norm.new_full((), n * 1e-3)).mul_(1 / n)
+def norm(x, eps):
+    return torch.hypot(torch.linalg.vector_norm(x, dim=-1, keepdim=True), eps)
 
 
 def matrix(c, fan_in, fan_out):
@@ -452,7 +453,7 @@ class FastWeights(nn.Module):
         self.log_fade = nn.Parameter(torch.linspace(math.log(0.5), math.log(0.005), c.n_head))
 
     def forward(self, a, z, state, report):  # spikes a, floats z (B, T, D) -> (B, T, D)
-        c, state, now = self.config, state or {}, {}
+        c, state, now = self.config, dict(state or {}), {}
         q, k = in_heads(self.w_qk(a, report), c.n_head, 2)
         q, k = (rms(y).transpose(1, 2).flatten(2) for y in (q, k))  # (B, T, heads * keys)
         q, now["q"] = self.q(q, state.get("q"), report)
@@ -466,13 +467,11 @@ class FastWeights(nn.Module):
         v = torch.cat([v, torch.ones_like(v[..., :1])], -1)
         gamma = self.gamma()
         if "S" not in state:
-            S = gamma.new_zeros(len(a), c.n_head, c.keys, self.width)
-            state["S"] = S, S[..., 0]
-        if len(state["S"]) > 2:  # as read_rows left it
-            log, _, at, owed = state["S"]
-            owed = owed.view(len(a), c.n_head, c.keys)
-            state["S"] = log[at].view(*owed.shape, -1), owed
-        o, now["S"] = fast_weights(q, k, v, gamma, *state["S"])
+            state["S"] = gamma.new_zeros(len(a), c.n_head, c.keys, self.width)
+        elif not torch.is_tensor(state["S"]):  # as read_rows left it
+            log, _, _, at, fade = state["S"]
+            state["S"] = (log[at] * fade[:, None]).view(len(a), c.n_head, c.keys, -1)
+        o, now["S"] = fast_weights(q, k, v, gamma, state["S"])
         o = (o[..., :-1] / (1 + F.relu(o[..., -1:]))).transpose(1, 2).flatten(2)
         o, now["o"] = self.o(rms(o), state.get("o"), report)
         return self.w_o(o, report), now
@@ -481,21 +480,21 @@ class FastWeights(nn.Module):
         return 1 - self.log_fade.exp().clamp(max=0.99)
 
 
-def fast_weights_reference(q, k, v, gamma, S, owed):
+def fast_weights_reference(q, k, v, gamma, S):
     """FastWeights' two equations, token by token. Shapes as for fast_weights."""
-    S, out = S * owed.exp()[..., None], []
+    out = []
     for q_t, k_t, v_t in zip(q.unbind(2), k.unbind(2), v.unbind(2)):
         S = gamma[:, None, None] * S + k_t[..., None] * v_t[..., None, :]
         out.append((q_t[..., None, :] @ S)[..., 0, :])
-    return torch.stack(out, 2), (S, torch.zeros_like(owed))
+    return torch.stack(out, 2), S
 
 
-def fast_weights(q, k, v, gamma, S, owed, chunk=64):
+def fast_weights(q, k, v, gamma, S, chunk=64):
     """The same in chunks: from its own chunk token t reads gamma^(t-j) (q_t . k_j) v_j of all tokens
     j <= t at once, and from S what was before it.
 
     q, k (B, heads, T, keys), v (B, heads, T, values), gamma (heads,) -> (B, heads, T, values).
-    State: S (B, heads, keys, values), and owed (B, heads, keys), the log of decay that a row owes.
+    State: S (B, heads, keys, values).
     """
     T, gamma = q.shape[2], gamma[:, None, None]
     chunk = min(chunk, T)
@@ -505,33 +504,39 @@ def fast_weights(q, k, v, gamma, S, owed, chunk=64):
     since, until = gamma ** (t[:1] + 1), gamma ** (last - t).clamp(min=0)  # (heads, chunks, chunk)
     inner = q @ k.transpose(3, 4) * (gamma ** lag.clamp(min=0) * (lag >= 0))[:, None]
     added = (k * until[..., None]).transpose(3, 4) @ v  # by each chunk, as at its end
-    S, before = S * owed.exp()[..., None], []
+    before = []
     for kept, more in zip((gamma ** (last - t[:, :1] + 1)).unbind(1), added.unbind(2)):
         before.append(S)
         S = kept[..., None] * S + more
     out = inner @ v + (q * since[..., None]) @ torch.stack(before, 2)
-    return out.flatten(2, 3)[:, :, :T], (S, torch.zeros_like(owed))
+    return out.flatten(2, 3)[:, :, :T], S
 
 
-def read_rows(read, q, written, k, values, log, used, at, owed):
+def read_rows(read, written, values, gamma, starts, state):
     """The same for one token: touches no rows of S but those of the neurons that fired.
 
-    read, written: numbers of the query and key neurons that fired, of all texts and heads; q, k: their
-    levels; values (texts * heads, width). S is log[at]: a row that is written is put behind the
-    `used` ones, so that a state before this one keeps its own. Returns o, as values, and the state.
+    read, written: numbers of the query and key neurons that fired, of all texts and heads, and their
+    levels; values (texts * heads, width); starts: the first row of each head.
+    state: S is log[at] * fade. A row that is written is put into log behind the `used` ones, of
+    which this text knows `known`: so each state before this one keeps its own.
     """
-    n, m, keys = int(used), len(written), len(at) // len(values)
-    if n + m > len(log) or n != at.max() + 1:  # full, or a later state has written there
+    (read, q), (written, k), (log, used, known, at, fade) = read, written, state
+    n, m, texts = int(used), len(written), len(at) // len(gamma)
+    if n + m > len(log) or n != int(known):  # full, or a later state has written here
         log, n = torch.cat([log[at], torch.empty_like(log[at])]), len(at)
-        used, at = used.new_tensor(n), torch.arange(n)
+        used, at = torch.tensor(n), torch.arange(n)
+    if texts > 1:
+        gamma, starts = gamma.repeat(texts), torch.arange(0, len(at), len(at) // len(values))
+    fade = fade * gamma
     kept = log.index_select(0, at.index_select(0, written))
-    kept *= owed.index_select(0, written).exp_()[:, None]
-    new = values.index_select(0, written // keys)
+    kept *= fade.index_select(0, written)[:, None]
+    new = values.index_select(0, written // (len(at) // len(values)))
     torch.addcmul(kept, new, k[:, None], out=log[n : n + m])
-    at, owed = at.index_copy(0, written, torch.arange(n, n + m)), owed.index_fill(0, written, 0)
-    start = torch.searchsorted(read, torch.arange(0, len(at), keys))
-    level = owed.index_select(0, read).exp_().mul_(q)
-    return bag(log, at.index_select(0, read), start, level), (log, used.fill_(n + m), at, owed)
+    at = at.index_copy(0, written, torch.arange(n, n + m))
+    fade.index_fill_(0, written, 1)
+    level = fade.index_select(0, read).mul_(q)
+    o = bag(log, at.index_select(0, read), torch.searchsorted(read, starts), level)
+    return o, (log, used.fill_(n + m), used.clone(), at, fade)
 
 
 def in_heads(x, heads, parts):

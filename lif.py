@@ -624,7 +624,7 @@ def take_rows(weight, active, level, texts=1):
     """
     n, bags = len(active), torch.get_num_threads() if len(active) >= 64 else 1
     if texts == 1:
-        start = active.new_tensor([n * i // bags for i in range(bags)])
+        start = torch.arange(0, max(n, 1), -(-n // bags) or 1)
     else:
         start = torch.searchsorted(active, torch.arange(texts) * len(weight))
         active = active % len(weight)

@@ -163,7 +163,7 @@ class SpikingLM(nn.Module):
             self.embedding.weight.data = self.embedding.weight.data.to(dtype)
         if all(isinstance(part, SNNBlock) for part in self.parts.values()) and spiking:
             self.ready = {name: part.prepare(dtype) for name, part in self.parts.items()}
-            self.ready_head = self.head and Membranes([self.head], self.config.n_hidden)
+            self.ready_head = self.head and Membranes([self.head], (self.config.n_hidden,), (1, 1))
 
     def one_token(self, tokens, state):
         """forward of a prepared model by events, for tokens (B, 1)."""
