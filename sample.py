@@ -6,7 +6,7 @@ python sample.py --eval=some.txt
 python sample.py --eval=nursery
 python sample.py --serve --run=out/sam_6m
 python sample.py --spikes --prompt="Once upon a time"
-python sample.py --ckpt=out/best.pt --picture=neurons.png
+python sample.py --ckpt=out/sam_6m --picture=neurons.png
 python sample.py --picture=loss.png --run="out/sam_6m out/gpt_6m"
 
 What the model writes goes to stdout, everything else to stderr.
@@ -46,7 +46,7 @@ class SampleConfig:
     eval: str = ""  # score this file or folder, or nursery: bits per byte, rates, SynOps
     serve: bool = False  # a page for your browser: watch each neuron while the model writes
     port: int = 8000  # of the page
-    run: str = ""  # folders of runs, between blanks: the page and loss.png show their curves
+    run: str = ""  # folders of runs, blanks between them: the page and loss.png show their curves
     spikes: bool = False  # print a raster of spikes below each line of the text
     picture: str = ""  # draw into raster.png, neurons.png, rates.png or loss.png (or .pdf, .svg)
     # how
@@ -75,8 +75,8 @@ def note(text):
 
 
 def open_speaker(c):
-    """(file and step, checkpoint, Speaker) of --ckpt, a file or a folder; without it, of the newest
-    run. Prints the first and the backend, on stderr."""
+    """(file and step, checkpoint, Speaker) of --ckpt, a file or a folder; without it, of the first
+    --run, else of the newest run. Prints file, step and backend on stderr."""
     path = c.ckpt or c.run.split(" ")[0]
     if not path:
         found = [*Path("out").glob("best.pt"), *Path("out").glob("*/best.pt")]
@@ -113,7 +113,7 @@ def written(speaker, text, chat=False):
 
 
 def show(pieces, prompt=""):
-    """Print the prompt once the first piece has come, hence only if it was readable; then all."""
+    """Print the pieces; the prompt only with the first of them, when it has proved readable."""
     for piece in pieces:
         print(prompt + piece, end="", flush=True)
         prompt = ""
@@ -133,7 +133,7 @@ def chat(speaker, prompt, examples):
             if speaker.fired:
                 n, every = speaker.wrote, sum(n for _, n in speaker.report.synapses) or 1
                 rates = f"{speaker.fired / n:.1%} of the neurons and {speaker.synops / n / every:.1%}"
-                note(f"({n} tokens; a token fired {rates} of the synapses)")
+                note(f"({n} tokens; active per token: {rates} of the synapses)")
         except UnicodeEncodeError:
             note("that line is not UTF-8 text: type it again, or set your terminal to UTF-8")
         except DataError as error:

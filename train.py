@@ -70,7 +70,7 @@ class TrainConfig(ModelConfig):
     micro_tokens: int = 2048  # tokens in one forward and backward per process: less saves memory
     optimizer: str = "adamw"  # adamw | muon (for the matrices inside blocks and traits)
     lr: float = 2e-3  # peak learning rate of AdamW
-    neuron_lr: float = 1.0  # times lr, for vectors: decays, biases, norms; spark: its neurons' own
+    neuron_lr: float = 1.0  # factor on lr for vectors: decays, biases, norms; spark: neurons' only
     muon_lr: float = 0.02  # peak learning rate of Muon
     min_lr: float = 0.05  # the cosine ends at this share of the peak
     warmup_steps: int = 50  # linear warm-up
@@ -280,7 +280,7 @@ def check_finite(t, name, value):
 
 
 def ill_layers(rates):
-    """A line for each layer whose rate (spikes per neuron and token) leaves nothing to learn by."""
+    """A warning for each layer that fires hardly ever or nearly always, hence learns nothing."""
     for i, rate in enumerate(rates):
         if not 0.001 <= rate <= 0.9:
             what, fix = ("is dead", "lower") if rate < 0.5 else ("is saturated", "raise")
@@ -306,9 +306,9 @@ def sample(t):
 
 LEGEND = """
 train, valid  loss in nats per token; valid is held-out text, cut as the phase cuts it
-valid b/B     the same in bits per byte; text b/B: of whole held-out texts, which the early phases
-              have not seen yet
+valid b/B     the same in bits per byte; text b/B: of whole held-out texts
 firing        spikes per neuron and token, mean of all layers (log.jsonl has each layer's)
+SynOps        share of the synaptic operations that spikes trigger; E[K]: frames per token
 """
 
 
@@ -419,7 +419,7 @@ def begin(c, run):
         model.load_state_dict(checkpoint["model"])
     model = model.to(run.device)
     optimizers = make_optimizers(c, model, run.device)
-    torch.manual_seed(c.seed + 1 + run.rank)  # each process has dropout and noise of its own
+    torch.manual_seed(c.seed + 1 + run.rank)  # each process has noise of its own
     t = Training(c, run, out, corpus, model, optimizers, Position(open_curriculum(corpus, c, run)))
     if resuming:
         restore(t, checkpoint)
@@ -456,7 +456,7 @@ def introduce(t):
 
 
 def finish(t):
-    """Say how the run ended and what to type next; write the result."""
+    """Print how the run ended and what to type next; write the result."""
     c, run, corpus, position, record = t.c, t.run, t.corpus, t.position, t.record
     log = [json.loads(text) for text in (t.out / "log.jsonl").read_text().splitlines()]
     if not log:
