@@ -25,7 +25,7 @@ class NeuronSettings:
     beta_low: float = 0.01  # membrane decay per token: at the start spread over the neurons ...
     beta_high: float = 0.6  # ... from low to high, then learned per neuron
     theta: float = 1.0  # firing threshold
-    surrogate: str = "triangle"  # derivative put in place of the step's: a name in lif.py
+    surrogate: str = "triangle"  # derivative used for the fire line: a name in lif.py
     slope: float = 1.0  # its slope
     reset: str = "soft"  # sam, whale: what a spike does to the membrane: a name in lif.py
     reset_grad: bool = True  # sam, whale, spark: let the gradient flow through the reset too
@@ -64,7 +64,7 @@ class Block(nn.Module):
     closing = None  # class of the part after the last block
     has_norm = False  # whether what leaves the last part is normalised already
     shows_spikes = True  # whether `report.fired` is called
-    neurons = ""  # how the names of the vectors end that learn at neuron_lr; "": of all of them
+    neurons = ""  # endings of the names of vectors that learn at neuron_lr; "": all vectors
 
 
 def spread(n, low, high):
@@ -73,9 +73,9 @@ def spread(n, low, high):
 
 
 def recurrent(n, heads):
-    """Recurrent synapses of n neurons, which fall into `heads` groups without synapses between them:
-    (n, n/heads), a row per presynaptic neuron; None for 0 heads. The function `heads` below gives
-    them the shape that `lif` takes."""
+    """Recurrent synapses of n neurons in `heads` groups, none between groups: (n, n/heads), a row
+    per presynaptic neuron; None for 0 heads. The function `heads` below gives them the shape that
+    `lif` takes."""
     return uniform(n // heads, n, n // heads) if heads else None
 
 
@@ -102,7 +102,7 @@ def run_neurons(c, current, beta, theta, w_rec, state, report, **options):
 class SamSettings:
     # sam
     residual: str = "gated"  # gated | plain | none (every block replaces its input)
-    diversity: float = 0.4  # sigma of the log-normal factor that each neuron answers stress with
+    diversity: float = 0.4  # sigma of the log-normal factor on stress that each neuron has
     stress_gain: float = 0.3  # kappa: gain = 1 + kappa * stress * factor; 0 switches stress off
     homeostasis: float = 0.0  # thresholds move by this * (rate - target) per step; 0 is off
 
@@ -111,9 +111,9 @@ class SamSettings:
 
 @block("sam", SamSettings)
 class SamBlock(Block):
-    """Real Sam: recurrent spiking neurons of diverse temper, gated into the residual stream.
+    """Real Sam: recurrent neurons that answer stress differently, gated into the residual stream.
 
-    current = gain * (W_in x + b) + W_rec s + b_rec;  s = lif(current);  x + sigmoid(W_g x) * s
+    s = lif(gain * (W_in h + b) + b_rec, W_rec);  x + sigmoid(W_g h + b_g) * s;  h = norm(x)
     """
 
     heads = "rec_heads"
@@ -158,8 +158,8 @@ class SamBlock(Block):
 class MembraneReadout(nn.Module):
     """After SpikeWhale's blocks: W tanh(membranes before the reset), of all layers side by side.
 
-    readout_decay is a setting of the card without an equation; here it is the decay of a moving
-    average of what W reads.
+    SpikeWhale's model card names readout_decay without an equation; here it is the decay of a
+    moving average of what W reads.
     """
 
     def __init__(self, config):
@@ -192,7 +192,7 @@ class WhaleSettings:
 
 @block("whale", WhaleSettings)
 class WhaleBlock(Block):
-    """SpikeWhale: recurrent neurons whose excitability gene programs set; its spikes go on alone.
+    """SpikeWhale: recurrent neurons whose excitability gene programs set; only spikes go on.
 
     pre = beta v + gain * W_in x + W_rec s;  s = 1[pre >= theta];  v = softclamp(pre - theta s)
     The first layer reads floats, the others spikes. A MembraneReadout reads all of them. The card
@@ -240,7 +240,7 @@ class Population(nn.Module):
     """n leaky membranes without reset, each watched by neurons at thresholds theta, 2 theta, ...
 
         v = beta * v' + sqrt(1 - beta^2) * (g z + b);  sends the spikes of lif.population(v)
-    signed: as many neurons again watch -v. The float control sends v itself, or relu(v) if unsigned.
+    signed: as many neurons again watch -v. The float control sends v, or relu(v) if unsigned.
     beta starts spread from beta_low of the config to beta_high.
     """
 
@@ -281,8 +281,8 @@ class SNNSettings:
     levels: int = 3  # neurons of a population, at thresholds theta, 2 theta, ...; 1 is plain spikes
     head: str = "float"  # what the readout's matrix is fed: float | spikes, of one more population
     spikes: bool = True  # False: the float control, the same block with graded signals
-    noise: float = 0.0  # even noise on membranes in training, its width in thetas; 0 is off
-    keys: int = 64  # neurons of a head of the fast weights that write, and as many that read
+    noise: float = 0.0  # uniform noise on membranes in training, its width in thetas; 0 is off
+    keys: int = 64  # in each head of the fast weights, neurons that write, and as many that read
 
     CHOICES = {"head": ("float", "spikes")}
     RANGE = {"levels": (1, math.inf), "noise": (0, math.inf)}
@@ -291,8 +291,8 @@ class SNNSettings:
 
 @block("snn", SNNSettings)
 class SNNBlock(Block):
-    """Fully spike-driven: floats live in membranes, norms and the residual stream, spikes cross
-    matrices.
+    """Every matrix multiplies spikes; membranes, norms, fast weights and the residual stream are
+    floats.
 
     a = population(x / rms(x));  h = population(W_in a);  x + W_out h + FastWeights(a)
     """
@@ -352,7 +352,7 @@ class FastWeights(nn.Module):
         nn.init.normal_(self.w_qk.weight, std=D**-0.5)
         nn.init.normal_(self.w_o.weight, std=0.5 / math.sqrt(c.n_layer * D))
         self.q, self.k = (Population(K, c, False, c.beta_high) for _ in range(2))
-        self.o = Population(D, c, True, c.beta_low)  # what was read is not smeared over time
+        self.o = Population(D, c, True, c.beta_low)  # decays all low: it hardly averages over time
         # gamma = 1 - exp(log_fade), at the start .5 ... .995
         self.log_fade = nn.Parameter(torch.linspace(math.log(0.5), math.log(0.005), c.n_head))
 
@@ -390,8 +390,8 @@ def fast_weights_reference(q, k, v, gamma, S, age):
 
 
 def fast_weights(q, k, v, gamma, S, age, chunk=64):
-    """The same in chunks: from its own chunk token t reads gamma^(t-j) (q_t . k_j) v_j of all tokens
-    j <= t at once, and from S what was before it.
+    """The same in chunks: token t reads gamma^(t-j) (q_t . k_j) v_j of all tokens j <= t of its own
+    chunk at once, and from S what was before the chunk.
 
     q, k (B, heads, T, keys), v (B, heads, T, values), gamma (heads,) -> (B, heads, T, values).
     State: S (B, heads, keys, values) and age (B, heads, keys), tokens of decay that a row owes.
@@ -466,7 +466,7 @@ def look_back(q, k, v, state, window, report):
 def rotate(x, position):
     """Turn pairs of channels of x (B, heads, T, d) by angles that grow with position (B, T)."""
     half = x.shape[-1] // 2
-    # in float32 the places within a text of a million tokens would blur; MPS has nothing finer
+    # float32 would blur positions in a text of a million tokens; MPS has nothing finer
     exact = torch.float32 if x.device.type == "mps" else torch.float64
     speed = 10000.0 ** (-torch.arange(half, device=x.device, dtype=exact) / half)
     angle = position[:, None, :, None] * speed  # (B, 1, T, half)
