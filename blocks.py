@@ -26,7 +26,7 @@ class NeuronSettings:
     beta_low: float = 0.01  # membrane decay per token: at the start spread over the neurons ...
     beta_high: float = 0.6  # ... from low to high, then learned per neuron
     theta: float = 1.0  # firing threshold
-    surrogate: str = "triangle"  # derivative put in place of the step's: a name in lif.py
+    surrogate: str = "triangle"  # derivative used for the fire line: a name in lif.py
     slope: float = 1.0  # its slope
     reset: str = "soft"  # sam, whale: what a spike does to the membrane: a name in lif.py
     reset_grad: bool = True  # sam, whale, spark: let the gradient flow through the reset too
@@ -65,7 +65,7 @@ class Block(nn.Module):
     closing = None  # class of the part after the last block
     has_norm = False  # whether what leaves the last part is normalised already
     shows_spikes = True  # whether `report.fired` is called
-    neurons = ""  # how the names of the vectors end that learn at neuron_lr; "": of all of them
+    neurons = ""  # endings of the names of vectors that learn at neuron_lr; "": all vectors
 
 
 def spread(n, low, high):
@@ -74,9 +74,9 @@ def spread(n, low, high):
 
 
 def recurrent(n, heads):
-    """Recurrent synapses of n neurons, which fall into `heads` groups without synapses between them:
-    (n, n/heads), a row per presynaptic neuron; None for 0 heads. The function `heads` below gives
-    them the shape that `lif` takes."""
+    """Recurrent synapses of n neurons in `heads` groups, none between groups: (n, n/heads), a row
+    per presynaptic neuron; None for 0 heads. The function `heads` below gives them the shape that
+    `lif` takes."""
     return uniform(n // heads, n, n // heads) if heads else None
 
 
@@ -103,7 +103,7 @@ def run_neurons(c, current, beta, theta, w_rec, state, report, **options):
 class SamSettings:
     # sam
     residual: str = "gated"  # gated | plain | none (every block replaces its input)
-    diversity: float = 0.4  # sigma of the log-normal factor that each neuron answers stress with
+    diversity: float = 0.4  # sigma of the log-normal factor on stress that each neuron has
     stress_gain: float = 0.3  # kappa: gain = 1 + kappa * stress * factor; 0 switches stress off
     homeostasis: float = 0.0  # thresholds move by this * (rate - target) per step; 0 is off
 
@@ -112,9 +112,9 @@ class SamSettings:
 
 @block("sam", SamSettings)
 class SamBlock(Block):
-    """Real Sam: recurrent spiking neurons of diverse temper, gated into the residual stream.
+    """Real Sam: recurrent neurons that answer stress differently, gated into the residual stream.
 
-    current = gain * (W_in x + b) + W_rec s + b_rec;  s = lif(current);  x + sigmoid(W_g x) * s
+    s = lif(gain * (W_in h + b) + b_rec, W_rec);  x + sigmoid(W_g h + b_g) * s;  h = norm(x)
     """
 
     heads = "rec_heads"
@@ -159,8 +159,8 @@ class SamBlock(Block):
 class MembraneReadout(nn.Module):
     """After SpikeWhale's blocks: W tanh(membranes before the reset), of all layers side by side.
 
-    readout_decay is a setting of the card without an equation; here it is the decay of a moving
-    average of what W reads.
+    SpikeWhale's model card names readout_decay without an equation; here it is the decay of a
+    moving average of what W reads.
     """
 
     def __init__(self, config):
@@ -193,7 +193,7 @@ class WhaleSettings:
 
 @block("whale", WhaleSettings)
 class WhaleBlock(Block):
-    """SpikeWhale: recurrent neurons whose excitability gene programs set; its spikes go on alone.
+    """SpikeWhale: recurrent neurons whose excitability gene programs set; only spikes go on.
 
     pre = beta v + gain * W_in x + W_rec s;  s = 1[pre >= theta];  v = softclamp(pre - theta s)
     The first layer reads floats, the others spikes. A MembraneReadout reads all of them. The card
@@ -241,7 +241,7 @@ class Population(nn.Module):
     """n leaky membranes without reset, each watched by neurons at thresholds theta, 2 theta, ...
 
         v = beta * v' + sqrt(1 - beta^2) * (g z + b);  sends the spikes of lif.population(v)
-    signed: as many neurons again watch -v. The float control sends v itself, or relu(v) if unsigned.
+    signed: as many neurons again watch -v. The float control sends v, or relu(v) if unsigned.
     beta starts spread from beta_low of the config to beta_high.
     """
 
@@ -282,8 +282,8 @@ class SNNSettings:
     levels: int = 3  # neurons of a population, at thresholds theta, 2 theta, ...; 1 is plain spikes
     head: str = "float"  # what the readout's matrix is fed: float | spikes, of one more population
     spikes: bool = True  # False: the float control, the same block with graded signals
-    noise: float = 0.0  # even noise on membranes in training, its width in thetas; 0 is off
-    keys: int = 64  # neurons of a head of the fast weights that write, and as many that read
+    noise: float = 0.0  # uniform noise on membranes in training, its width in thetas; 0 is off
+    keys: int = 64  # in each head of the fast weights, neurons that write, and as many that read
 
     CHOICES = {"head": ("float", "spikes")}
     RANGE = {"levels": (1, math.inf), "noise": (0, math.inf)}
@@ -292,8 +292,8 @@ class SNNSettings:
 
 @block("snn", SNNSettings)
 class SNNBlock(Block):
-    """Fully spike-driven: floats live in membranes, norms and the residual stream, spikes cross
-    matrices.
+    """Every matrix multiplies spikes; membranes, norms, fast weights and the residual stream are
+    floats.
 
     a = population(x / rms(x));  h = population(W_in a);  x + W_out h + FastWeights(a)
     """
@@ -367,7 +367,10 @@ class Membranes:
         """z, v of one shape. Returns v, where it fired, the numbers of those, and what they send."""
         v = torch.addcmul(torch.addcmul(self.bias, self.gain, z), self.beta, v)
         fired = torch.ne(v.clamp(self.low, self.high), v)
-        number = active = torch.from_numpy(fired.numpy().ravel().nonzero()[0])  # torch's is slow
+        if torch.compiler.is_compiling():
+            number = active = fired.flatten().nonzero().squeeze(1)
+        else:
+            number = active = torch.from_numpy(fired.numpy().ravel().nonzero()[0])  # faster
         n = self.levels.shape[1]
         if v.numel() > n:  # several texts
             number = torch.arange(n).view(self.shape).expand(v.shape).reshape(-1).take(active)
@@ -395,28 +398,54 @@ class OneToken:
 
     def __call__(self, x, state):
         """x (B, D) -> (B, D), the state, and which populations fired: of a, q and k, o and h."""
+        mix = state["mix"]
+        v, every = [state["a"], mix["q"], mix["k"], mix["o"], state["h"]], mix["q"].numel()
+        if torch.is_tensor(S := mix["S"]):  # as fast_weights left it
+            log, at = S.flatten(0, 2), torch.arange(every)
+            S = log, torch.tensor(0), torch.tensor(every), at, log.new_ones(every)
+        log, used, known, at, fade = S
+        if int(known) + every > len(log) or int(used) != int(known):
+            # full, or a later state has written behind what this text knows
+            log, at = (
+                torch.cat([log[at], log.new_empty(2 * every, log.shape[1])]),
+                torch.arange(every),
+            )
+            used, known = torch.tensor(every), torch.tensor(every)
+        x, v, fired, (known, at, fade) = self.run(x, v, log, known, at, fade)
+        S = log, used.copy_(known), known, at, fade
+        return x, {"a": v[0], "mix": {"q": v[1], "k": v[2], "S": S, "o": v[3]}, "h": v[4]}, fired
+
+    def run(self, x, v, log, known, at, fade):
         B, D = x.shape
         _, _, heads, keys = self.qk.shape
-        mix, cut, (eps, eps_qk) = state["mix"], 2 * heads * keys, self.eps
+        a, q, k, o, h = v
+        cut, (eps, eps_qk) = 2 * heads * keys, self.eps
         z = (x / norm(x, eps)).view(B, heads, -1)
-        a, fired_a, *events = self.a(z, state["a"].view(z.shape))
+        a, fired_a, *events = self.a(z, a.view(z.shape))
         y = take_rows(self.rows[0], *events, B)
         z_qk = y[:, :cut].view(B, 2, heads, keys).transpose(0, 1)
-        old = torch.stack([mix["q"], mix["k"]]).view(z_qk.shape)
-        qk, fired_qk, active, level = self.qk(z_qk / norm(z_qk, eps_qk), old)
-        if torch.is_tensor(S := mix["S"]):  # as fast_weights left it, full
-            used = torch.tensor(B * heads * keys)
-            S = S.flatten(0, 2), used, used.clone(), torch.arange(used), S.new_ones(int(used))
-        n, every = active.numpy().searchsorted(len(S[3])), B * heads * keys  # queries come first
+        qk = torch.stack([q, k]).view(z_qk.shape)
+        qk, fired_qk, active, level = self.qk(z_qk / norm(z_qk, eps_qk), qk)
+        n, every = first(active, fired_qk[0]), len(at)  # queries come first
         read, written = (active[:n], level[:n]), (active[n:] - every, level[n:])
         values = torch.cat([z, self.one.expand(B, -1, -1)], 2).flatten(0, 1)
-        o, S = read_rows(read, written, values, self.gamma, self.starts, S)
-        o = (o[:, :-1] / o[:, -1:].clamp(min=0).add_(1)).view(B, D)
-        z = torch.cat([o / norm(o, eps), y[:, cut:]], 1)
-        oh, fired_oh, *events = self.oh(z, torch.cat([mix["o"], state["h"]], 1))
-        (q, k), (o, h) = qk.view(2, B, -1).unbind(), (oh[:, :D], oh[:, D:])
-        state = {"a": a.view(B, D), "mix": {"q": q, "k": k, "S": S, "o": o}, "h": h}
-        return x + take_rows(self.rows[1], *events, B), state, (fired_a, fired_qk, fired_oh)
+        o_, S = read_rows(read, written, values, self.gamma, self.starts, log, known, at, fade)
+        o_ = (o_[:, :-1] / o_[:, -1:].clamp(min=0).add_(1)).view(B, D)
+        z = torch.cat([o_ / norm(o_, eps), y[:, cut:]], 1)
+        oh, fired_oh, *events = self.oh(z, torch.cat([o, h], 1))
+        x = x + take_rows(self.rows[1], *events, B)
+        v = [a.view(B, D), *qk.view(2, B, -1).unbind(), oh[:, :D], oh[:, D:]]
+        return x, v, (fired_a, fired_qk, fired_oh), S
+
+
+def first(active, fired):
+    """How many of the active ones are among the fired ones, which come first."""
+    if torch.compiler.is_compiling():
+        n = fired.sum().item()
+        torch._check(n >= 0)
+        torch._check(n <= active.shape[0])
+        return n
+    return active.numpy().searchsorted(fired.numel())
 
 
 def norm(x, eps):
@@ -448,7 +477,7 @@ class FastWeights(nn.Module):
         nn.init.normal_(self.w_qk.weight, std=D**-0.5)
         nn.init.normal_(self.w_o.weight, std=0.5 / math.sqrt(c.n_layer * D))
         self.q, self.k = (Population(K, c, False, c.beta_high) for _ in range(2))
-        self.o = Population(D, c, True, c.beta_low)  # what was read is not smeared over time
+        self.o = Population(D, c, True, c.beta_low)  # decays all low: it hardly averages over time
         # gamma = 1 - exp(log_fade), at the start .5 ... .995
         self.log_fade = nn.Parameter(torch.linspace(math.log(0.5), math.log(0.005), c.n_head))
 
@@ -490,8 +519,8 @@ def fast_weights_reference(q, k, v, gamma, S):
 
 
 def fast_weights(q, k, v, gamma, S, chunk=64):
-    """The same in chunks: from its own chunk token t reads gamma^(t-j) (q_t . k_j) v_j of all tokens
-    j <= t at once, and from S what was before it.
+    """The same in chunks: token t reads gamma^(t-j) (q_t . k_j) v_j of all tokens j <= t of its own
+    chunk at once, and from S what was before the chunk.
 
     q, k (B, heads, T, keys), v (B, heads, T, values), gamma (heads,) -> (B, heads, T, values).
     State: S (B, heads, keys, values).
@@ -512,31 +541,26 @@ def fast_weights(q, k, v, gamma, S, chunk=64):
     return out.flatten(2, 3)[:, :, :T], S
 
 
-def read_rows(read, written, values, gamma, starts, state):
+def read_rows(read, written, values, gamma, starts, log, known, at, fade):
     """The same for one token: touches no rows of S but those of the neurons that fired.
 
     read, written: numbers of the query and key neurons that fired, of all texts and heads, and their
-    levels; values (texts * heads, width); starts: the first row of each head.
-    state: S is log[at] * fade. A row that is written is put into log behind the `used` ones, of
-    which this text knows `known`: so each state before this one keeps its own.
+    levels; values (texts * heads, width); starts: the first row of each head. S is log[at] * fade; a
+    row that is written goes to log behind the `known` ones, so that earlier states keep theirs.
+    Returns o, shaped like values, and the new known, at and fade.
     """
-    (read, q), (written, k), (log, used, known, at, fade) = read, written, state
-    n, m, texts = int(used), len(written), len(at) // len(gamma)
-    if n + m > len(log) or n != int(known):  # full, or a later state has written here
-        log, n = torch.cat([log[at], torch.empty_like(log[at])]), len(at)
-        used, at = torch.tensor(n), torch.arange(n)
-    if texts > 1:
-        gamma, starts = gamma.repeat(texts), torch.arange(0, len(at), len(at) // len(values))
-    fade = fade * gamma
+    (read, q), (written, k), keys = read, written, len(at) // len(values)
+    if len(at) > len(gamma):  # several texts
+        gamma, starts = gamma.repeat(len(at) // len(gamma)), torch.arange(0, len(at), keys)
+    fade, place = fade * gamma, known + torch.arange(len(written))
     kept = log.index_select(0, at.index_select(0, written))
-    kept *= fade.index_select(0, written)[:, None]
-    new = values.index_select(0, written // (len(at) // len(values)))
-    torch.addcmul(kept, new, k[:, None], out=log[n : n + m])
-    at = at.index_copy(0, written, torch.arange(n, n + m))
-    fade.index_fill_(0, written, 1)
-    level = fade.index_select(0, read).mul_(q)
+    kept = kept * fade.index_select(0, written)[:, None]
+    new = values.index_select(0, torch.div(written, keys, rounding_mode="floor"))
+    log.index_copy_(0, place, torch.addcmul(kept, new, k[:, None]))
+    at, fade = at.index_copy(0, written, place), fade.index_fill(0, written, 1.0)
+    level = fade.index_select(0, read) * q
     o = bag(log, at.index_select(0, read), torch.searchsorted(read, starts), level)
-    return o, (log, used.fill_(n + m), used.clone(), at, fade)
+    return o, (known + len(written), at, fade)
 
 
 def in_heads(x, heads, parts):
@@ -578,7 +602,7 @@ def look_back(q, k, v, state, window, report):
 def rotate(x, position):
     """Turn pairs of channels of x (B, heads, T, d) by angles that grow with position (B, T)."""
     half = x.shape[-1] // 2
-    # in float32 the places within a text of a million tokens would blur; MPS has nothing finer
+    # float32 would blur positions in a text of a million tokens; MPS has nothing finer
     exact = torch.float32 if x.device.type == "mps" else torch.float64
     speed = 10000.0 ** (-torch.arange(half, device=x.device, dtype=exact) / half)
     angle = position[:, None, :, None] * speed  # (B, 1, T, half)

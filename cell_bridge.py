@@ -6,9 +6,9 @@
     python cell_bridge.py --data=pseudobulk.npz    arrays: the fields of Screen
     python cell_bridge.py --data=cells.h5ad --embedding=esm2.npz     experiments/esm2.py makes one
 
-The virtual cell predicts how expression changes when a gene is knocked down. Controls (no
-modulation, P = 0, P shuffled) test whether real genes matter to a network; nothing here is a claim
-about biology. Made for the Virtual Cell Challenge (H1 cells, CRISPRi), whose organisers report that
+The virtual cell predicts how expression changes when a gene is knocked down. Two controls (no
+modulation, P shuffled) test whether real genes matter to a network; nothing here is a claim about
+biology. Made for the Virtual Cell Challenge (H1 cells, CRISPRi), whose organisers report that
 models do not consistently beat simple baselines, and for ESM2-650M embeddings of proteins.
 Shapes: G genes read out, n perturbed genes (the pool), N neurons.
 """
@@ -91,8 +91,8 @@ def identity(scores, n, seed, shuffle=False):
     """scores (pool, 6) -> P (n, DRAWS * 6) float32, column draw * 6 + program.
 
     Each draw gives every neuron one gene of the pool at random; columns are z-scored over the
-    neurons and clipped to +-3. shuffle permutes each column by itself: a control that keeps the
-    distribution of each program and destroys the genes.
+    neurons and clipped to +-3. shuffle permutes each column by itself: a control that keeps each
+    program's distribution, but a neuron's programs are then of different genes.
     """
     generator = torch.Generator().manual_seed(seed)
     gene = torch.randint(len(scores), (n, DRAWS), generator=generator)

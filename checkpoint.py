@@ -279,7 +279,7 @@ def locked(out):
 def environment(device, seed):
     """Where, when and with what a number was measured, as a dictionary for JSON.
 
-    Paths in the command are cut to file names: a result says nothing of somebody's folders.
+    Paths in the command are cut to file names: a result does not show anybody's folders.
     """
     private = r"(=|^(?=[/~]|\.\.)).*/"  # of --key=PATH, and of a PATH of its own
     command = [Path(sys.argv[0]).name, *(re.sub(private, r"\1", x) for x in sys.argv[1:])]

@@ -16,7 +16,7 @@ from types import ModuleType
 
 COMMAND_LINE = "the command line"
 PATHS = "dataset data_dir out_dir cell result init_from ckpt eval redact picture data embedding"
-PATHS += " out rates text"
+PATHS += " out rates text"  # settings that are paths: a ~ in them is expanded
 
 
 def stop(message):
@@ -27,8 +27,8 @@ def stop(message):
 
 @contextmanager
 def one_line():
-    """Inside it, what the user or the machine got wrong ends in `stop`: ValueError, OSError, lack
-    of memory. Ctrl-C and a closed pipe end without a word."""
+    """Inside it, an error of the user or of the machine ends in `stop`: ValueError, OSError,
+    ImportError, lack of memory, a lost process. Ctrl-C and a closed pipe print nothing."""
     sys.stdout.reconfigure(errors="replace")  # a terminal may lack a character
     if signal.getsignal(signal.SIGINT) == signal.SIG_DFL:  # set while torch was imported
         signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -53,8 +53,8 @@ def one_line():
 
 
 def writable(path):
-    """path, if a file can be written there, else ValueError: to be asked before hours of work, not
-    after them. Its folder is made; a file there stays as it is."""
+    """path, if a file can be written there, else ValueError. Call it before hours of work, not
+    after them. It makes the folder; a file that is there stays as it is."""
     try:
         Path(path).parent.mkdir(parents=True, exist_ok=True)
         is_new = not Path(path).exists()
@@ -108,8 +108,8 @@ def load(cls, argv, given={}):
     """cls from argv = [CONFIG.py] [--key=value ...]: defaults < file < given < command line.
 
     `--key value` is `--key=value`. Modules, functions and classes in a file, and names that begin
-    with _, are no settings. Unknown settings, wrong types, a missing or broken file: one line, exit
-    code 2. --help prints.
+    with _, are not settings. Unknown settings, wrong types, a missing or broken file: one line,
+    exit code 2. --help prints all settings.
     """
     if {"-h", "--help"} & set(argv):
         print(f"{sys.argv[0]} [CONFIG.py] [--key=value ...]\n\n{describe(cls)}")
@@ -135,7 +135,7 @@ def load(cls, argv, given={}):
 
 
 def split(cls, argv):
-    """The paths of config files in argv, and {key: text} of its settings."""
+    """The paths of config files in argv, and {key: text} of its settings; None: no text."""
     words, paths, flags = list(argv), [], {}
     while words:
         word = words.pop(0)

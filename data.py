@@ -2,8 +2,8 @@
 
     source -> documents -> train | held-out -> pieces -> streams  END piece END piece END ...
 
-`batch` is what every training step asks for; what follows makes the streams that it reads from.
-What a document is, and where documents come from beside files, stands in sources.py.
+`batch` is what every training step asks for; the code below it makes the streams that it reads.
+sources.py says what a document is, and where documents come from beside files.
 """
 
 import functools
@@ -130,7 +130,7 @@ HELD_OUT = ("valid", "val", "validation", "test", "dev", "eval", "held", "heldou
 
 def list_files(root: Path, own=(), log=print) -> dict[str, Path]:
     """The files with text at `root`, a file or a folder: path relative to the folder -> file.
-    Left out: dot files and, inside the folder, caches and the program's `own` folders."""
+    Left out: dot files and, in a folder, caches, logs of runs and the program's `own` folders."""
     if not root.exists():
         raise DataError(f"no file or folder {root}: give nursery, real_sam, auto or a path")
     own = [Path(os.path.expanduser(folder)).resolve() for folder in own]
@@ -290,8 +290,8 @@ def hold_out(documents: list[str], share=0.02, most=1_000_000) -> tuple[list[str
 
 
 # ---- Phases ----------------------------------------------------------------------------------
-# The same documents cut into five sizes. A piece keeps the blank before it, as in the running
-# text, so that a word is made of the same tokens in every phase.
+# The same documents, cut into words, phrases or sentences, or whole. A piece keeps the blank before
+# it, as in running text, so that a word is made of the same tokens in every phase.
 
 PHASE_TOKENS = 1_000_000  # at most, of words, phrases, sentences: more would cost minutes
 

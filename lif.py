@@ -5,7 +5,7 @@ same in this file, in kernels.py and in the README:
 
     pre = beta * v + I + s W            # charge   (v and s are those of the step before)
     s   = 1 if pre >= theta else 0      # fire
-    v   = pre - theta * s               # reset    (or another of RESETS; then perhaps softclamped)
+    v   = pre - theta * s               # reset    (or another of RESETS; then softclamp, if set)
 
 Glossary. B sequences, T time steps (tokens), N neurons, H heads of N/H neurons each.
 
@@ -21,15 +21,15 @@ Glossary. B sequences, T time steps (tokens), N neurons, H heads of N/H neurons 
     u        u           (B, T, N)          pre - theta, the distance to the threshold
     g        g           (B, T, N)          surrogate of ds/du, used backward only
 
-A step has no useful derivative, so backward puts a surrogate g(u) in its place (Neftci, Mostafa,
+The fire line has no useful derivative; backward uses a surrogate g(u) instead (Neftci, Mostafa,
 Zenke 2019, arXiv 1901.09948). As u = pre - theta, the threshold receives -g.
 
 Three functions run these neurons, with the same arguments and results: `lif_reference`, the plain
-loop, to be read and compared with; `lif_torch`, fast in plain PyTorch, for CPU and MPS;
-`kernels.lif_triton`, for the GPU. `python lif.py` draws a few neurons in the terminal.
+loop, for reading and tests; `lif_torch`, fast in plain PyTorch; `kernels.lif_triton`, for the GPU.
+Models call `kernels.lif`, which picks one of the last two. `python lif.py` draws eight neurons.
 
-Between neurons stand two kinds of matrices, and the class says what they cost: a `Synapse` is fed
-binary spikes, a `Linear` floats. Both count into the `Report` of the forward pass.
+There are two kinds of matrices, and the class says what a token costs: a `Synapse` is fed spikes,
+a `Linear` floats. Both count their operations in the `Report` of the forward pass.
 """
 
 import functools
@@ -162,14 +162,14 @@ def at_full_precision(current, beta, theta, w_rec, v, s):
 
 
 class Reset(NamedTuple):
-    """What a step does to the membrane after it fired, and the derivatives of that, for backward.
+    """The membrane after the fire line, and the derivatives of that, for backward.
 
     Each is a function of (pre, theta, s), element by element; a single number is broadcast.
     """
 
     after: Callable  # v
     by_pre: Callable  # dv/dpre
-    by_s: Callable  # dv/ds: this way the gradient of the spike passes the reset (reset_grad)
+    by_s: Callable  # dv/ds: how the gradient reaches the spike through the reset (reset_grad)
     by_theta: Callable  # dv/dtheta
 
 
@@ -248,9 +248,7 @@ SURROGATES = {
 def lif_torch(current, beta, theta, w_rec=None, state=None, **options):
     """What lif_reference does, faster: a loop without graph, and a backward written by hand.
 
-    A w_rec in 16 bits is multiplied in 16 bits. With return_membrane=False a GPU keeps u for
-    backward, in bfloat16 if current has 16 bits, and moves 6 bytes per neuron and step each way
-    instead of 8.
+    A w_rec in 16 bits is multiplied in 16 bits.
     """
     tensors, o = check(current, beta, theta, w_rec, state, **options)
     scan = _Scan.apply if torch.is_grad_enabled() else _scan
@@ -330,7 +328,7 @@ class _Scan(torch.autograd.Function):
     #                                                     by_s = 0 if reset_grad is off
     #   d_pre = d_membrane + by_pre * d_r + d_f
     #   d_v   = beta * d_pre                              of the step before
-    # and, of use after the loop, since d_f = d_pre - d_membrane - by_pre * d_r:
+    # and, after the loop, since d_f = d_pre - d_membrane - by_pre * d_r:
     #   d_I = d_pre,  d_beta = d_pre * v',  d_W = s'^T d_pre      (v', s' of the step before)
     #   d_theta = by_theta * d_r - d_f = d_membrane - d_pre + (by_pre + by_theta) * d_r
     # For the soft reset by_pre, by_s, by_theta are 1, -theta, -s; without reset 1, 0, 0.
@@ -350,8 +348,8 @@ class _Scan(torch.autograd.Function):
 
         # In blocks of about 128k elements: all that does not depend on later steps is computed for
         # a whole block at once, in cache, and the loop is left with one small operation per step:
-        # d_pre = direct + through * d_after, d_after the d_pre of the step after. The beta between
-        # the two is in `through`, save in the last step of all, where d_after is the given d_v.
+        # d_pre = direct + through * d_after, d_after the d_pre of the step after. `through`
+        # has the beta between the two, except at step T-1, where d_after is the given d_v.
         C = min(T, max(1, 131072 // (B * N)))
         d_v = torch.zeros_like(v0) if d_v is None else d_v
         d_after = d_v
@@ -415,7 +413,7 @@ class _Scan(torch.autograd.Function):
 
 
 class _Population(torch.autograd.Function):
-    """(v, theta, levels) -> what the population sends (B, T, N), spikes per population (N,).
+    """(v, theta, levels) -> what N populations send (B, T, N), spikes per population and step (N,).
 
     Some forty operations on each element: a CPU does them in pieces that stay in its cache, a GPU
     in two kernels that torch.compile makes of them.
@@ -471,7 +469,7 @@ def _send_back(v, theta, rungs, d_sent, d_rate, g, slope):
 
 
 def fused(x, function):
-    """The function of x and others; on a GPU compiled, so that each element is read once."""
+    """`function`; compiled if x is on a GPU, so that each element is read once."""
     return _compiled(function) if x.is_cuda and not torch.compiler.is_compiling() else function
 
 
@@ -492,8 +490,8 @@ def population(v, theta, levels, surrogate="triangle", slope=None, dtype=None):
         s_k = 1[theta_k <= v < theta_k+1]        lateral inhibition: only the highest one reached
         sent = sum over k of levels_k * s_k      so at most one spike per population and step
     theta (K,) ascends. levels (sides, K, N): what a spike of each neuron weighs; with two sides the
-    second one's neurons watch -v. The gradient passes each threshold by the surrogate; the sum of
-    these bumps is nearly straight where slope * theta spacing is nearly 1.
+    second one's neurons watch -v. The gradient passes each threshold by the surrogate; with the
+    triangle their sum is nearly constant where slope * (spacing of theta) is nearly 1.
 
     Returns sent (B, T, N), in `dtype` or v's, and the spikes per population and step (N,), gradient
     included.
@@ -527,13 +525,13 @@ class Seen(NamedTuple):
 class Report:
     """What a part of the model records; that of a whole forward pass is the sum over its parts."""
 
-    rates: list = field(default_factory=list)  # per spiking layer: (N,) spikes per neuron and token
+    rates: list = field(default_factory=list)  # per layer: (N,) spikes per neuron and token (frame)
     synapses: list = field(default_factory=list)  # per spike-fed matrix: (operations that a token
     #                                               triggers, the same if all neurons fired)
     macs: int = 0  # multiplications per token that floats feed: matrices, attention
     losses: dict = field(default_factory=dict)  # name -> scalar that training adds to the loss
     log: dict = field(default_factory=dict)  # name -> scalar that is worth a look
-    shown: dict = field(default_factory=dict)  # what the parts that follow get as their Seen
+    shown: dict = field(default_factory=dict)  # what the following parts find in their Seen
     hidden: torch.Tensor = None  # (B, T, D) what the last part leaves to the readout
 
     def add(self, part):
@@ -595,11 +593,11 @@ class Linear(nn.Linear):
         return super().forward(x)
 
 
-EVENT_RATE = 0.5  # above it reading all rows in order is as fast (in float32; else never)
+EVENT_RATE = 0.5  # share of rows above which reading all is as fast (float32; bfloat16: never)
 
 
 def deliver(s, weight, report):
-    """What spikes s (..., fan_in) bring through weight (fan_in, fan_out): s W, (..., fan_out).
+    """The current s W (..., fan_out) of spikes s (..., fan_in) through weight (fan_in, fan_out).
 
     One token without gradient reads only the rows of the neurons that fired.
     """
@@ -624,7 +622,7 @@ def take_rows(weight, active, level, texts=1):
     """
     n, bags = len(active), torch.get_num_threads() if len(active) >= 64 else 1
     if texts == 1:
-        start = torch.arange(0, max(n, 1), -(-n // bags) or 1)
+        start = torch.arange(bags) * (n // bags)
     else:
         start = torch.searchsorted(active, torch.arange(texts) * len(weight))
         active = active % len(weight)
@@ -643,7 +641,7 @@ def rate_of(s):
 
 
 def uniform(fan_in, *shape):
-    """A parameter as nn.Linear starts its own: even within 1 / sqrt(fan_in)."""
+    """A parameter that starts as those of nn.Linear do: uniform within +-1 / sqrt(fan_in)."""
     bound = 1 / math.sqrt(fan_in)
     return nn.Parameter(torch.empty(*shape).uniform_(-bound, bound))
 
@@ -651,7 +649,7 @@ def uniform(fan_in, *shape):
 class Synapse(nn.Module):
     """A matrix that may only be fed spikes, stored one row per presynaptic neuron.
 
-    Spikes are 0 or 1. Those of a `population`, whose neurons share a row, come times their level.
+    Spikes are 0 or 1. The neurons of a `population` share a row; their spikes come times a level.
     """
 
     def __init__(self, fan_in, fan_out, bias=True):

@@ -37,8 +37,8 @@ def has_bfloat16(device):
 def keep_memory():
     """Have glibc keep what is freed for the next step.
 
-    A large tensor is else given back to the system and faulted in anew, page by page, each time:
-    a tenth to a third of a step's time.
+    Else a large tensor is given back to the system and comes anew, page by page, each time: this
+    takes a tenth to a third of a step's time.
     """
     M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4
     with suppress(OSError, AttributeError):  # where there is no glibc
@@ -98,7 +98,7 @@ class Run:
             torch.set_num_threads(c.threads)
         if device == "cpu":
             keep_memory()
-        # what dropout and noise draw from; batches and samples have their own
+        # what noise is drawn from; batches and samples have their own
         self.generators = [torch] + [torch.get_device_module(device)] * (device != "cpu")
 
     def listen(self):

@@ -3,7 +3,7 @@
     tokens -> embed (binary spikes, or float) -> blocks -> readout -> logits by the tied embedding
 
 A token is one time step. `model(tokens, state)` is the only forward: it serves training,
-evaluation, prefill and generation, and whole = split = one token at a time.
+evaluation, prefill and generation. A text gives the same logits whole, split or token by token.
 Shapes: B sequences, T tokens, D width of the residual stream, E width of the embedding.
 """
 
@@ -31,17 +31,17 @@ class ModelConfig(*reversed(SETTINGS)):  # what the blocks bring, then:
     block: str = "sam"  # sam: Real Sam | whale: SpikeWhale | spark: NeuronSpark | snn | gpt
     vocab_size: int = 4096  # tokens the embedding has room for; the tokenizer may use fewer
     n_embd: int = 256  # width of the tied embedding
-    n_hidden: int = 512  # width of the residual stream = neurons per block
+    n_hidden: int = 512  # residual stream's width (whale: n_embd); sam, whale: neurons per block
     n_layer: int = 6  # blocks
     encoder: str = "spikes"  # spikes: 1[sigmoid(embedding) > 1/2] | float: the embedding as it is
-    embed_gain: float = 1.0  # factor on a float embedding as it enters the blocks, for Muon
+    embed_gain: float = 1.0  # factor on a float embedding as it enters the blocks; for Muon
     traits: str = "none"  # of traits.py, name:numbers ..., such as engram:8192 memory:64 jepa
     checkpointing: bool = False  # backward computes a part's inner values again: less memory
     # firing rate
     rate_target: float = 0.1  # spikes per neuron and token; synops: triggered share of synapses
     rate_weight: float = 10.0  # weight of the penalty (rate - target)^2, summed over layers
-    rate_penalty: str = "both"  # both | above: a layer's | below: a neuron's | synops: all, above
-    rate_floor: float = 0.0  # beside that, neurons that fire less are pressed to fire more; 0: none
+    rate_penalty: str = "both"  # both | above: per layer | below: per neuron | synops: model, above
+    rate_floor: float = 0.0  # a neuron that fires less than this is pushed up as well; 0: none
 
     CHOICES = {"block": BLOCKS, "encoder": ("spikes", "float")}
     CHOICES |= {"rate_penalty": ("both", "above", "below", "synops")}
@@ -141,7 +141,7 @@ class SpikingLM(nn.Module):
 
     def adopt(self, scores):
         """Take the identities of the neurons from a virtual cell, in place of the synthetic one:
-        scores (perturbed genes, programs), as checkpoint.load_cell returns them."""
+        scores (perturbed genes, programs), the first that checkpoint.load_cell returns."""
         if self.identity is None:
             raise ValueError("a cell sets the neurons of block=whale, unless modulation=none")
         for i, block in enumerate(self.blocks):
@@ -181,8 +181,8 @@ class SpikingLM(nn.Module):
     def forward(self, tokens, state=None):
         """tokens (B, T) int64; state as returned by an earlier call, or None for silence.
 
-        Returns logits (B, T, vocabulary), the state after the last token, a dictionary of those of
-        the parts by their names and the readout's, and a Report.
+        Returns logits (B, T, vocabulary), the state after the last token ({name of a part or
+        "readout": its state}) and a Report.
         """
         if self.ready and state and tokens.shape[1] == 1 and not torch.is_grad_enabled():
             return self.one_token(tokens, state)
@@ -193,7 +193,7 @@ class SpikingLM(nn.Module):
         for name, part in self.parts.items():
             y, after[name], own = run(part, x, state.get(name), seen, recompute)
             if not getattr(part, "sites", ()):
-                own.rates.clear()  # of neurons that `sites` does not name: nobody asks for them
+                own.rates.clear()  # `rate` has no room for neurons that `sites` does not name
             report.add(own)
             seen = seen._replace(**own.shown)
             if tokens.shape[1] > 1 and not torch.is_grad_enabled() and x.shape == y.shape:
@@ -225,8 +225,8 @@ class SpikingLM(nn.Module):
         return F.linear(x, self.embedding.weight), now
 
     def loss(self, logits, targets, report):
-        """Cross-entropy in nats per token, and a dictionary of what training adds to it. This needs
-        `observe` to have been called, as every training step does."""
+        """Cross-entropy in nats per token, and a dictionary of what training adds to it. The rate
+        penalty reads the rates that `observe` was told after the step before."""
         losses = dict(report.losses)
         if report.rates and self.config.rate_weight:
             losses["rates"] = self.rate_loss(report.rates)
@@ -237,8 +237,8 @@ class SpikingLM(nn.Module):
     def rate_loss(self, rates):
         """The penalty of rate_penalty on rates, one (N,) per spiking layer.
 
-        Its gradient is that of rate_weight * (rate - target)^2, with the rate of the step before in
-        the outer derivative: it is linear in the rate, hence the same for any micro-batches.
+        Its gradient is that of rate_weight * (rate - target)^2, but 2 * (rate - target) is that of
+        the step before: so it is linear in the rate, and the same for any micro-batches.
         """
         c, before, total = self.config, self.rate.split(self.sites), 0.0
         floor = c.rate_target if c.rate_penalty == "below" else c.rate_floor
@@ -262,7 +262,7 @@ class SpikingLM(nn.Module):
 
     @torch.no_grad()
     def observe(self, nats, rates):
-        """What training tells the neurons beside gradients: the environment's stress (Real Sam).
+        """What training tells the neurons beside gradients: stress (Real Sam) and their rates.
 
         stress = moving average of nats / ln(vocabulary), within 0..1; no formula is published, this
         one is ours. rates: spikes per neuron and token of the step, of all layers, for the penalty

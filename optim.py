@@ -1,4 +1,4 @@
-"""Optimisers: AdamW for everything, or Muon for the matrices inside the blocks.
+"""Optimisers: AdamW for all, or Muon for the matrices inside blocks and traits, AdamW for the rest.
 
 A group's "peak" is the highest learning rate that it reaches; set_lr turns it up and down.
 """
@@ -17,9 +17,9 @@ from model import Synapse
 class Muon(torch.optim.Optimizer):
     """Momentum whose singular values are all made about 1 (Jordan et al. 2024, "Muon").
 
-    A matrix then moves as far in every direction that its gradient has, and not almost only in the
-    strongest one. torch.optim.Muon does the same, in bfloat16 always; on a processor without it,
-    that takes as long as the rest of a step.
+    A matrix then moves equally far in every direction of its gradient, not almost only in the
+    strongest one. torch.optim.Muon does the same, but always in bfloat16: on a processor without
+    it, that takes as long as the rest of a step.
     rows_are_inputs: for the matrices of a group that are stored as (inputs, outputs).
     """
 

@@ -21,7 +21,7 @@ CHANNELS = 256  # neurons of a program: loads ahead of time bring 4 bytes per th
 #
 #     symbol   row form (N,)   step form (B, F, N)       F frames, all those of a sequence's tokens
 #     beta     sigmoid(b)      sigmoid(b)                decay
-#     alpha    1 - beta        softplus(a)               what the input is worth
+#     alpha    1 - beta        softplus(a)               gain of the input
 #     theta    t               0.1 + |t|                 threshold
 #
 #     pre = beta * v + alpha * x      # charge
@@ -29,14 +29,14 @@ CHANNELS = 256  # neurons of a program: loads ahead of time bring 4 bytes per th
 #     v   = pre - theta * s           # reset
 #
 # What such a neuron passes on is its membrane v (step form), or the leak of it, (1 - beta) * v
-# (row form): floats. Spikes act through the reset alone, and the surrogate's gradient with them. In
-# NeuronSpark's own code they are constants there, so that no surrogate reaches the loss:
-# reset_grad=False. It learns far worse.
+# (row form): floats. Spikes, and with them the surrogate's gradient, act through the reset alone.
+# In NeuronSpark's own code spikes are constants there, so that no surrogate reaches the loss:
+# reset_grad=False does the same, and the model learns far worse.
 
 
 class Frames:
-    """Which frames run: token t of sequence b has count[b, t] of them, its neurons then stand still
-    until the next token. They follow each other without gaps, padded to F at the end.
+    """Which frames run: token t of sequence b has count[b, t] of them, then the neurons stand still
+    until the next token. Frames follow each other without gaps, padded to F at the end.
 
     count (B, T) int64, at least 1; most, the largest that a count can be.
     """
@@ -351,7 +351,7 @@ def plif(x, b, t, a=None, v=None, **options):
 
 
 class PLIF(nn.Module):
-    """Parametric LIF neurons, theirs the decay and the threshold; they pass on their leak."""
+    """LIF neurons with a learned decay and threshold each; they pass on their leak."""
 
     def __init__(self, config, n, theta):
         super().__init__()
@@ -368,7 +368,7 @@ class PLIF(nn.Module):
 
 
 class SelectiveNeurons(nn.Module):
-    """N hidden neurons per channel, whose decay, gain and threshold hang on the input.
+    """N hidden neurons per channel, whose decay, gain and threshold depend on the input.
 
     y = (W_out v) * sigmoid(W_g z) + W_s z, summed over frames; v the membranes after the reset.
     """
@@ -404,7 +404,7 @@ class SelectiveNeurons(nn.Module):
 
 
 class SpikingFFN(nn.Module):
-    """y = W_down (leak(W_gate z) * leak(W_up z)) + W_skip z, summed over frames before W."""
+    """y = W_down (leak(W_gate z) * leak(W_up z)) + W_skip z, frames are summed before both W."""
 
     def __init__(self, config):
         super().__init__()
@@ -495,7 +495,7 @@ class SparkOutput(nn.Module):
         frames = Frames(torch.full((B, T), self.k_max, device=x.device), self.k_max)
         leak, v = self.neurons(self.norm(x), v, frames, report)
         y = self.w(leak.view(B, T, -1, D).mean(2), report)
-        return self.inhibit(y.to(x.dtype)), v  # a norm likes the precision of the stream
+        return self.inhibit(y.to(x.dtype)), v  # in the dtype of the residual stream
 
 
 @dataclass(frozen=True)

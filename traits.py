@@ -1,4 +1,4 @@
-"""Traits: what may be added before, between or after the blocks of any model here, one class each.
+"""Traits: what may be added before or after the blocks of any model here, one class each.
 
 A trait is built from the width d of the residual stream and the numbers in `--traits=name:numbers`;
 what else it needs of the model it asks for by name. It has a block's forward, with x (B, T, d) the
@@ -6,8 +6,8 @@ residual stream, never spikes. MTP and JEPA, used in training only, have instead
 `loss(report, targets, readout) -> scalar`. B sequences, T tokens.
 
 Each starts as the identity, because exactly one factor of what it adds is zero. That factor has a
-gradient at step 0; with two zero factors neither would have one. Each is causal, and whole = split
-= token by token.
+gradient at step 0; with two zero factors neither would have one. Each is causal, and gives the same
+for a text whole, split or token by token.
 """
 
 import inspect
@@ -156,9 +156,9 @@ class HRM(Trait):
 class SpikeAttn(Trait):
     """Linear attention whose queries and keys are spikes, in constant time and memory per token.
 
-        S_t = gamma S_{t-1} + k_t^T v_t          q_t, k_t spikes of W_q x, W_k x; v_t = W_v x
+        S_t = gamma S_{t-1} + k_t^T v_t          q_t, k_t spikes of W_q h, W_k h; v_t = W_v h
         o_t = rms(q_t S_t)                       gamma = 1 - 2^-(3 + head) (RetNet, 2307.08621)
-        x   + W_out o                            W_out starts at 0
+        x   + W_out o,  h = rms(x)               W_out starts at 0
     The neurons of q and k have decay 0 and threshold 1: S is the only memory. q.k counts common
     spikes and grows without bound, hence rms. State: S (B, heads, width, width), float32.
     """

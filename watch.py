@@ -1,7 +1,7 @@
-"""A model that speaks, and what one looks at while it does: its page, spikes in the terminal.
+"""A model that writes, and two ways to watch its neurons: a page, spikes in the terminal.
 
 sample.py is its command line; experiments/pictures.py draws what is seen here. The page is
-page.html; `Page` answers its requests. `neurons_of` alone knows how a block names its neurons.
+page.html; `Page` answers its requests. `neurons_of` and `Layer` know how a block names neurons.
 """
 
 import codecs
@@ -33,10 +33,10 @@ SHOWN, ROWS = 128, 384  # neurons that are shown of a layer, and of all layers t
 
 
 class Layer:
-    """N spiking neurons. What depends on the input, or is not known of them, is None."""
+    """N spiking neurons. A theta or beta that depends on the input, or is not known, is None."""
 
     def __init__(self, name, part, index, weight, neurons):
-        self.name, self.part, self.index = name, part, index  # theirs is a state of that part
+        self.name, self.part, self.index = name, part, index  # where in the part's state
         self.out = weight.float().norm(dim=1).cpu()  # (N,) of what their spikes go through
         self.levels, self.program, N = [1], None, len(weight)  # thresholds, in theta
         self.resets = isinstance(neurons, Block)  # the membrane falls by theta after a spike
@@ -54,7 +54,7 @@ class Layer:
         self.order = order.argsort(stable=True)  # neurons of a gene program stand together
 
     def membrane(self, state):
-        """(N,) at the last token, before the reset; NeuronSpark's, after the last frame."""
+        """(N,) at the last token, before the reset; NeuronSpark's: after the last frame."""
         held = [x[0].cpu() for x in tensors(state[self.part]) if x.dim() == 2]
         if not self.resets:
             return held[self.index]
@@ -141,7 +141,7 @@ class Speaker:
     def speak(self, text, n, temperature, chat=False):
         """Yield the events of the text, and of at most n tokens more that the model writes. In a
         chat the text is what the user says, and the answer ends before the user's next turn; it
-        always ends before the end token. What it ends before is no part of what was said."""
+        always ends before the end token. The state has not seen what it ends before."""
         self.stopping, c, encode = False, self.c, self.tokenizer.encode
         self.wrote, self.fired, self.synops = 0, 0.0, 0.0  # of this turn: live rates
         until = "\n" + YOU.rstrip() if chat else None
@@ -178,7 +178,7 @@ class Speaker:
 
 
 class Watcher(Speaker):
-    """One that runs every token alone; its events tell what each neuron did."""
+    """A Speaker that runs every token alone; its events tell what each neuron did."""
 
     AT_ONCE = 1
 
@@ -228,7 +228,7 @@ class Watcher(Speaker):
 
 
 def watched(speaker, name, c):
-    """A Watcher that goes on from --prompt, and what happens then."""
+    """A Watcher, and its events as it reads --prompt and goes on from there."""
     watcher = Watcher(speaker.model, speaker.tokenizer, c)
     if not watcher.layers:
         raise ValueError(f"{name} has no spiking neurons to look at")
@@ -238,7 +238,7 @@ def watched(speaker, name, c):
 # ---- the page ----------------------------------------------------------------------------------
 
 BODY, TEXT, TOKENS = 65536, 4000, 1000  # bytes of a request, characters, tokens to write, at most
-TABS = 16  # that are remembered
+TABS = 16  # of browsers, that are remembered
 ROUTES = {"/": "GET", "/model": "GET", "/run": "GET"}
 ROUTES |= {"/think": "POST", "/stop": "POST", "/forget": "POST"}
 
@@ -406,8 +406,8 @@ def printable(text):
 
 
 def spikes(speaker, name, c):
-    """Print what the model writes; below each line, of every layer, two rows of blocks, which are
-    four neurons: lit at the tokens at which they fire."""
+    """Print what the model writes. Below each line every layer has two rows of blocks, hence four
+    neurons: half a block is lit where its neuron fires."""
     (watcher, events), blocks = watched(speaker, name, c), " ▀▄█"
     try:
         blocks.encode(sys.stdout.encoding or "ascii")

@@ -1,5 +1,5 @@
 # python train.py configs/snn_6m.py
-# 6.04M parameters, every matrix but the readout's fed by spikes, fast weights in place of attention.
+# 6.04M parameters; spikes feed every matrix but the readout's; fast weights, no attention.
 # --spikes=False is the float control.
 # Expect 0.85 held-out bits per byte after 6M tokens of TinyStories at 20% of the synaptic
 # operations; gpt_6m with Muon has 0.80.
@@ -16,7 +16,7 @@ beta_high = 0.5
 surrogate = "triangle"
 slope = 1.0
 theta = 0.8
-noise = 0.5  # against learning by heart
+noise = 0.5  # against overfitting
 levels = 3
 
 # firing: about this share of all synaptic operations, counted dense, is triggered

@@ -10,7 +10,7 @@ from tqdm import tqdm
 
 
 def perturbed(label, control):
-    """The gene perturbed in cells of this label, or control; "": no label, "+": several genes.
+    """The gene perturbed in cells of this label, or control; "" if no label, "+" if several genes.
     A label may name the control too, as those of GEARS do: A+ctrl and ctrl+A are gene A."""
     genes = [] if label == control else sorted(set(label.split("+")) - {control})
     return "+" if len(genes) > 1 else [*genes, control][0]
@@ -62,8 +62,8 @@ def read_cells(file, c, known):
 def pseudobulk(X, code, name="X", others="", rows=512):
     """Mean (L, G) of log1p(counts per 10^4) by label, its variance (G,) in cells of label 0.
 
-    X (cells, G) stays on disk; `rows` cells are read at a time, of CSC all cells of as few genes as
-    need the same memory. code: label of each cell, -1: left out. others: where counts may be.
+    X (cells, G) stays on disk; `rows` cells are read at a time, of CSC all cells of as many genes
+    as take the same memory. code: label of each cell, -1: left out. others: where counts may be.
     """
     from scipy.sparse import csr_matrix  # comes with anndata
 

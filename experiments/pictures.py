@@ -1,6 +1,6 @@
 """Pictures of runs and of what neurons do; report.py draws those of RESULTS.md with them.
 
-python sample.py --ckpt=out/best.pt --picture=raster.png
+python sample.py --ckpt=out/sam_6m --picture=raster.png
 python sample.py --picture=loss.png --run="out/sam_6m out/gpt_6m"
 
 matplotlib is optional: only who draws a picture needs it.
