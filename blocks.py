@@ -259,12 +259,8 @@ class Population(nn.Module):
         c = self.config
         beta = torch.sigmoid(self.beta_logit)
         current = fused(z, charge)(z, self.gain, self.bias, beta)
-        if z.shape[1] == 1 and not torch.is_grad_enabled():  # one token: the scan is one operation
-            v_all = current if v is None else torch.addcmul(current, beta, v[:, None])
-            v = v_all[:, 0]
-        else:
-            state = None if v is None else (v, v)  # the second are the spikes, which nothing reads
-            _, v_all, (v, _) = lif(current, beta, torch.ones_like(beta), state=state, reset="none")
+        state = None if v is None else (v, v)  # the second are the spikes, which nothing reads
+        _, v_all, (v, _) = lif(current, beta, torch.ones_like(beta), state=state, reset="none")
         if not c.spikes:
             return (v_all if self.signed else F.relu(v_all)).to(z.dtype), v
         if self.training and c.noise:
@@ -328,128 +324,85 @@ class SNNBlock(Block):
         return x + fed + found, now
 
     def prepare(self, dtype):
-        """For one token at a time. Matrices with the same input, or the same output, stand side by
-        side: one bag reads both."""
-        w_qk, w_o = self.mix.w_qk.weight, self.mix.w_o.weight
-        w_in, w_out = self.w_in.weight, self.w_out.weight
-        rows = torch.cat([w_qk, w_in], 1).to(dtype), torch.cat([w_o, w_out]).to(dtype)
-        w_qk.data, w_in.data = rows[0].split([w_qk.shape[1], w_in.shape[1]], 1)
-        w_o.data, w_out.data = rows[1].split([len(w_o), len(w_out)])
+        """Matrices of the same input, or the same output, side by side: one bag reads both."""
+        mix = self.mix
+        fed, into = (mix.w_qk.weight, self.w_in.weight), (mix.w_o.weight, self.w_out.weight)
+        rows = torch.cat(fed, 1).to(dtype), torch.cat(into).to(dtype)
+        fed[0].data, fed[1].data = rows[0].split([w.shape[1] for w in fed], 1)
+        into[0].data, into[1].data = rows[1].split([len(w) for w in into])
         return OneToken(self, rows)
 
 
 class Membranes:
-    """Populations side by side, one token: what depends on weights alone is computed once.
+    """Populations side by side, one token: what depends on weights alone is computed once. `shape`
+    is that of the constants, which are broadcast over that of the membranes."""
 
-    shape: that of the constants, which are broadcast over that of the membranes. scales: of each
-    population a factor on what feeds it, and on what it sends.
-    """
-
-    def __init__(self, populations, shape, *scales):
-        beta, gain, bias, levels, low, theta = [], [], [], [], [], populations[0].theta
+    def __init__(self, populations, *shape):
+        constants, levels, theta = [], [], populations[0].theta
         below = torch.nextafter(theta, 0 * theta)  # v >= theta is v > below
-        for p, (fed, sent) in zip(populations, scales):
-            beta.append(p.beta_logit.sigmoid())
-            gain.append(fed * charge(1 + 0 * p.gain, p.gain, 0 * p.bias, beta[-1]))
-            bias.append(charge(0 * p.gain, p.gain, p.bias, beta[-1]))
-            low.append(torch.full_like(p.gain, -below[0] if p.signed else -math.inf))
-            of = sent * p.levels.view(1 + p.signed, len(theta), -1)
-            negative = of[1].flip(0) if p.signed else 0 * of[0]
-            levels.append(torch.cat([negative, 0 * of[0, :1], of[0]]))  # of each interval of v
-        self.beta, self.gain, self.bias, low = (
-            torch.cat(x).view(shape) for x in (beta, gain, bias, low)
-        )
-        self.low = low if low.max() > low.min() else low.max()
+        for p in populations:
+            none, beta = torch.zeros_like(p.gain), p.beta_logit.sigmoid()
+            low = none - below[0] if p.signed else none - math.inf
+            gain, bias = charge(none + 1, p.gain, none, beta), charge(none, p.gain, p.bias, beta)
+            constants.append(torch.stack([beta, gain, bias, low]))
+            of = p.levels.view(1 + p.signed, len(theta), -1)
+            levels += [torch.cat([of[1].flip(0) if p.signed else 0 * of[0], none[None], of[0]])]
+        self.beta, self.gain, self.bias, self.low = torch.cat(constants, 1).view(4, *shape)
         self.high, self.steps = below[0], torch.cat([-below.flip(0), theta])
-        self.levels, self.shape = torch.cat(levels, 1), shape
+        self.levels, self.shape = torch.cat(levels, 1), shape  # of each interval between steps
 
     def __call__(self, z, v):
         """z, v of one shape. Returns v, where it fired, the numbers of those, and what they send."""
         v = torch.addcmul(torch.addcmul(self.bias, self.gain, z), self.beta, v)
         fired = torch.ne(v.clamp(self.low, self.high), v)
-        if torch.compiler.is_compiling():
-            number = active = fired.flatten().nonzero().squeeze(1)
-        else:
-            number = active = torch.from_numpy(fired.numpy().ravel().nonzero()[0])  # faster
-        n = self.levels.shape[1]
-        if v.numel() > n:  # several texts
+        number = active = torch.from_numpy(fired.numpy().ravel().nonzero()[0])  # torch's is slow
+        if v.numel() > (n := self.levels.shape[1]):  # several texts
             number = torch.arange(n).view(self.shape).expand(v.shape).reshape(-1).take(active)
         step = torch.bucketize(v.take(active), self.steps, right=True)
         return v, fired, active, self.levels.take(torch.add(number, step, alpha=n))
 
 
 class OneToken:
-    """SNNBlock.forward for one token of each text, on a CPU and without gradient: few operations.
-
-    What rms divides by lacks its sqrt(n) here: gains, and the levels of k, make up for it.
-    """
+    """SNNBlock.forward for one token of each text, on a CPU, without gradient: few operations."""
 
     def __init__(self, block, rows):
-        c, mix, self.rows = block.config, block.mix, rows
-        D, heads, keys = c.n_hidden, c.n_head, c.keys
-        self.a = Membranes([block.a], (heads, D // heads), (D**0.5, 1))
-        of_q, of_k = (keys**0.5, 1), (keys**0.5, D**0.5)
-        self.qk = Membranes([mix.q, mix.k], (2, 1, heads, keys), of_q, of_k)
-        self.oh = Membranes([mix.o, block.h], (D + c.d_ff,), (D**0.5, 1), (1, 1))
-        self.gamma = mix.gamma().repeat_interleave(keys)
-        self.eps = [1e-3 * self.gamma.new_tensor(n) ** 0.5 for n in (D, keys)]
-        self.one = self.gamma.new_full((1, heads, 1), D**-0.5)
-        self.starts = torch.arange(0, heads * keys, keys)
+        c, mix, self.rows, self.fan_out = block.config, block.mix, rows, block.fan_out
+        D, self.heads, self.keys = c.n_hidden, c.n_head, c.keys
+        self.a = Membranes([block.a], c.n_head, D // c.n_head)
+        self.qk = Membranes([mix.q, mix.k], 2, 1, c.n_head, c.keys)
+        self.oh = Membranes([mix.o, block.h], D + c.d_ff)
+        self.every = sum(n * fan_out for n, fan_out in zip(block.sites, block.fan_out))
+        self.gamma = mix.gamma().repeat_interleave(c.keys)
 
-    def __call__(self, x, state):
-        """x (B, D) -> (B, D), the state, and which populations fired: of a, q and k, o and h."""
-        mix = state["mix"]
-        v, every = [state["a"], mix["q"], mix["k"], mix["o"], state["h"]], mix["q"].numel()
-        if torch.is_tensor(S := mix["S"]):  # as fast_weights left it
-            log, at = S.flatten(0, 2), torch.arange(every)
-            S = log, torch.tensor(0), torch.tensor(every), at, log.new_ones(every)
-        log, used, known, at, fade = S
-        if int(known) + every > len(log) or int(used) != int(known):
-            # full, or a later state has written behind what this text knows
-            log, at = (
-                torch.cat([log[at], log.new_empty(2 * every, log.shape[1])]),
-                torch.arange(every),
-            )
-            used, known = torch.tensor(every), torch.tensor(every)
-        x, v, fired, (known, at, fade) = self.run(x, v, log, known, at, fade)
-        S = log, used.copy_(known), known, at, fade
-        return x, {"a": v[0], "mix": {"q": v[1], "k": v[2], "S": S, "o": v[3]}, "h": v[4]}, fired
-
-    def run(self, x, v, log, known, at, fade):
-        B, D = x.shape
-        _, _, heads, keys = self.qk.shape
-        a, q, k, o, h = v
-        cut, (eps, eps_qk) = 2 * heads * keys, self.eps
-        z = (x / norm(x, eps)).view(B, heads, -1)
-        a, fired_a, *events = self.a(z, a.view(z.shape))
-        y = take_rows(self.rows[0], *events, B)
-        z_qk = y[:, :cut].view(B, 2, heads, keys).transpose(0, 1)
-        qk = torch.stack([q, k]).view(z_qk.shape)
-        qk, fired_qk, active, level = self.qk(z_qk / norm(z_qk, eps_qk), qk)
-        n, every = first(active, fired_qk[0]), len(at)  # queries come first
-        read, written = (active[:n], level[:n]), (active[n:] - every, level[n:])
-        values = torch.cat([z, self.one.expand(B, -1, -1)], 2).flatten(0, 1)
-        o_, S = read_rows(read, written, values, self.gamma, self.starts, log, known, at, fade)
-        o_ = (o_[:, :-1] / o_[:, -1:].clamp(min=0).add_(1)).view(B, D)
-        z = torch.cat([o_ / norm(o_, eps), y[:, cut:]], 1)
-        oh, fired_oh, *events = self.oh(z, torch.cat([o, h], 1))
-        x = x + take_rows(self.rows[1], *events, B)
-        v = [a.view(B, D), *qk.view(2, B, -1).unbind(), oh[:, :D], oh[:, D:]]
-        return x, v, (fired_a, fired_qk, fired_oh), S
+    def __call__(self, x, state, report):  # (B, D) -> (B, D), state
+        (B, D), mix, keys = x.shape, state["mix"], self.heads * self.keys
+        z = (x / size(x)).view(B, self.heads, -1)
+        a, fired_a, *sent_a = self.a(z, state["a"].view(z.shape))
+        y = take_rows(self.rows[0], *sent_a, B)
+        z_qk = y[:, : 2 * keys].view(B, 2, self.heads, -1).transpose(0, 1)
+        qk = torch.stack([mix["q"], mix["k"]]).view(z_qk.shape)
+        qk, fired_qk, active, level = self.qk(z_qk / size(z_qk), qk)
+        n = active.numpy().searchsorted(B * keys)  # queries come first
+        read, written = (active[:n], level[:n]), (active[n:] - B * keys, level[n:])
+        values = torch.cat([z, z.new_ones(B, self.heads, 1)], 2).flatten(0, 1)
+        o, S = read_rows(read, written, values, self.gamma, mix["S"])
+        o = (o[:, :-1] / o[:, -1:].clamp(min=0).add_(1)).view(B, D)
+        oh = torch.cat([mix["o"], state["h"]], 1)
+        oh, fired_oh, *sent = self.oh(torch.cat([o / size(o), y[:, 2 * keys :]], 1), oh)
+        for fired in (fired_a.flatten(1), *fired_qk.flatten(2), fired_oh[:, :D], fired_oh[:, D:]):
+            report.rates.append(fired[0] if B == 1 else fired.float().mean(0))
+        spikes = len(sent_a[0]), n, len(active) - n, len(sent[0]), 0
+        triggered = sum(n * fan_out for n, fan_out in zip(spikes, self.fan_out)) / B
+        report.synapses.append((torch.tensor(triggered), self.every))
+        (q, k), (o, h) = qk.flatten(2), (oh[:, :D], oh[:, D:])
+        state = {"a": a.view(B, D), "mix": {"q": q, "k": k, "S": S, "o": o}, "h": h}
+        return x + take_rows(self.rows[1], *sent, B), state
 
 
-def first(active, fired):
-    """How many of the active ones are among the fired ones, which come first."""
-    if torch.compiler.is_compiling():
-        n = fired.sum().item()
-        torch._check(n >= 0)
-        torch._check(n <= active.shape[0])
-        return n
-    return active.numpy().searchsorted(fired.numel())
-
-
-def norm(x, eps):
-    return torch.hypot(torch.linalg.vector_norm(x, dim=-1, keepdim=True), eps)
+def size(x):
+    """By what rms(x) divides."""
+    norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+    return torch.hypot(norm * x.shape[-1] ** -0.5, norm.new_tensor(1e-3))
 
 
 def matrix(c, fan_in, fan_out):
@@ -541,26 +494,34 @@ def fast_weights(q, k, v, gamma, S, chunk=64):
     return out.flatten(2, 3)[:, :, :T], S
 
 
-def read_rows(read, written, values, gamma, starts, log, known, at, fade):
+def read_rows(read, written, values, gamma, state):
     """The same for one token: touches no rows of S but those of the neurons that fired.
 
     read, written: numbers of the query and key neurons that fired, of all texts and heads, and their
-    levels; values (texts * heads, width); starts: the first row of each head. S is log[at] * fade; a
-    row that is written goes to log behind the `known` ones, so that earlier states keep theirs.
-    Returns o, shaped like values, and the new known, at and fade.
+    levels; values (texts * heads, width), gamma (heads * keys,). state: S, as above, or this:
+    S = log[at] * fade; a row that is written goes to log behind the `known` ones, so that the states
+    before this one keep theirs. Returns o, shaped like values, and this state.
     """
-    (read, q), (written, k), keys = read, written, len(at) // len(values)
-    if len(at) > len(gamma):  # several texts
-        gamma, starts = gamma.repeat(len(at) // len(gamma)), torch.arange(0, len(at), keys)
-    fade, place = fade * gamma, known + torch.arange(len(written))
+    (read, q), (written, k) = read, written
+    if torch.is_tensor(state):
+        log, fade = state.flatten(0, 2), state.new_ones(state.shape[:3]).flatten()
+        used, known, at = torch.tensor(-1), torch.tensor(0), torch.arange(len(log))
+    else:
+        log, used, known, at, fade = state
+    rows, keys, texts = len(at), len(at) // len(values), len(at) // len(gamma)
+    if int(known) + rows > len(log) or int(used) != int(known):
+        # full, or a later state has written behind what this one knows
+        log, at = torch.cat([log[at], log.new_empty(2 * rows, log.shape[1])]), torch.arange(rows)
+        used, known = torch.tensor(rows), torch.tensor(rows)
+    fade, place = fade * gamma.repeat(texts), known + torch.arange(len(written))
     kept = log.index_select(0, at.index_select(0, written))
-    kept = kept * fade.index_select(0, written)[:, None]
-    new = values.index_select(0, torch.div(written, keys, rounding_mode="floor"))
-    log.index_copy_(0, place, torch.addcmul(kept, new, k[:, None]))
+    kept *= fade.index_select(0, written)[:, None]
+    new = values.index_select(0, written // keys)
+    log.index_copy_(0, place, kept.addcmul_(new, k[:, None]))
     at, fade = at.index_copy(0, written, place), fade.index_fill(0, written, 1.0)
-    level = fade.index_select(0, read) * q
-    o = bag(log, at.index_select(0, read), torch.searchsorted(read, starts), level)
-    return o, (known + len(written), at, fade)
+    start, level = torch.arange(0, rows, keys), q * fade.index_select(0, read)
+    o = bag(log, at.index_select(0, read), torch.searchsorted(read, start), level)
+    return o, (log, used.copy_(known + len(written)), used.clone(), at, fade)
 
 
 def in_heads(x, heads, parts):

@@ -498,15 +498,7 @@ def population(v, theta, levels, surrogate="triangle", slope=None, dtype=None):
     """
     chosen = entry(SURROGATES, "surrogate", surrogate)
     slope = chosen.slope if slope is None else slope
-    if torch.is_grad_enabled() or v.shape[1] > 1:
-        return _Population.apply(v, theta, levels, chosen, slope, dtype or v.dtype)
-    sides, K, N = levels.shape  # one token: few operations count for more than few bytes
-    k = torch.bucketize(v if sides == 1 else v.abs(), theta, right=True)  # how many are reached
-    neuron = (k - 1).clamp_(min=0).add_((v < 0).mul(K) if sides == 2 else 0)
-    sent = levels.view(1, sides * K, N).expand(len(v), -1, -1).gather(1, neuron)
-    reached = (k > 0).to(sent.dtype)
-    rate = reached.view(N) if len(v) == 1 else reached[:, 0].mean(0)
-    return (sent * reached).to(dtype or v.dtype), rate
+    return _Population.apply(v, theta, levels, chosen, slope, dtype or v.dtype)
 
 
 # ---- synapses ---------------------------------------------------------------------------------
@@ -557,28 +549,6 @@ class Report:
         self.synapses.append((rate.detach().sum() * fan_out, rate.numel() * fan_out))
 
 
-class EventReport(Report):
-    """Of one token that was read by events: told only to those who ask, as it takes time.
-
-    events: which neurons fired (B, N), bool, per layer; fan_out: the synapses of a neuron of each.
-    """
-
-    def __init__(self, events, fan_out):
-        super().__init__()
-        self.events, self.fan_out = events, fan_out
-
-    @property
-    def rates(self):
-        return [fired.flatten(1).float().mean(0) for fired in self.events]
-
-    @property
-    def synapses(self):
-        pairs = zip(self.events, self.fan_out)
-        return [(x.sum() / len(x) * n, x[0].numel() * n) for x, n in pairs]
-
-    rates, synapses = rates.setter(lambda self, x: None), synapses.setter(lambda self, x: None)
-
-
 def rms(x):
     """x (..., n) at a root mean square of 1 over its last dimension (no gain: a matrix follows)."""
     return F.rms_norm(x, x.shape[-1:], eps=1e-6)
@@ -620,9 +590,9 @@ def take_rows(weight, active, level, texts=1):
     active: their numbers, ascending, and `fan_in` more with each text. A row is read by one thread,
     so a text alone has as many bags of rows as there are threads.
     """
-    n, bags = len(active), torch.get_num_threads() if len(active) >= 64 else 1
     if texts == 1:
-        start = torch.arange(bags) * (n // bags)
+        bags = torch.get_num_threads() if len(active) >= 64 else 1
+        start = torch.arange(bags) * (len(active) // bags)
     else:
         start = torch.searchsorted(active, torch.arange(texts) * len(weight))
         active = active % len(weight)

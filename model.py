@@ -19,9 +19,10 @@ import config
 import spark  # noqa: F401  registers its block
 from blocks import BLOCKS, SETTINGS, Membranes, Population, SNNBlock
 from cell_bridge import identity
-from lif import EventReport, Linear, Report, Seen, Synapse, deliver, take_rows
+from lif import Linear, Report, Seen, Synapse, deliver, take_rows
 from traits import IGNORED, build, cross_entropy, numbers_of
 
+EVENT_TEXTS = 8  # times the share of synapses that a text triggers: beyond, dense is as fast
 STRESS_DECAY = 0.99  # per step, of the moving average that is the environment's stress
 
 
@@ -93,7 +94,7 @@ class SpikingLM(nn.Module):
         self.embedding = nn.Embedding(c.vocab_size, c.n_embd)
         # bits of a spike code flip too easily near 0; a float embedding starts as GPT-2's does
         nn.init.normal_(self.embedding.weight, std=1 / 16 if c.encoder == "spikes" else 0.02)
-        self.head, self.ready = None, {}  # what `prepare` makes of the blocks
+        self.head, self.ready = None, []  # what `prepare` makes of the blocks
         if c.head == "spikes":
             if c.n_embd != D:
                 raise ValueError("head=spikes needs n_embd equal to the residual stream's width")
@@ -152,31 +153,34 @@ class SpikingLM(nn.Module):
 
     @torch.no_grad()
     def prepare(self, dtype=torch.float32):
-        """For writing, with weights that stay as they are: the matrices that spikes read are stored
-        in `dtype`, bfloat16 being half the bytes; block snn reads one token of few texts by events.
+        """For a model that is to write, and whose weights stay as they are: what spikes read is stored
+        in `dtype` (bfloat16: half the bytes), and block snn gets a forward of its own for one token.
         """
-        spiking = self.config.spikes
         for part in self.modules():
             if isinstance(part, Synapse):
                 part.weight.data = part.weight.data.to(dtype)
-        if self.head is not None and spiking:
+        if spikes := self.head is not None and self.config.spikes:
             self.embedding.weight.data = self.embedding.weight.data.to(dtype)
-        if all(isinstance(part, SNNBlock) for part in self.parts.values()) and spiking:
-            self.ready = {name: part.prepare(dtype) for name, part in self.parts.items()}
-            self.ready_head = self.head and Membranes([self.head], (self.config.n_hidden,), (1, 1))
+        blocks, on_cpu = list(self.parts.values()), self.stress.device.type == "cpu"
+        if on_cpu and self.config.spikes and all(isinstance(x, SNNBlock) for x in blocks):
+            self.ready = [block.prepare(dtype) for block in blocks]
+            self.ready_head = Membranes([self.head], len(self.head.gain)) if spikes else None
+            self.texts = EVENT_TEXTS / self.synop_share(self.rate.split(self.sites)).item()
 
     def one_token(self, tokens, state):
         """forward of a prepared model by events, for tokens (B, 1)."""
-        x, after, events = self.embed(tokens)[0][:, 0], {}, []
-        for name, block in self.ready.items():
-            x, after[name], (a, qk, oh) = block(x, state[name])
-            events += [a, *qk, *oh.split([x.shape[1], oh.shape[1] - x.shape[1]], 1)]
-        report = EventReport(events, self.fan_out)
-        if self.head is None:
+        x, report = self.embed(tokens)
+        x, after = x[:, 0], {}
+        for name, block in zip(self.parts, self.ready):
+            x, after[name] = block(x, state[name], report)
+        if self.ready_head is None:
             return self.readout(x[:, None], None, report)[0], after, report
-        v, fired, *active = self.ready_head(self.norm(x), state["readout"])
-        after["readout"], report.events = v, [*events, fired]
-        return take_rows(self.embedding.weight.t(), *active, len(x))[:, None], after, report
+        v, fired, *sent = self.ready_head(self.norm(x), state["readout"])
+        after["readout"], weight = v, self.embedding.weight.t()
+        report.rates.append(fired[0] if len(fired) == 1 else fired.float().mean(0))
+        triggered = torch.tensor(len(sent[0]) * weight.shape[1] / len(fired))
+        report.synapses.append((triggered, weight.numel()))
+        return take_rows(weight, *sent, len(fired))[:, None], after, report
 
     def forward(self, tokens, state=None):
         """tokens (B, T) int64; state as returned by an earlier call, or None for silence.
@@ -184,8 +188,9 @@ class SpikingLM(nn.Module):
         Returns logits (B, T, vocabulary), the state after the last token ({name of a part or
         "readout": its state}) and a Report.
         """
-        if self.ready and state and tokens.shape[1] == 1 and not torch.is_grad_enabled():
-            return self.one_token(tokens, state)
+        if state and tokens.shape[1] == 1 and not torch.is_grad_enabled():
+            if self.ready and len(tokens) <= self.texts:
+                return self.one_token(tokens, state)
         x, report = self.embed(tokens)
         seen, updates = Seen(tokens, self.stress), {}
         state, after = state or {}, {}

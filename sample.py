@@ -90,8 +90,7 @@ def open_speaker(c):
     step = position.get("step") if isinstance(position, dict) else "unknown"
     tokenizer, device = tokenizer_from_state(checkpoint["tokenizer"]), find_device(c.device)
     model = build(checkpoint).to(device)
-    if c.dtype == "bfloat16":
-        model.halve_synapses()
+    model.prepare(getattr(torch, c.dtype))
     if tokenizer.vocab_size > model.config.vocab_size:
         raise ValueError(f"{path}: its tokenizer is larger than its model: take another --ckpt")
     with torch.no_grad():  # so that `backends` knows
@@ -132,7 +131,9 @@ def chat(speaker, prompt, examples):
             show(written(speaker, line, chat=True))
             if speaker.fired:
                 n, every = speaker.wrote, sum(n for _, n in speaker.report.synapses) or 1
-                rates = f"{speaker.fired / n:.1%} of the neurons and {speaker.synops / n / every:.1%}"
+                rates = (
+                    f"{speaker.fired / n:.1%} of the neurons and {speaker.synops / n / every:.1%}"
+                )
                 note(f"({n} tokens; a token fired {rates} of the synapses)")
         except UnicodeEncodeError:
             note("that line is not UTF-8 text: type it again, or set your terminal to UTF-8")

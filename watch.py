@@ -55,7 +55,7 @@ class Layer:
 
     def membrane(self, state):
         """(N,) at the last token, before the reset; NeuronSpark's: after the last frame."""
-        held = [x[0].cpu() for x in tensors(state[self.part]) if x.dim() == 2]
+        held = [x[0].cpu() for x in tensors(state[self.part]) if x.dim() == 2 and len(x) == 1]
         if not self.resets:
             return held[self.index]
         v, s = held[2 * self.index : 2 * self.index + 2]  # as `lif` returns them
@@ -133,7 +133,7 @@ class Speaker:
         self.seen += len(ids)
         self.wrote += own
         if own and self.report.rates:
-            self.fired += torch.cat(self.report.rates).mean().item()
+            self.fired += torch.cat(self.report.rates).float().mean().item()
             self.synops += sum(triggered.item() for triggered, _ in self.report.synapses)
         return {"own": own, "text": self.decoder.decode(self.tokenizer.decode_bytes(ids))}
 
@@ -204,7 +204,7 @@ class Watcher(Speaker):
         event |= {"seen": self.seen, "macs": self.report.macs}
         for layer, rate in zip(self.layers, (rate.cpu() for rate in self.report.rates)):
             layer.total += rate
-            event["rate"].append(round(rate.mean().item(), 4))
+            event["rate"].append(round(rate.float().mean().item(), 4))
             event["fired"].append((rate[layer.shown] > 0).nonzero()[:, 0].tolist())
             v = layer.membrane(self.state)[layer.shown]
             event["membrane"].append([round(x, 2) for x in v.tolist()])

@@ -26,7 +26,7 @@ EXPERIMENTS = {f"experiments.{p.stem}" for p in ROOT.glob("experiments/*.py")}
 OWN = {p.stem for p in ROOT.glob("*.py")} | EXPERIMENTS
 MAY_IMPORT = {
     "config": set(),
-    "lif": {"config"},  # for its command line
+    "lif": {"config", "machine"},  # for its command line
     "tokenizer": set(),
     "sources": {"tokenizer"},
     "data": {"sources", "tokenizer", "traits"},
