@@ -161,15 +161,17 @@ def test_generate_times_a_checkpoint(tmp_path, monkeypatch):
     saved = {"version": VERSION, "model": weights, "config": asdict(model.config)}
     del saved["config"]["traits"]  # as in a checkpoint older than this setting, which is off
     torch.save(saved | {"tokenizer": ""}, path)
-    halved = []  # one bool per model: were its weights those of the checkpoint?
+    prepared, prepare = {}, SpikingLM.prepare  # dtype -> were its weights those of the checkpoint?
 
-    def halve(model):
-        halved.append(all(torch.equal(weights[k], x) for k, x in model.state_dict().items()))
+    def watched(model, dtype):
+        same = [torch.equal(weights[k], x) for k, x in model.state_dict().items()]
+        prepared[dtype] = all(same)
+        prepare(model, dtype)
 
-    monkeypatch.setattr(SpikingLM, "halve_synapses", halve)
+    monkeypatch.setattr(SpikingLM, "prepare", watched)
     c = load("configs/snn_6m.py --rounds=1 --warmup=0")
     result = bench.generate(c, RUN, tokens=4, ckpt=str(path))
-    assert halved == [True]
+    assert prepared == {torch.bfloat16: True, torch.float32: True}
     assert result["what"] == "ms per token, batch 1, trained weights"
     rows = result["contestants"]
     ours = {row["parameters"] for name, row in rows.items() if name != "transformer, float32"}
@@ -353,7 +355,9 @@ def test_everything_is_rehearsed(tmp_path, monkeypatch, capfd):
     monkeypatch.setattr(all_steps, "call", call)
     steps = all_steps.all(load("", all_steps.all), RUN, text=str(text), tiny=True)["steps"]
     assert steps.pop(failing)["end"] == ["FAILED, exit 1"]
-    assert len(steps) == 9 and all(step["end"] in (["done"], ["2 passed"]) for step in steps.values())
+    assert len(steps) == 9 and all(
+        step["end"] in (["done"], ["2 passed"]) for step in steps.values()
+    )
     assert steps["resume"]["before"] == steps["resume"]["after"]
     assert json.loads((tmp_path / "results/kernels_cpu.json").read_text())["passed"] == 2
 

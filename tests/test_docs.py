@@ -68,11 +68,12 @@ MAY_IMPORT = {
         "tokenizer",
         "watch",
     },
-    "bench": {"checkpoint", "config", "lif", "machine", "model", "train"},
+    "bench": {"checkpoint", "config", "experiments.llama", "lif", "machine", "model", "train"},
     "experiments.train": {"bench", "config", "experiments.peers", "model", "optim", "train"},
     "experiments.scan": {"bench", "experiments.peers", "kernels", "lif"},
     "experiments.all": {"checkpoint"},
     "experiments.peers": {"lif", "model"},
+    "experiments.llama": set(),
     "experiments.params": {"bench", "experiments.train", "lif", "model", "optim"},
     "experiments.ablate": {"bench", "checkpoint", "train"},
     "experiments.recall": {"bench", "experiments.ablate", "model", "optim", "train"},
@@ -80,7 +81,7 @@ MAY_IMPORT = {
 }
 PACKAGES = {"torch", "numpy", "tiktoken", "requests", "tqdm"}
 OPTIONAL = {"triton", "snntorch", "spikingjelly", "norse"}  # imported where they are used
-OPTIONAL |= {"anndata", "h5py", "scipy", "matplotlib", "PIL", "transformers"}
+OPTIONAL |= {"xllamacpp", "gguf", "anndata", "h5py", "scipy", "matplotlib", "PIL", "transformers"}
 
 
 def imports(path):

@@ -234,12 +234,11 @@ def test_an_unreadable_prompt_is_one_line(tmp_path, capsys):
 
 
 def test_bfloat16_is_used(ckpt, capsys, monkeypatch):
-    halved = []
-    monkeypatch.setattr(SpikingLM, "halve_synapses", lambda model: halved.append(model))
+    asked = []
+    monkeypatch.setattr(SpikingLM, "prepare", lambda model, dtype: asked.append(dtype))
     run(capsys, f"--ckpt={ckpt}", "--max_new_tokens=0")
-    assert not halved
     run(capsys, f"--ckpt={ckpt}", "--max_new_tokens=0", "--dtype=bfloat16")
-    assert halved
+    assert asked == [torch.float32, torch.bfloat16]
 
 
 # ---- chat ----------------------------------------------------------------------------------------
@@ -278,7 +277,9 @@ def test_chat(ckpt, monkeypatch, capsys):
 def test_a_chat_tells_live_rates(ckpt, monkeypatch, capsys):
     ask = f"--ckpt={ckpt}", "--max_new_tokens=5", "--temperature=1"
     err = talk(monkeypatch, capsys, ["Hello"], *ask)[1]
-    n, fired, synops = re.search(r"\((\d+) tok.*fired (\S+)% of .* (\S+)% of the synap", err).groups()
+    n, fired, synops = re.search(
+        r"\((\d+) tok.*fired (\S+)% of .* (\S+)% of the synap", err
+    ).groups()
     assert n == "5" and 1 < float(fired) < 100 and 1 < float(synops) < 100
 
 
