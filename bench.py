@@ -173,7 +173,10 @@ def generate(
         model = build(load_checkpoint(ckpt)) if is_trained else SpikingLM(settings)
         models[name] = model.to(run.device).eval()
         if settings.block == "snn" and not is_trained:
-            set_rates(model, trained_rates(rates))
+            if name == OURS:
+                set_rates(model, trained_rates(rates))
+            gains = {k: x for k, x in models[OURS].state_dict().items() if k.endswith("gain")}
+            model.load_state_dict(gains, strict=False)
         if settings.block == "snn" and events:
             model.prepare(torch.bfloat16 if half else torch.float32)
         texts[name] = model.generate(torch.zeros(1, 1, dtype=torch.long, device=run.device))
