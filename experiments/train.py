@@ -11,7 +11,7 @@ import torch
 
 import config
 from bench import OURS, show, size_of, summary, take_turns, transformer_like
-from experiments.peers import SnnTorchSam
+from .peers import SnnTorchSam
 from model import SpikingLM
 from optim import make_optimizers
 from train import TrainConfig, train_step

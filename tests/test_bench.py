@@ -21,6 +21,7 @@ import train
 import config
 from checkpoint import VERSION
 from experiments import all as all_steps
+from experiments import generate as writing
 from experiments import train as training
 from experiments import ablate, frames, params, recall, scan
 from experiments.peers import check_spikes
@@ -95,7 +96,7 @@ def test_recall_compares_models_of_equal_size(monkeypatch):
 
 def test_one_long_text_of_ours_alone(monkeypatch):
     """As many tokens as it says between the two looks at time and memory."""
-    drawn, seen, draw, take_turns = [], [], bench.draw, bench.take_turns
+    drawn, seen, draw, take_turns = [], [], writing.draw, writing.take_turns
 
     def count(stream, n, events):
         drawn.append(n)
@@ -106,10 +107,10 @@ def test_one_long_text_of_ours_alone(monkeypatch):
         seen.append(sum(drawn))
         return times
 
-    monkeypatch.setattr(bench, "draw", count)
-    monkeypatch.setattr(bench, "take_turns", turns)
+    monkeypatch.setattr(writing, "draw", count)
+    monkeypatch.setattr(writing, "take_turns", turns)
     c = load("configs/sam_6m.py --n_hidden=16 --n_embd=16 --n_layer=1 --vocab_size=50 --rounds=1")
-    result = bench.generate(c, RUN, tokens=200, against="")
+    result = writing.generate(c, RUN, tokens=200, against="")
     assert seen == [120, 240] and sum(drawn[:-2]) == result["late"] == 200
     (row,) = result["contestants"].values()
     assert row["late_ms_per_token"] > 0 and row["ratio"] == 1
@@ -128,11 +129,11 @@ def test_random_weights_fire_at_trained_rates(tmp_path):
         "configs/snn_6m.py --vocab_size=400 --n_layer=3 --n_head=2 --keys=32"
         " --n_hidden=64 --n_embd=64 --d_ff=128 --head=spikes"
     )
-    found = bench.trained_rates(result)
+    found = writing.trained_rates(result)
     assert found == pytest.approx(rates)
     torch.manual_seed(c.seed)
     model = SpikingLM(c).eval()
-    bench.set_rates(model, found)
+    writing.set_rates(model, found)
     torch.manual_seed(2)
     with torch.no_grad():  # once membranes have filled
         _, state, _ = model(torch.randint(400, (4, 300)))
@@ -143,15 +144,15 @@ def test_random_weights_fire_at_trained_rates(tmp_path):
     # of a block: 64 a to 128 h and 128 q, k; 64 q and 64 k to 33 values; 64 o to 64; 128 h to 64
     of = {"a": 64 * 256, "q": 64 * 33, "k": 64 * 33, "o": 64 * 64, "h": 128 * 64}
     work = 3 * sum(n * rates[site] for site, n in of.items()) + 0.15 * 64 * 400
-    assert bench.triggered_share(model, drawn) == pytest.approx(
+    assert writing.triggered_share(model, drawn) == pytest.approx(
         work / (3 * sum(of.values()) + 64 * 400), rel=0.25
     )
     del found["o"]
     with pytest.raises(ValueError, match="no neurons called o"):
-        bench.set_rates(model, found)
+        writing.set_rates(model, found)
     result.write_text(json.dumps({"config": trained, "log": [{"rate": per_layer[1:]}]}))
     with pytest.raises(ValueError, match="is not the result of a spiking model"):
-        bench.trained_rates(result)
+        writing.trained_rates(result)
 
 
 def test_generate_times_a_checkpoint(tmp_path, monkeypatch):
@@ -168,7 +169,7 @@ def test_generate_times_a_checkpoint(tmp_path, monkeypatch):
 
     monkeypatch.setattr(SpikingLM, "halve_synapses", halve)
     c = load("configs/snn_6m.py --rounds=1 --warmup=0")
-    result = bench.generate(c, RUN, tokens=4, ckpt=str(path))
+    result = writing.generate(c, RUN, tokens=4, ckpt=str(path))
     assert halved == [True]
     assert result["what"] == "ms per token, batch 1, trained weights"
     rows = result["contestants"]
@@ -177,21 +178,21 @@ def test_generate_times_a_checkpoint(tmp_path, monkeypatch):
     assert 0 < rows["ours"]["triggered"] < 1 and "triggered" not in rows["transformer, float32"]
     path.write_bytes(b"not a checkpoint")
     with pytest.raises(ValueError, match="cannot read the checkpoint"):
-        bench.generate(c, RUN, ckpt=str(path))
+        writing.generate(c, RUN, ckpt=str(path))
 
 
 def test_generate_times_the_float_twin(monkeypatch):
-    monkeypatch.setattr(bench, "set_rates", lambda model, rates: None)
-    monkeypatch.setattr(bench, "trained_rates", lambda path: {})
+    monkeypatch.setattr(writing, "set_rates", lambda model, rates: None)
+    monkeypatch.setattr(writing, "trained_rates", lambda path: {})
     ours = iter((3.0, 2.0))  # seconds of 20 tokens early in the text, and late
 
     def turns(runs, *_):
         took = next(ours)
         return {name: [took if name == "ours" else 4.0] for name in runs}
 
-    monkeypatch.setattr(bench, "take_turns", turns)
+    monkeypatch.setattr(writing, "take_turns", turns)
     c = load(f"{SNN} --spikes=False --head=spikes")
-    rows = bench.generate(c, RUN, tokens=40)["contestants"]
+    rows = writing.generate(c, RUN, tokens=40)["contestants"]
     assert rows["ours"]["early_ms_per_token"] == 150 and rows["ours"]["late_ms_per_token"] == 100
     assert rows["ours"]["ratio"] == 1 and "triggered" not in rows["ours"]
     assert rows["transformer, float32"]["ratio"] == 2
@@ -199,7 +200,7 @@ def test_generate_times_the_float_twin(monkeypatch):
 
 def test_the_transformer_beside_snn_has_its_size():
     c = load(f"{SNN} --n_embd=200 --n_hidden=200")  # 200: no multiple of 3 heads
-    gpt = bench.generators_of(c, "configs/gpt_6m.py")["transformer, float32"][0]
+    gpt = writing.generators_of(c, "configs/gpt_6m.py")["transformer, float32"][0]
     less = replace(gpt, n_layer=gpt.n_layer - 1) if gpt.n_layer > 1 else c
     assert bench.parameters_of(less) <= bench.parameters_of(c) <= bench.parameters_of(gpt)
 
@@ -207,8 +208,8 @@ def test_the_transformer_beside_snn_has_its_size():
 def test_draw_takes_so_many_tokens_by_events_or_dense():
     seen, usual = [], lif.EVENT_RATE
     stream = (seen.append(lif.EVENT_RATE) for _ in itertools.count())
-    bench.draw(stream, 2, True)
-    bench.draw(stream, 3, False)
+    writing.draw(stream, 2, True)
+    writing.draw(stream, 3, False)
     assert seen == [usual] * 2 + [0] * 3 and lif.EVENT_RATE == usual > 0
 
 
@@ -252,7 +253,7 @@ def test_mistakes_end_in_one_line(argv, said, capsys):
     assert stopped.value.code == 2 and said in err and err.count("\n") == 1
 
 
-@pytest.mark.parametrize("name", [*bench.COMMANDS, *bench.EXPERIMENTS])
+@pytest.mark.parametrize("name", bench.EXPERIMENTS)
 def test_help_lists_every_setting_of_a_command(name, capsys):
     command = bench.command_of(name)
     with pytest.raises(SystemExit) as stopped:
@@ -275,7 +276,7 @@ def test_a_command_gets_its_own_settings(monkeypatch, tmp_path):
         seen.append((c, width, path))
         return {}
 
-    monkeypatch.setitem(bench.COMMANDS, "measure", measure)
+    monkeypatch.setattr(bench, "command_of", {"measure": measure}.get)
     (tmp_path / "small.py").write_text("width = 4\nn_layer = 7\n")
     more = ["--path=a,b", "--rounds=2", "--device=cpu", "--threads=1"]
     bench.main(["measure", str(tmp_path / "small.py"), *more])

@@ -13,7 +13,6 @@ import pytest
 
 import bench
 import config
-from bench import BenchConfig
 from ner import NerConfig
 from blocks import BLOCKS
 from cell_bridge import CellConfig
@@ -57,18 +56,10 @@ MAY_IMPORT = {
     "machine": set(),
     "experiments.report": {"experiments.pictures"},
     "experiments.pictures": {"cell_bridge", "watch"},
-    "sample": {
-        "checkpoint",
-        "config",
-        "data",
-        "experiments.pictures",
-        "kernels",
-        "machine",
-        "sources",
-        "tokenizer",
-        "watch",
-    },
-    "bench": {"checkpoint", "config", "lif", "machine", "model", "train"},
+    "sample": {"checkpoint", "config", "data", "experiments.pictures", "kernels", "machine", "sources",
+               "tokenizer", "watch"},
+    "bench": {"checkpoint", "config", "machine", "model", "train"},
+    "experiments.generate": {"bench", "checkpoint", "config", "lif", "model", "train"},
     "experiments.train": {"bench", "config", "experiments.peers", "model", "optim", "train"},
     "experiments.scan": {"bench", "experiments.peers", "kernels", "lif"},
     "experiments.all": {"checkpoint"},
@@ -90,6 +81,8 @@ def imports(path):
         if isinstance(node, (ast.Import, ast.ImportFrom)):
             single = isinstance(node, ast.ImportFrom)
             names = [node.module] if single else [alias.name for alias in node.names]
+            if single and node.level:  # a sibling in the same folder
+                names = [f"{path.parent.name}.{node.module}"]
             for name in names:
                 name = name if name in OWN else name.split(".")[0]
                 yield name, "top" if node in tree.body else "inside"

@@ -1,0 +1,153 @@
+"""How fast does a model write? One token after the other, batch 1.
+
+python bench.py generate configs/sam_6m.py
+python bench.py generate configs/snn_1b.py --rates=results/tinystories_snn_6m_sparse.json
+"""
+
+import json
+import os
+import statistics
+from dataclasses import asdict, replace
+from functools import partial
+from itertools import islice
+from pathlib import Path
+
+import torch
+
+import config
+import lif as lif_module
+from bench import OURS, show, size_of, summary, take_turns, transformer_like
+from checkpoint import build, load_checkpoint
+from model import SpikingLM
+from train import TrainConfig
+
+
+def generate(
+    c,
+    run,
+    *,
+    tokens: int = 2000,  # tokens from the first to the last measurement
+    ckpt: str = "",  # take the weights and settings of this checkpoint; empty: random weights
+    rates: str = "",  # random snn: fire as often as in this result of train.py
+    against: str = "configs/gpt_6m.py",  # snn: one of its size; empty: ours alone
+):
+    """Milliseconds per token, early and late in one long text, batch 1; memory of the process.
+
+    Block snn runs four times: events in float32 and with bfloat16 rows, dense, and beside a
+    transformer of its own size.
+    """
+    if tokens < 1:
+        raise ValueError(f"tokens must be at least 1, got {tokens}")
+    if ckpt:
+        c = replace(c, **asdict(build(load_checkpoint(ckpt)).config))
+    models, texts, streams, piece = {}, {}, {}, min(20, tokens)
+    for name, (settings, half, events) in generators_of(c, against).items():
+        is_trained = ckpt and settings is c  # not the transformer beside it
+        torch.manual_seed(c.seed)
+        model = build(load_checkpoint(ckpt)) if is_trained else SpikingLM(settings)
+        models[name] = model.to(run.device).eval()
+        if settings.block == "snn" and not is_trained:
+            set_rates(model, trained_rates(rates))
+        if half:
+            model.halve_synapses()
+        texts[name] = model.generate(torch.zeros(1, 1, dtype=torch.long, device=run.device))
+        streams[name] = partial(draw, texts[name], piece, events)
+    early = summary(take_turns(streams, c.rounds, c.warmup, run.device), OURS)
+    drawn = 2 * piece * (c.rounds + c.warmup)  # a turn runs twice
+    end, early_mb = max(drawn, tokens), memory_mb()
+    for once in streams.values():
+        for _ in range(max(0, tokens - drawn) // piece):
+            once()
+    late = summary(take_turns(streams, c.rounds, 0, run.device), OURS)
+    late_mb, rows = memory_mb(), {}
+    for name, model in models.items():
+        row = rows[name] = {"parameters": size_of(model), "ratio": late[name]["ratio"]}
+        row["early_ms_per_token"] = early[name]["median_ms"] / piece
+        row["late_ms_per_token"] = late[name]["median_ms"] / piece
+        if model.config.block == "snn" and model.config.spikes:
+            row["triggered"] = triggered_share(model, list(islice(texts[name], 64)))
+    columns = {"early_ms_per_token": ".2f", "late_ms_per_token": ".2f", "ratio": ".2f"}
+    columns |= {"triggered": ".1%", "parameters": ",d"}
+    show(f"early: the first {drawn} tokens; late: after {end}", rows, columns)
+    print(f"memory of the process: {early_mb} MB early, {late_mb} MB late")
+    what = f"ms per token, batch 1, {'trained' if ckpt else 'random'} weights"
+    memory = {"early_mb": early_mb, "late_mb": late_mb}
+    return {"what": what, "late": end, "contestants": rows} | memory
+
+
+def generators_of(c, against):
+    """name -> settings, whether matrices are bfloat16, whether synapses are driven by events."""
+    ours = {OURS: (c, c.block == "snn", True)}
+    if not against:
+        return ours
+    if c.block != "snn":
+        gpt = config.load(TrainConfig, [against])
+        unlimited = replace(gpt, window=10**9)
+        others = {"transformer": gpt, "transformer, unlimited": unlimited}
+        return ours | {name: (settings, False, True) for name, settings in others.items()}
+    gpt = transformer_like(c)
+    return ours | {
+        "ours, float32": (c, False, True),
+        "ours, float32, dense": (c, False, False),
+        "transformer, float32": (gpt, False, True),
+    }
+
+
+@torch.no_grad()
+def triggered_share(model, drawn):
+    """The share of synaptic operations triggered by these tokens, as `generate` yielded them."""
+    tokens, state = torch.cat([token for token, _ in drawn], 1), drawn[0][1]
+    report = model(tokens, state)[2]
+    triggered, every = map(sum, zip(*report.synapses))
+    return float(triggered) / every
+
+
+def memory_mb():
+    """Megabytes of memory that this process takes now; None where there is no /proc."""
+    path = Path("/proc/self/statm")
+    pages = path.exists() and int(path.read_text().split()[1])
+    return round(pages * os.sysconf("SC_PAGE_SIZE") / 1e6) if pages else None
+
+
+def draw(stream, n, events):
+    """The next n tokens of a stream, its synapses driven by events or dense."""
+    rate, lif_module.EVENT_RATE = lif_module.EVENT_RATE, lif_module.EVENT_RATE * events
+    list(islice(stream, n))
+    lif_module.EVENT_RATE = rate
+
+
+def trained_rates(path):
+    """Mean firing rates of a trained model of block snn: {population: spikes per token}."""
+    if not path:
+        raise ValueError("name the result of a trained block snn: --rates=results/FILE.json")
+    try:
+        result = json.loads(Path(path).read_text())
+        was, rates = result["config"], result["log"][-1]["rate"]
+    except (ValueError, KeyError, IndexError, TypeError):
+        raise ValueError(f"{path} is not the result of a run of train.py") from None
+    sites = [*"aqkoh" * was["n_layer"], *["head"] * (was.get("head") == "spikes")]
+    if was["block"] != "snn" or len(rates) != len(sites):
+        raise ValueError(f"{path} is not the result of a spiking model of block snn")
+    return {
+        site: statistics.mean(rate for rate, name in zip(rates, sites) if name == site)
+        for site in sites
+    }
+
+
+@torch.no_grad()
+def set_rates(model, rates):
+    """Give random neurons the gain at which they fire so often.
+
+    Small steps, because at low rates the rate is very sensitive to the gain. Each step continues
+    the same text, because membranes need about 100 tokens to fill.
+    """
+    sites = [site for block in model.blocks for site in block.populations.items()]
+    sites += [("head", model.head)] if model.head is not None else []
+    if lacking := {name for name, _ in sites} - set(rates):
+        raise ValueError(f"the model of --rates has no neurons called {', '.join(sorted(lacking))}")
+    state = None
+    for _ in range(20):
+        tokens = torch.randint(model.config.vocab_size, (4, 64), device=model.rate.device)
+        _, state, report = model(tokens, state)
+        for (name, population), rate in zip(sites, report.rates):
+            population.gain *= (rates[name] / rate.mean()).clamp(0.1, 10) ** 0.25
