@@ -422,7 +422,7 @@ class _Population(torch.autograd.Function):
         rungs = levels.diff(dim=1, prepend=torch.zeros_like(levels[:, :1]))  # from one to the next
         ctx.save_for_backward(v, theta, rungs)
         ctx.surrogate, ctx.slope = surrogate, slope
-        pieces = [fused(v, _send)(v[rows], theta, rungs, dtype) for rows in _in_cache(v)]
+        pieces = [fused(v, _send)(v[rows], theta, levels, dtype) for rows in _in_cache(v)]
         sent, fired = zip(*pieces)
         return torch.cat(sent) if len(sent) > 1 else sent[0], sum(fired) / v[..., 0].numel()
 
@@ -441,15 +441,17 @@ class _Population(torch.autograd.Function):
         return torch.cat(d_v) if len(d_v) > 1 else d_v[0], None, d_levels, None, None, None
 
 
-def _send(v, theta, rungs, dtype):
+def _send(v, theta, levels, dtype):
     """What a piece of v (B, T, N) sends, and how often its populations fired (N,)."""
     q, reached, fired = torch.zeros_like(v), torch.empty_like(v), torch.zeros_like(v[0, 0])
-    for sign, rung in zip((1, -1), rungs):
+    for sign, level in zip((1, -1), levels):
         for k in range(len(theta)):
             (torch.ge if sign > 0 else torch.le)(v, sign * theta[k], out=reached)
-            q.addcmul_(reached, rung[k])  # up from the neuron's below, whose place it takes
-            if k == 0:
+            if k:  # in place of the neuron's below, exactly: that much was added
+                q.addcmul_(reached, level[k - 1], value=-1)
+            else:
                 fired += reached.sum((0, 1))
+            q.addcmul_(reached, level[k])
     return q.to(dtype), fired
 
 
