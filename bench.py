@@ -132,6 +132,7 @@ def transformer_like(c):
     gpt = replace(
         c, block="gpt", head="float", encoder="float", n_embd=c.n_hidden, n_head=heads,
         window=10**9, d_ff=4 * c.n_hidden, n_layer=1, traits="none", rate_penalty="both",
+        homeostasis=0.0,
     )  # fmt: skip
     while parameters_of(gpt) < parameters_of(c):
         gpt = replace(gpt, n_layer=gpt.n_layer + 1)

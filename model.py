@@ -56,7 +56,7 @@ class ModelConfig(*reversed(SETTINGS)):  # what the blocks bring, then:
             raise ValueError(
                 f"n_hidden {self.n_hidden} must be a multiple of {heads} {getattr(self, heads)}"
             )
-        if self.homeostasis and self.block not in ("sam", "gpt"):
+        if self.homeostasis and self.block != "sam":
             raise ValueError("homeostasis moves the thresholds of block=sam")
         if self.beta_low > self.beta_high:
             raise ValueError("beta_low must not be larger than beta_high")

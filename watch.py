@@ -137,6 +137,11 @@ class Speaker:
             self.synops += sum(triggered.item() for triggered, _ in self.report.synapses)
         return {"own": own, "text": self.decoder.decode(self.tokenizer.decode_bytes(ids))}
 
+    def marks(self):
+        """What reading a token changes."""
+        names = "state", "logits", "seen", "wrote", "fired", "synops"
+        return {name: getattr(self, name) for name in names}
+
     @torch.no_grad()
     def speak(self, text, n, temperature, chat=False):
         """Yield the events of the text, and of at most n tokens more that the model writes. In a
@@ -152,7 +157,7 @@ class Speaker:
                 yield self.read(ids[at : at + self.AT_ONCE], own=False)
         held = []  # (event, what was before it): what may be the start of `until`
         while n > 0 and not self.stopping:
-            n, before = n - 1, (self.state, self.logits, self.seen)
+            n, before = n - 1, self.marks()
             logits = self.logits.clone()
             if c.repetition != 1:  # what this turn said becomes less likely (Keskar et al. 2019)
                 said = logits[:, ids]
@@ -166,7 +171,8 @@ class Speaker:
             if until and until in said:  # as if it had not begun to say it
                 whole = said[: said.find(until)]
                 while len(said) > len(whole):
-                    event, (self.state, self.logits, self.seen) = held.pop()
+                    event, before = held.pop()
+                    vars(self).update(before)
                     said = said[: len(said) - len(event["text"])]
                 self.decoder.reset()
                 held += [(self.read([i], own=True), None) for i in encode(whole[len(said) :])]

@@ -198,6 +198,10 @@ def test_generate_times_the_float_twin(monkeypatch):
     assert rows["transformer, float32"]["ratio"] == 2
 
 
+def test_the_transformer_beside_a_config_has_nothing_of_its_neurons():
+    assert bench.transformer_like(load("configs/sam_v3.py")).homeostasis == 0
+
+
 def test_the_transformer_beside_snn_has_its_size():
     c = load(f"{SNN} --n_embd=200 --n_hidden=200")  # 200: no multiple of 3 heads
     gpt = writing.generators_of(c, "configs/gpt_6m.py")["transformer, float32"][0]
@@ -354,7 +358,8 @@ def test_everything_is_rehearsed(tmp_path, monkeypatch, capfd):
     monkeypatch.setattr(all_steps, "call", call)
     steps = all_steps.all(load("", all_steps.all), RUN, text=str(text), tiny=True)["steps"]
     assert steps.pop(failing)["end"] == ["FAILED, exit 1"]
-    assert len(steps) == 9 and all(step["end"] in (["done"], ["2 passed"]) for step in steps.values())
+    ends = [step["end"] for step in steps.values()]
+    assert len(ends) == 9 and all(end in (["done"], ["2 passed"]) for end in ends)
     assert steps["resume"]["before"] == steps["resume"]["after"]
     assert json.loads((tmp_path / "results/kernels_cpu.json").read_text())["passed"] == 2
 

@@ -135,6 +135,7 @@ def test_a_turn(said, shown):
         pieces = list(written(s, "hi", chat=True))
         assert "".join(pieces) == shown
         cut = said.split("\nYou:")[0]
+        assert s.wrote == len(s.tokenizer.encode(cut))  # what was cut off counts in no rate
         assert seen(s) == f"{END}You: hi\nSam:{cut}"
         assert "".join(written(s, "A", chat=True)) == "next"
         assert seen(s) == f"{END}You: hi\nSam:{cut}\nYou: A\nSam: next"
@@ -278,7 +279,8 @@ def test_chat(ckpt, monkeypatch, capsys):
 def test_a_chat_tells_live_rates(ckpt, monkeypatch, capsys):
     ask = f"--ckpt={ckpt}", "--max_new_tokens=5", "--temperature=1"
     err = talk(monkeypatch, capsys, ["Hello"], *ask)[1]
-    n, fired, synops = re.search(r"\((\d+) tok.*fired (\S+)% of .* (\S+)% of the synap", err).groups()
+    line = re.search(r"\((\d+) tok.*fired (\S+)% of .* (\S+)% of the synap", err)
+    n, fired, synops = line.groups()
     assert n == "5" and 1 < float(fired) < 100 and 1 < float(synops) < 100
 
 
