@@ -98,7 +98,7 @@ def train(
 
 
 def operations(step, most=12):
-    """{operation of PyTorch: share of the time of step()}, the `most` that take longest, the rest."""
+    """{operation of PyTorch: share of the time of step()}: the `most` longest, then the rest."""
     with torch.profiler.profile() as profiler:
         step()
     on_gpu = torch.cuda.is_available()
