@@ -1,7 +1,8 @@
-"""Measure this repository beside its peers: one sub-command per question.
+"""Measure this repository beside its peers: one sub-command per question, each a file in
+experiments/.
 
     python bench.py generate configs/sam_6m.py    generation: ours and a transformer
-    python bench.py generate configs/snn_1b.py --rates=results/fw_snn_1m_head.json   and llama.cpp
+    python bench.py generate configs/snn_1b.py --rates=results/tinystories_snn_6m_sparse.json
     python bench.py train configs/sam_6m.py       training: ours, snnTorch, a transformer
     python bench.py scan                          one layer of neurons: ours and the peers'
     python bench.py params configs/sam_6m.py      parameters and operations per token
@@ -11,7 +12,6 @@
     python bench.py all --text=my.txt             everything, in the order of its worth on a GPU
     python bench.py report                        writes RESULTS.md and assets/ from results/
 
-Each stands in experiments/, in a file of its name.
 All contestants of a comparison run in one process, taking turns round by round, so that a slow
 moment of the machine hits all of them; the tables show medians and their ratio to ours. Peers that
 are not installed are left out by name. A CUDA device is used where there is one. --save writes the
@@ -36,8 +36,8 @@ import torch
 
 import config
 from checkpoint import environment, write_result
-from model import SpikingLM
 from machine import Run
+from model import SpikingLM
 from train import TrainConfig
 
 
@@ -132,6 +132,7 @@ def transformer_like(c):
     gpt = replace(
         c, block="gpt", head="float", encoder="float", n_embd=c.n_hidden, n_head=heads,
         window=10**9, d_ff=4 * c.n_hidden, n_layer=1, traits="none", rate_penalty="both",
+        homeostasis=0.0,
     )  # fmt: skip
     while parameters_of(gpt) < parameters_of(c):
         gpt = replace(gpt, n_layer=gpt.n_layer + 1)
@@ -147,7 +148,7 @@ EXPERIMENTS = "generate train scan params ablate recall frames all".split()
 def command_of(name):
     """The function of a sub-command. Experiments import bench.py, hence are imported here."""
     if name not in EXPERIMENTS:
-        names = "|".join(["report", *EXPERIMENTS])
+        names = "|".join([*EXPERIMENTS, "report"])
         raise ValueError(f"write python bench.py {names} [CONFIG.py] [--key=value ...]")
     return getattr(import_module(f"experiments.{name}"), name)
 

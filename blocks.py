@@ -14,8 +14,7 @@ import torch.nn.functional as F
 from cell_bridge import Modulation, identity, synthetic_scores
 from kernels import lif
 from lif import (
-    RESETS, SURROGATES, Linear, Synapse, bag, dtype_of_products, fused, population, rms, take_rows,
-    uniform,
+    RESETS, SURROGATES, Linear, Synapse, dtype_of_products, fused, population, rms, uniform,
 )  # fmt: skip
 
 
@@ -323,87 +322,6 @@ class SNNBlock(Block):
             report.log[f"fast weights {self.index}"] = norms[0] / sum(norms)
         return x + fed + found, now
 
-    def prepare(self, dtype):
-        """Matrices of the same input, or the same output, side by side: one bag reads both."""
-        mix = self.mix
-        fed, into = (mix.w_qk.weight, self.w_in.weight), (mix.w_o.weight, self.w_out.weight)
-        rows = torch.cat(fed, 1).to(dtype), torch.cat(into).to(dtype)
-        fed[0].data, fed[1].data = rows[0].split([w.shape[1] for w in fed], 1)
-        into[0].data, into[1].data = rows[1].split([len(w) for w in into])
-        return OneToken(self, rows)
-
-
-class Membranes:
-    """Populations side by side, one token: what depends on weights alone is computed once. `shape`
-    is that of the constants, which are broadcast over that of the membranes."""
-
-    def __init__(self, populations, *shape):
-        constants, levels, theta = [], [], populations[0].theta
-        below = torch.nextafter(theta, 0 * theta)  # v >= theta is v > below
-        for p in populations:
-            none, beta = torch.zeros_like(p.gain), p.beta_logit.sigmoid()
-            low = none - below[0] if p.signed else none - math.inf
-            gain, bias = charge(none + 1, p.gain, none, beta), charge(none, p.gain, p.bias, beta)
-            constants.append(torch.stack([beta, gain, bias, low]))
-            of = p.levels.view(1 + p.signed, len(theta), -1)
-            levels += [torch.cat([of[1].flip(0) if p.signed else 0 * of[0], none[None], of[0]])]
-        self.beta, self.gain, self.bias, self.low = torch.cat(constants, 1).view(4, *shape)
-        self.high, self.steps = below[0], torch.cat([-below.flip(0), theta])
-        self.levels, self.shape = torch.cat(levels, 1), shape  # of each interval between steps
-
-    def __call__(self, z, v):
-        """z, v of one shape. Returns v, where it fired, the numbers of those, and what they send."""
-        v = torch.addcmul(torch.addcmul(self.bias, self.gain, z), self.beta, v)
-        fired = torch.ne(v.clamp(self.low, self.high), v)
-        number = active = torch.from_numpy(fired.numpy().ravel().nonzero()[0])  # torch's is slow
-        if v.numel() > (n := self.levels.shape[1]):  # several texts
-            number = torch.arange(n).view(self.shape).expand(v.shape).reshape(-1).take(active)
-        step = torch.bucketize(v.take(active), self.steps, right=True)
-        return v, fired, active, self.levels.take(torch.add(number, step, alpha=n))
-
-
-class OneToken:
-    """SNNBlock.forward for one token of each text, on a CPU, without gradient: few operations."""
-
-    def __init__(self, block, rows):
-        c, mix, self.rows, self.fan_out = block.config, block.mix, rows, block.fan_out
-        D, self.heads, self.keys = c.n_hidden, c.n_head, c.keys
-        self.a = Membranes([block.a], c.n_head, D // c.n_head)
-        self.qk = Membranes([mix.q, mix.k], 2, 1, c.n_head, c.keys)
-        self.oh = Membranes([mix.o, block.h], D + c.d_ff)
-        self.every = sum(n * fan_out for n, fan_out in zip(block.sites, block.fan_out))
-        self.gamma = mix.gamma().repeat_interleave(c.keys)
-
-    def __call__(self, x, state, report):  # (B, D) -> (B, D), state
-        (B, D), mix, keys = x.shape, state["mix"], self.heads * self.keys
-        z = (x / size(x)).view(B, self.heads, -1)
-        a, fired_a, *sent_a = self.a(z, state["a"].view(z.shape))
-        y = take_rows(self.rows[0], *sent_a, B)
-        z_qk = y[:, : 2 * keys].view(B, 2, self.heads, -1).transpose(0, 1)
-        qk = torch.stack([mix["q"], mix["k"]]).view(z_qk.shape)
-        qk, fired_qk, active, level = self.qk(z_qk / size(z_qk), qk)
-        n = active.numpy().searchsorted(B * keys)  # queries come first
-        read, written = (active[:n], level[:n]), (active[n:] - B * keys, level[n:])
-        values = torch.cat([z, z.new_ones(B, self.heads, 1)], 2).flatten(0, 1)
-        o, S = read_rows(read, written, values, self.gamma, mix["S"])
-        o = (o[:, :-1] / o[:, -1:].clamp(min=0).add_(1)).view(B, D)
-        oh = torch.cat([mix["o"], state["h"]], 1)
-        oh, fired_oh, *sent = self.oh(torch.cat([o / size(o), y[:, 2 * keys :]], 1), oh)
-        for fired in (fired_a.flatten(1), *fired_qk.flatten(2), fired_oh[:, :D], fired_oh[:, D:]):
-            report.rates.append(fired[0] if B == 1 else fired.float().mean(0))
-        spikes = len(sent_a[0]), n, len(active) - n, len(sent[0]), 0
-        triggered = sum(n * fan_out for n, fan_out in zip(spikes, self.fan_out)) / B
-        report.synapses.append((torch.tensor(triggered), self.every))
-        (q, k), (o, h) = qk.flatten(2), (oh[:, :D], oh[:, D:])
-        state = {"a": a.view(B, D), "mix": {"q": q, "k": k, "S": S, "o": o}, "h": h}
-        return x + take_rows(self.rows[1], *sent, B), state
-
-
-def size(x):
-    """By what rms(x) divides."""
-    norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
-    return torch.hypot(norm * x.shape[-1] ** -0.5, norm.new_tensor(1e-3))
-
 
 def matrix(c, fan_in, fan_out):
     """A matrix of block snn: fed by spikes, in the float control by floats."""
@@ -435,7 +353,7 @@ class FastWeights(nn.Module):
         self.log_fade = nn.Parameter(torch.linspace(math.log(0.5), math.log(0.005), c.n_head))
 
     def forward(self, a, z, state, report):  # spikes a, floats z (B, T, D) -> (B, T, D)
-        c, state, now = self.config, dict(state or {}), {}
+        c, state, now = self.config, state or {}, {}
         q, k = in_heads(self.w_qk(a, report), c.n_head, 2)
         q, k = (rms(y).transpose(1, 2).flatten(2) for y in (q, k))  # (B, T, heads * keys)
         q, now["q"] = self.q(q, state.get("q"), report)
@@ -447,13 +365,11 @@ class FastWeights(nn.Module):
             report.macs += 2 * c.n_head * c.keys * self.width
         q, k, v = (in_heads(y, c.n_head, 1)[0] for y in (q, k, z))
         v = torch.cat([v, torch.ones_like(v[..., :1])], -1)
-        gamma = self.gamma()
-        if "S" not in state:
-            state["S"] = gamma.new_zeros(len(a), c.n_head, c.keys, self.width)
-        elif not torch.is_tensor(state["S"]):  # as read_rows left it
-            log, _, _, at, fade = state["S"]
-            state["S"] = (log[at] * fade[:, None]).view(len(a), c.n_head, c.keys, -1)
-        o, now["S"] = fast_weights(q, k, v, gamma, state["S"])
+        S = v.new_zeros(len(a), c.n_head, c.keys, self.width)
+        if "S" in state:
+            S = state["S"][0] * state["S"][1][..., None]
+        o, S = fast_weights(q, k, v, self.gamma(), S)
+        now["S"] = S, S.new_ones(S.shape[:3])  # the decay that rows owe: none
         o = (o[..., :-1] / (1 + F.relu(o[..., -1:]))).transpose(1, 2).flatten(2)
         o, now["o"] = self.o(rms(o), state.get("o"), report)
         return self.w_o(o, report), now
@@ -492,36 +408,6 @@ def fast_weights(q, k, v, gamma, S, chunk=64):
         S = kept[..., None] * S + more
     out = inner @ v + (q * since[..., None]) @ torch.stack(before, 2)
     return out.flatten(2, 3)[:, :, :T], S
-
-
-def read_rows(read, written, values, gamma, state):
-    """The same for one token: touches no rows of S but those of the neurons that fired.
-
-    read, written: numbers of the query and key neurons that fired, of all texts and heads, and their
-    levels; values (texts * heads, width), gamma (heads * keys,). state: S, as above, or this:
-    S = log[at] * fade; a row that is written goes to log behind the `known` ones, so that the states
-    before this one keep theirs. Returns o, shaped like values, and this state.
-    """
-    (read, q), (written, k) = read, written
-    if torch.is_tensor(state):
-        log, fade = state.flatten(0, 2), state.new_ones(state.shape[:3]).flatten()
-        used, known, at = torch.tensor(-1), torch.tensor(0), torch.arange(len(log))
-    else:
-        log, used, known, at, fade = state
-    rows, keys, texts = len(at), len(at) // len(values), len(at) // len(gamma)
-    if int(known) + rows > len(log) or int(used) != int(known):
-        # full, or a later state has written behind what this one knows
-        log, at = torch.cat([log[at], log.new_empty(2 * rows, log.shape[1])]), torch.arange(rows)
-        used, known = torch.tensor(rows), torch.tensor(rows)
-    fade, place = fade * gamma.repeat(texts), known + torch.arange(len(written))
-    kept = log.index_select(0, at.index_select(0, written))
-    kept *= fade.index_select(0, written)[:, None]
-    new = values.index_select(0, written // keys)
-    log.index_copy_(0, place, kept.addcmul_(new, k[:, None]))
-    at, fade = at.index_copy(0, written, place), fade.index_fill(0, written, 1.0)
-    start, level = torch.arange(0, rows, keys), q * fade.index_select(0, read)
-    o = bag(log, at.index_select(0, read), torch.searchsorted(read, start), level)
-    return o, (log, used.copy_(known + len(written)), used.clone(), at, fade)
 
 
 def in_heads(x, heads, parts):

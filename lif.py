@@ -424,7 +424,7 @@ class _Population(torch.autograd.Function):
         rungs = levels.diff(dim=1, prepend=torch.zeros_like(levels[:, :1]))  # from one to the next
         ctx.save_for_backward(v, theta, rungs)
         ctx.surrogate, ctx.slope = surrogate, slope
-        pieces = [fused(v, _send)(v[rows], theta, rungs, dtype) for rows in _in_cache(v)]
+        pieces = [fused(v, _send)(v[rows], theta, levels, dtype) for rows in _in_cache(v)]
         sent, fired = zip(*pieces)
         return torch.cat(sent) if len(sent) > 1 else sent[0], sum(fired) / v[..., 0].numel()
 
@@ -443,15 +443,17 @@ class _Population(torch.autograd.Function):
         return torch.cat(d_v) if len(d_v) > 1 else d_v[0], None, d_levels, None, None, None
 
 
-def _send(v, theta, rungs, dtype):
+def _send(v, theta, levels, dtype):
     """What a piece of v (B, T, N) sends, and how often its populations fired (N,)."""
     q, reached, fired = torch.zeros_like(v), torch.empty_like(v), torch.zeros_like(v[0, 0])
-    for sign, rung in zip((1, -1), rungs):
+    for sign, level in zip((1, -1), levels):
         for k in range(len(theta)):
             (torch.ge if sign > 0 else torch.le)(v, sign * theta[k], out=reached)
-            q.addcmul_(reached, rung[k])  # up from the neuron's below, whose place it takes
-            if k == 0:
+            if k:  # in place of the neuron's below, exactly: that much was added
+                q.addcmul_(reached, level[k - 1], value=-1)
+            else:
                 fired += reached.sum((0, 1))
+            q.addcmul_(reached, level[k])
     return q.to(dtype), fired
 
 
@@ -493,8 +495,7 @@ def population(v, theta, levels, surrogate="triangle", slope=None, dtype=None):
     second one's neurons watch -v. The gradient passes each threshold by the surrogate; with the
     triangle their sum is nearly constant where slope * (spacing of theta) is nearly 1.
 
-    Returns sent (B, T, N), in `dtype` or v's, and the spikes per population and step (N,), gradient
-    included.
+    Returns sent (B, T, N), in `dtype` or v's, and the spikes per population and step (N,).
     """
     chosen = entry(SURROGATES, "surrogate", surrogate)
     slope = chosen.slope if slope is None else slope
@@ -571,14 +572,11 @@ def deliver(s, weight, report):
 
     One token without gradient reads only the rows of the neurons that fired.
     """
+    report.fed_by_spikes(fused(s, rate_of)(s.detach()), weight.shape[1])
     if s.numel() == len(weight) and not torch.is_grad_enabled():
         active = s.flatten().nonzero()[:, 0]
-        triggered = active.new_tensor(len(active) * weight.shape[1])
-        report.synapses.append((triggered, weight.numel()))
         if len(active) < EVENT_RATE * len(weight) or weight.dtype != s.dtype:
             return take_rows(weight, active, s.flatten()[active]).view(*s.shape[:-1], -1)
-    else:
-        report.fed_by_spikes(fused(s, rate_of)(s.detach()), weight.shape[1])
     if weight.dtype != s.dtype and s.numel() > 64 * len(weight) and not has_bfloat16(s.device.type):
         weight = weight.to(s.dtype)  # multiplied faster than bfloat16 that is imitated
     return F.linear(s.to(weight.dtype), weight.t()).to(s.dtype)
@@ -587,22 +585,16 @@ def deliver(s, weight, report):
 def take_rows(weight, active, level, texts=1):
     """The sums of the rows that fired in each text, times their level: (texts, fan_out).
 
-    active: their numbers, ascending, and `fan_in` more with each text. A row is read by one thread,
-    so a text alone has as many bags of rows as there are threads.
-    """
+    active: their numbers, ascending, and `fan_in` more with each text. A text alone has as many bags
+    as threads."""
     if texts == 1:
         bags = torch.get_num_threads() if len(active) >= 64 else 1
         start = torch.arange(bags) * (len(active) // bags)
     else:
         start = torch.searchsorted(active, torch.arange(texts) * len(weight))
         active = active % len(weight)
-    sums = bag(weight, active, start, level.to(weight.dtype))
+    sums = torch.embedding_bag(weight, active, start, False, 0, False, level.to(weight.dtype))[0]
     return sums.to(level.dtype) if len(sums) == texts else sums.sum(0, True, dtype=level.dtype)
-
-
-def bag(rows, active, start, level):
-    """F.embedding_bag, with less around it."""
-    return torch.embedding_bag(rows, active, start, False, 0, False, level)[0]
 
 
 def rate_of(s):
@@ -617,10 +609,8 @@ def uniform(fan_in, *shape):
 
 
 class Synapse(nn.Module):
-    """A matrix that may only be fed spikes, stored one row per presynaptic neuron.
-
-    Spikes are 0 or 1. The neurons of a `population` share a row; their spikes come times a level.
-    """
+    """A matrix that may only be fed spikes, 0 or 1 (or, of a `population`, times a level), stored
+    one row per presynaptic neuron."""
 
     def __init__(self, fan_in, fan_out, bias=True):
         super().__init__()

@@ -17,12 +17,12 @@ from torch.utils.checkpoint import checkpoint
 
 import config
 import spark  # noqa: F401  registers its block
-from blocks import BLOCKS, SETTINGS, Membranes, Population, SNNBlock
+from blocks import BLOCKS, SETTINGS, Population
 from cell_bridge import identity
-from lif import Linear, Report, Seen, Synapse, deliver, take_rows
+from kernels import Events
+from lif import Linear, Report, Seen, Synapse, deliver
 from traits import IGNORED, build, cross_entropy, numbers_of
 
-EVENT_TEXTS = 8  # times the share of synapses that a text triggers: beyond, dense is as fast
 STRESS_DECAY = 0.99  # per step, of the moving average that is the environment's stress
 
 
@@ -57,7 +57,7 @@ class ModelConfig(*reversed(SETTINGS)):  # what the blocks bring, then:
             raise ValueError(
                 f"n_hidden {self.n_hidden} must be a multiple of {heads} {getattr(self, heads)}"
             )
-        if self.homeostasis and self.block not in ("sam", "gpt"):
+        if self.homeostasis and self.block != "sam":
             raise ValueError("homeostasis moves the thresholds of block=sam")
         if self.beta_low > self.beta_high:
             raise ValueError("beta_low must not be larger than beta_high")
@@ -94,7 +94,7 @@ class SpikingLM(nn.Module):
         self.embedding = nn.Embedding(c.vocab_size, c.n_embd)
         # bits of a spike code flip too easily near 0; a float embedding starts as GPT-2's does
         nn.init.normal_(self.embedding.weight, std=1 / 16 if c.encoder == "spikes" else 0.02)
-        self.head, self.ready = None, []  # what `prepare` makes of the blocks
+        self.head = self.events = None
         if c.head == "spikes":
             if c.n_embd != D:
                 raise ValueError("head=spikes needs n_embd equal to the residual stream's width")
@@ -153,34 +153,17 @@ class SpikingLM(nn.Module):
 
     @torch.no_grad()
     def prepare(self, dtype=torch.float32):
-        """For a model that is to write, and whose weights stay as they are: what spikes read is stored
-        in `dtype` (bfloat16: half the bytes), and block snn gets a forward of its own for one token.
-        """
+        """For a model that is to write, and whose weights stay as they are: the matrices that spikes
+        read are stored in `dtype` (bfloat16: half the bytes); of block snn, one token is computed by
+        kernels.Events."""
         for part in self.modules():
             if isinstance(part, Synapse):
                 part.weight.data = part.weight.data.to(dtype)
-        if spikes := self.head is not None and self.config.spikes:
+        if self.head is not None and self.config.spikes:
             self.embedding.weight.data = self.embedding.weight.data.to(dtype)
-        blocks, on_cpu = list(self.parts.values()), self.stress.device.type == "cpu"
-        if on_cpu and self.config.spikes and all(isinstance(x, SNNBlock) for x in blocks):
-            self.ready = [block.prepare(dtype) for block in blocks]
-            self.ready_head = Membranes([self.head], len(self.head.gain)) if spikes else None
-            self.texts = EVENT_TEXTS / self.synop_share(self.rate.split(self.sites)).item()
-
-    def one_token(self, tokens, state):
-        """forward of a prepared model by events, for tokens (B, 1)."""
-        x, report = self.embed(tokens)
-        x, after = x[:, 0], {}
-        for name, block in zip(self.parts, self.ready):
-            x, after[name] = block(x, state[name], report)
-        if self.ready_head is None:
-            return self.readout(x[:, None], None, report)[0], after, report
-        v, fired, *sent = self.ready_head(self.norm(x), state["readout"])
-        after["readout"], weight = v, self.embedding.weight.t()
-        report.rates.append(fired[0] if len(fired) == 1 else fired.float().mean(0))
-        triggered = torch.tensor(len(sent[0]) * weight.shape[1] / len(fired))
-        report.synapses.append((triggered, weight.numel()))
-        return take_rows(weight, *sent, len(fired))[:, None], after, report
+        alike = self.config.block == "snn" and len(self.parts) == len(self.blocks)
+        if alike and self.config.spikes and self.stress.device.type == "cpu":
+            self.events = Events(self, dtype)
 
     def forward(self, tokens, state=None):
         """tokens (B, T) int64; state as returned by an earlier call, or None for silence.
@@ -188,9 +171,9 @@ class SpikingLM(nn.Module):
         Returns logits (B, T, vocabulary), the state after the last token ({name of a part or
         "readout": its state}) and a Report.
         """
-        if state and tokens.shape[1] == 1 and not torch.is_grad_enabled():
-            if self.ready and len(tokens) <= self.texts:
-                return self.one_token(tokens, state)
+        one_token = state and tokens.shape[1] == 1 and not torch.is_grad_enabled()
+        if one_token and self.events and len(tokens) <= self.events.texts:
+            return self.events(tokens, state)
         x, report = self.embed(tokens)
         seen, updates = Seen(tokens, self.stress), {}
         state, after = state or {}, {}

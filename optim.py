@@ -10,8 +10,8 @@ import torch
 import torch.distributed as dist
 from torch.optim import AdamW
 
+from lif import Synapse
 from machine import has_bfloat16
-from model import Synapse
 
 
 class Muon(torch.optim.Optimizer):

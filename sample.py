@@ -6,7 +6,7 @@ python sample.py --eval=some.txt
 python sample.py --eval=nursery
 python sample.py --serve --run=out/sam_6m
 python sample.py --spikes --prompt="Once upon a time"
-python sample.py --ckpt=out/best.pt --picture=neurons.png
+python sample.py --ckpt=out/sam_6m --picture=neurons.png
 python sample.py --picture=loss.png --run="out/sam_6m out/gpt_6m"
 
 What the model writes goes to stdout, everything else to stderr.
@@ -75,8 +75,8 @@ def note(text):
 
 
 def open_speaker(c):
-    """(file and step, checkpoint, Speaker) of --ckpt, a file or a folder; without it, of the newest
-    run. Prints the first and the backend, on stderr."""
+    """(file and step, checkpoint, Speaker) of --ckpt, a file or a folder; without it, of the first
+    --run, else of the newest run. Prints file, step and backend on stderr."""
     path = c.ckpt or c.run.split(" ")[0]
     if not path:
         found = [*Path("out").glob("best.pt"), *Path("out").glob("*/best.pt")]
@@ -131,10 +131,9 @@ def chat(speaker, prompt, examples):
             show(written(speaker, line, chat=True))
             if speaker.fired:
                 n, every = speaker.wrote, sum(n for _, n in speaker.report.synapses) or 1
-                rates = (
-                    f"{speaker.fired / n:.1%} of the neurons and {speaker.synops / n / every:.1%}"
-                )
-                note(f"({n} tokens; a token fired {rates} of the synapses)")
+                fired, synops = speaker.fired / n, speaker.synops / n / every
+                note(f"({n} tokens; a token fired {fired:.1%} of the neurons"
+                     f" and {synops:.1%} of the synapses)")  # fmt: skip
         except UnicodeEncodeError:
             note("that line is not UTF-8 text: type it again, or set your terminal to UTF-8")
         except DataError as error:

@@ -430,8 +430,8 @@ class Pondered(nn.Module):
     from frame k and all K frames are always run: here p = sigmoid(w . RMSNorm(x) / sqrt(D) + b) is
     the probability to halt after any of them (the root keeps Adam's steps small: the cost, which is
     there from the first step, must not win before frames prove useful). E[K] = sum_k (1-p)^(k-1) up
-    to K is how many frames such a token expects to run, and so many it runs, rounded up; the last
-    counts by the fraction: what comes out is continuous in p, and says whether more frames would
+    to K is the expected number of frames. A token runs that number, rounded up; its last frame is
+    weighted by the fraction. So the output is continuous in p, and shows whether more frames would
     help. lambda_k ~ p (1-p)^(k-1) over the frames that run, in sum 1. In the others the neurons
     stand still. With `adaptive` off all K run, and E[K] is sum_k k lambda_k, as in the paper: where
     on average the output comes from, 7.9 of 16 at the start against our 12.9.

@@ -308,6 +308,7 @@ LEGEND = """
 train, valid  loss in nats per token; valid is held-out text, cut as the phase cuts it
 valid b/B     the same in bits per byte; text b/B: of whole held-out texts, which the early phases
               have not seen yet
+SynOps        share of the synaptic operations that spikes trigger; E[K]: frames per token
 firing        spikes per neuron and token, mean of all layers (log.jsonl has each layer's)
 """
 

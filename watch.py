@@ -55,7 +55,7 @@ class Layer:
 
     def membrane(self, state):
         """(N,) at the last token, before the reset; NeuronSpark's: after the last frame."""
-        held = [x[0].cpu() for x in tensors(state[self.part]) if x.dim() == 2 and len(x) == 1]
+        held = [x[0].cpu() for x in tensors(state[self.part]) if x.dim() == 2]
         if not self.resets:
             return held[self.index]
         v, s = held[2 * self.index : 2 * self.index + 2]  # as `lif` returns them
@@ -133,9 +133,14 @@ class Speaker:
         self.seen += len(ids)
         self.wrote += own
         if own and self.report.rates:
-            self.fired += torch.cat(self.report.rates).float().mean().item()
+            self.fired += torch.cat(self.report.rates).mean().item()
             self.synops += sum(triggered.item() for triggered, _ in self.report.synapses)
         return {"own": own, "text": self.decoder.decode(self.tokenizer.decode_bytes(ids))}
+
+    def marks(self):
+        """What reading a token changes."""
+        names = "state", "logits", "seen", "wrote", "fired", "synops"
+        return {name: getattr(self, name) for name in names}
 
     @torch.no_grad()
     def speak(self, text, n, temperature, chat=False):
@@ -152,7 +157,7 @@ class Speaker:
                 yield self.read(ids[at : at + self.AT_ONCE], own=False)
         held = []  # (event, what was before it): what may be the start of `until`
         while n > 0 and not self.stopping:
-            n, before = n - 1, (self.state, self.logits, self.seen)
+            n, before = n - 1, self.marks()
             logits = self.logits.clone()
             if c.repetition != 1:  # what this turn said becomes less likely (Keskar et al. 2019)
                 said = logits[:, ids]
@@ -166,7 +171,8 @@ class Speaker:
             if until and until in said:  # as if it had not begun to say it
                 whole = said[: said.find(until)]
                 while len(said) > len(whole):
-                    event, (self.state, self.logits, self.seen) = held.pop()
+                    event, before = held.pop()
+                    vars(self).update(before)
                     said = said[: len(said) - len(event["text"])]
                 self.decoder.reset()
                 held += [(self.read([i], own=True), None) for i in encode(whole[len(said) :])]
@@ -204,7 +210,7 @@ class Watcher(Speaker):
         event |= {"seen": self.seen, "macs": self.report.macs}
         for layer, rate in zip(self.layers, (rate.cpu() for rate in self.report.rates)):
             layer.total += rate
-            event["rate"].append(round(rate.float().mean().item(), 4))
+            event["rate"].append(round(rate.mean().item(), 4))
             event["fired"].append((rate[layer.shown] > 0).nonzero()[:, 0].tolist())
             v = layer.membrane(self.state)[layer.shown]
             event["membrane"].append([round(x, 2) for x in v.tolist()])

@@ -21,8 +21,9 @@ from checkpoint import environment, write_result
 TESTS = "-m pytest -q --maxfail=20 tests/test_kernels.py tests/test_spark.py -k".split()
 MODEL = "out/all_snn_100m"
 TINY = (  # the same models on a laptop
-    "--n_layer=1 --n_head=2 --keys=4 --vocab_size=512 --n_embd=64 --n_hidden=64 --d_ff=128 --micro_tokens=128"
-    " --tokens_per_step=128 --phases=stories:32 --eval_length=32 --n_state=2 --k_max=2"
+    "--n_layer=1 --n_head=2 --keys=4 --vocab_size=512 --n_embd=64 --n_hidden=64 --d_ff=128"
+    " --micro_tokens=128 --tokens_per_step=128 --phases=stories:32 --eval_length=32 --n_state=2"
+    " --k_max=2"
 )
 
 
@@ -47,7 +48,8 @@ def steps(text, tiny, device):
     yield "model", 360, f"{run} --result=results/model_{device}.json"
     yield "resume", 90, f"{run} --init_from=resume"
     yield "sample", 60, f"sample.py --ckpt={MODEL}/best.pt --max_new_tokens={20 if tiny else 200}"
-    yield "generate", 120, f"bench.py generate --ckpt={MODEL}/best.pt --tokens={20 if tiny else 200} {few}"
+    few += f" --tokens={20 if tiny else 200}"
+    yield "generate", 120, f"bench.py generate --ckpt={MODEL}/best.pt {few}"
 
 
 def all(
@@ -65,7 +67,8 @@ def all(
     ended = call([*TESTS, *only], 120, interpret)
     counts = {what: int(n) for n, what in re.findall(r"(\d+) (passed|failed|skipped|error)", ended)}
     record = environment(run.device, b.seed) | {"what": "tests/test_kernels.py, test_spark.py"}
-    write_result(f"results/kernels_{device}.json", record | counts | {"end": "\n".join(ended.splitlines()[-20:])})
+    record |= counts | {"end": "\n".join(ended.splitlines()[-20:])}
+    write_result(f"results/kernels_{device}.json", record)
     outcome["kernels"] = {"seconds": time.time() - began, "end": ended.splitlines()[-1:]}
     for name, limit, command in steps(text, tiny, device):
         print(f"\n==== {name}: python {command}", flush=True)

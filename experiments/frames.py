@@ -8,7 +8,7 @@ from functools import partial
 import torch
 
 from bench import OURS, summary, take_turns
-from experiments.train import random_tokens
+from .train import random_tokens
 from model import SpikingLM
 
 FIXED = "all frames, always"

@@ -65,11 +65,14 @@ def write(path, kind, width, vocab, layers):
 
 
 class Llama:
-    """A model of llama.cpp of about so many parameters; call it to generate so many tokens."""
+    """A model of llama.cpp of about so many parameters; call it to generate so many tokens. An
+    ImportError or a ValueError says why it cannot be."""
 
     def __init__(self, kind, parameters, width, vocab, threads):
         import xllamacpp
 
+        if width % HEAD:
+            raise ValueError(f"takes a width that is a multiple of {HEAD}, not {width}")
         one = size_of(tensors(width, vocab, 1)) - size_of(tensors(width, vocab, 0))
         layers = max(1, round((parameters - size_of(tensors(width, vocab, 0))) / one))
         self.parameters = size_of(tensors(width, vocab, layers))

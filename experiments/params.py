@@ -7,7 +7,7 @@ python bench.py params configs/snn_1b.py --gpus=1,8,64,512 --gpu=h100
 import torch
 
 from bench import size_of
-from experiments.train import CARDS
+from .train import CARDS
 from lif import entry
 from model import SpikingLM
 from optim import OPTIMIZERS, make_optimizers

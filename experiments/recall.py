@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 
 from bench import parameters_of
-from experiments.ablate import chosen, narrowed
+from .ablate import chosen, narrowed
 from model import SpikingLM
 from optim import make_optimizers, schedule, set_lr
 from train import train_step

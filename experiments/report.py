@@ -21,7 +21,7 @@ import statistics
 import sys
 from pathlib import Path
 
-from experiments.pictures import COLOURS, curves, sheet
+from .pictures import COLOURS, curves, sheet
 
 # ---- tables ------------------------------------------------------------------------------------
 

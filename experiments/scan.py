@@ -13,7 +13,7 @@ from functools import partial
 import torch
 
 from bench import OURS, show, summary, take_turns
-from experiments.peers import BETA, PEERS, SLOPE, THETA, Contestant, check_spikes
+from .peers import BETA, PEERS, SLOPE, THETA, Contestant, check_spikes
 from kernels import lif
 from lif import lif_reference, lif_torch
 

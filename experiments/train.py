@@ -11,7 +11,7 @@ import torch
 
 import config
 from bench import OURS, show, size_of, summary, take_turns, transformer_like
-from experiments.peers import SnnTorchSam
+from .peers import SnnTorchSam
 from model import SpikingLM
 from optim import make_optimizers
 from train import TrainConfig, train_step
@@ -98,7 +98,7 @@ def train(
 
 
 def operations(step, most=12):
-    """{operation of PyTorch: share of the time of step()}, the `most` that take longest, the rest."""
+    """{operation of PyTorch: share of the time of step()}: the `most` longest, then the rest."""
     with torch.profiler.profile() as profiler:
         step()
     on_gpu = torch.cuda.is_available()

@@ -21,8 +21,9 @@ import train
 import config
 from checkpoint import VERSION
 from experiments import all as all_steps
+from experiments import generate as writing
 from experiments import train as training
-from experiments import ablate, frames, generate, llama, params, recall, scan
+from experiments import ablate, frames, llama, params, recall, scan
 from experiments.peers import check_spikes
 from experiments.recall import I_AM, NAMES, TAUGHT, WHO, WORDS
 from model import SpikingLM
@@ -95,7 +96,7 @@ def test_recall_compares_models_of_equal_size(monkeypatch):
 
 def test_one_long_text_of_ours_alone(monkeypatch):
     """As many tokens as it says between the two looks at time and memory."""
-    drawn, seen, draw, take_turns = [], [], generate.draw, bench.take_turns
+    drawn, seen, draw, take_turns = [], [], writing.draw, writing.take_turns
 
     def count(stream, n, events):
         drawn.append(n)
@@ -106,10 +107,10 @@ def test_one_long_text_of_ours_alone(monkeypatch):
         seen.append(sum(drawn))
         return times
 
-    monkeypatch.setattr(generate, "draw", count)
-    monkeypatch.setattr(generate, "take_turns", turns)
+    monkeypatch.setattr(writing, "draw", count)
+    monkeypatch.setattr(writing, "take_turns", turns)
     c = load("configs/sam_6m.py --n_hidden=16 --n_embd=16 --n_layer=1 --vocab_size=50 --rounds=1")
-    result = generate.generate(c, RUN, tokens=200, against="")
+    result = writing.generate(c, RUN, tokens=200, against="")
     assert seen == [120, 240] and sum(drawn[:-2]) == result["late"] == 200
     (row,) = result["contestants"].values()
     assert row["late_ms_per_token"] > 0 and row["ratio"] == 1
@@ -128,11 +129,11 @@ def test_random_weights_fire_at_trained_rates(tmp_path):
         "configs/snn_6m.py --vocab_size=400 --n_layer=3 --n_head=2 --keys=32"
         " --n_hidden=64 --n_embd=64 --d_ff=128 --head=spikes"
     )
-    found = generate.trained_rates(result)
+    found = writing.trained_rates(result)
     assert found == pytest.approx(rates)
     torch.manual_seed(c.seed)
     model = SpikingLM(c).eval()
-    generate.set_rates(model, found)
+    writing.set_rates(model, found)
     torch.manual_seed(2)
     with torch.no_grad():  # once membranes have filled
         _, state, _ = model(torch.randint(400, (4, 300)))
@@ -143,15 +144,15 @@ def test_random_weights_fire_at_trained_rates(tmp_path):
     # of a block: 64 a to 128 h and 128 q, k; 64 q and 64 k to 33 values; 64 o to 64; 128 h to 64
     of = {"a": 64 * 256, "q": 64 * 33, "k": 64 * 33, "o": 64 * 64, "h": 128 * 64}
     work = 3 * sum(n * rates[site] for site, n in of.items()) + 0.15 * 64 * 400
-    assert generate.triggered_share(model, drawn) == pytest.approx(
+    assert writing.triggered_share(model, drawn) == pytest.approx(
         work / (3 * sum(of.values()) + 64 * 400), rel=0.25
     )
     del found["o"]
     with pytest.raises(ValueError, match="no neurons called o"):
-        generate.set_rates(model, found)
+        writing.set_rates(model, found)
     result.write_text(json.dumps({"config": trained, "log": [{"rate": per_layer[1:]}]}))
     with pytest.raises(ValueError, match="is not the result of a spiking model"):
-        generate.trained_rates(result)
+        writing.trained_rates(result)
 
 
 def test_generate_times_a_checkpoint(tmp_path, monkeypatch):
@@ -170,7 +171,7 @@ def test_generate_times_a_checkpoint(tmp_path, monkeypatch):
 
     monkeypatch.setattr(SpikingLM, "prepare", watched)
     c = load("configs/snn_6m.py --rounds=1 --warmup=0")
-    result = generate.generate(c, RUN, tokens=4, ckpt=str(path))
+    result = writing.generate(c, RUN, tokens=4, ckpt=str(path))
     assert prepared == {torch.bfloat16: True, torch.float32: True}
     assert result["what"] == "ms per token, batch 1, trained weights"
     rows = result["contestants"]
@@ -179,7 +180,7 @@ def test_generate_times_a_checkpoint(tmp_path, monkeypatch):
     assert 0 < rows["ours"]["triggered"] < 1 and "triggered" not in rows["transformer, float32"]
     path.write_bytes(b"not a checkpoint")
     with pytest.raises(ValueError, match="cannot read the checkpoint"):
-        generate.generate(c, RUN, ckpt=str(path))
+        writing.generate(c, RUN, ckpt=str(path))
 
 
 @pytest.mark.parametrize("kind", ["Q4_0", "Q8_0"])
@@ -201,18 +202,19 @@ def test_llama_counts_its_weights():
 
 
 def test_generate_measures_many_texts_and_the_limit(monkeypatch, capsys):
-    monkeypatch.setattr(generate, "set_rates", lambda model, rates: None)
-    monkeypatch.setattr(generate, "trained_rates", lambda path: {})
-    monkeypatch.setattr(generate, "bandwidth", lambda: 0.001)
-    monkeypatch.setattr(generate, "take_turns", lambda runs, *_: {name: [2.0] for name in runs})
+    monkeypatch.setattr(writing, "set_rates", lambda model, rates: None)
+    monkeypatch.setattr(writing, "trained_rates", lambda path: {})
+    monkeypatch.setattr(writing, "bandwidth", lambda: 0.001)
+    monkeypatch.setattr(writing, "take_turns", lambda runs, *_: {name: [2.0] for name in runs})
     peers = []
 
-    def peer(kind, *size):
-        peers.append((kind, *size))
-        raise ImportError("not here")
+    class Peer:
+        def __init__(self, kind, *size):
+            peers.append((kind, *size))
+            raise ImportError("not here")
 
-    monkeypatch.setattr(llama, "Llama", peer)
-    result = generate.generate(load(f"{SNN} --head=spikes"), RUN, tokens=20)
+    monkeypatch.setattr(writing, "Llama", Peer)
+    result = writing.generate(load(f"{SNN} --head=spikes"), RUN, tokens=20)
     ours, size = result["contestants"]["ours"], result["contestants"]["ours"]["parameters"]
     assert peers == [("Q4_0", size, 32, 60, 2), ("Q8_0", size, 32, 60, 2)]
     assert result["skipped"] == {"llama.cpp, Q4_0": "not here", "llama.cpp, Q8_0": "not here"}
@@ -228,25 +230,29 @@ def test_generate_measures_many_texts_and_the_limit(monkeypatch, capsys):
 
 
 def test_generate_times_the_float_twin(monkeypatch):
-    monkeypatch.setattr(generate, "set_rates", lambda model, rates: None)
-    monkeypatch.setattr(generate, "trained_rates", lambda path: {})
+    monkeypatch.setattr(writing, "set_rates", lambda model, rates: None)
+    monkeypatch.setattr(writing, "trained_rates", lambda path: {})
     ours = iter((3.0, 2.0))  # seconds of 20 tokens early in the text, and late
 
     def turns(runs, *_):
         took = next(ours)
         return {name: [took if name == "ours" else 4.0] for name in runs}
 
-    monkeypatch.setattr(generate, "take_turns", turns)
+    monkeypatch.setattr(writing, "take_turns", turns)
     c = load(f"{SNN} --spikes=False --head=spikes")
-    rows = generate.generate(c, RUN, tokens=40)["contestants"]
+    rows = writing.generate(c, RUN, tokens=40)["contestants"]
     assert rows["ours"]["early_ms_per_token"] == 150 and rows["ours"]["late_ms_per_token"] == 100
     assert rows["ours"]["ratio"] == 1 and "triggered" not in rows["ours"]
     assert rows["transformer, float32"]["ratio"] == 2
 
 
+def test_the_transformer_beside_a_config_has_nothing_of_its_neurons():
+    assert bench.transformer_like(load("configs/sam_v3.py")).homeostasis == 0
+
+
 def test_the_transformer_beside_snn_has_its_size():
     c = load(f"{SNN} --n_embd=200 --n_hidden=200")  # 200: no multiple of 3 heads
-    gpt = generate.generators_of(c, "configs/gpt_6m.py")["transformer, float32"][0]
+    gpt = writing.generators_of(c, "configs/gpt_6m.py")["transformer, float32"][0]
     less = replace(gpt, n_layer=gpt.n_layer - 1) if gpt.n_layer > 1 else c
     assert bench.parameters_of(less) <= bench.parameters_of(c) <= bench.parameters_of(gpt)
 
@@ -254,8 +260,8 @@ def test_the_transformer_beside_snn_has_its_size():
 def test_draw_takes_so_many_tokens_by_events_or_dense():
     seen, usual = [], lif.EVENT_RATE
     stream = (seen.append(lif.EVENT_RATE) for _ in itertools.count())
-    generate.draw(stream, 2, True)
-    generate.draw(stream, 3, False)
+    writing.draw(stream, 2, True)
+    writing.draw(stream, 3, False)
     assert seen == [usual] * 2 + [0] * 3 and lif.EVENT_RATE == usual > 0
 
 
@@ -288,8 +294,8 @@ def test_draw_takes_so_many_tokens_by_events_or_dense():
         ("params --gpu=8", "unknown gpu '8'; choose one of h200, h100, a100, 4090"),
         ("recall configs/snn_6m.py", "recall takes no CONFIG: leave out configs/snn_6m.py"),
         ("scan configs/snn_6m.py", "scan takes no CONFIG: leave out configs/snn_6m.py"),
-        ("peers", "write python bench.py report|generate|"),
-        ("", "write python bench.py report|generate|"),
+        ("peers", "write python bench.py generate|train|"),
+        ("", "write python bench.py generate|train|"),
     ],
 )
 def test_mistakes_end_in_one_line(argv, said, capsys):
@@ -322,7 +328,7 @@ def test_a_command_gets_its_own_settings(monkeypatch, tmp_path):
         seen.append((c, width, path))
         return {}
 
-    monkeypatch.setattr(bench, "command_of", lambda name: measure)
+    monkeypatch.setattr(bench, "command_of", {"measure": measure}.get)
     (tmp_path / "small.py").write_text("width = 4\nn_layer = 7\n")
     more = ["--path=a,b", "--rounds=2", "--device=cpu", "--threads=1"]
     bench.main(["measure", str(tmp_path / "small.py"), *more])
@@ -400,9 +406,8 @@ def test_everything_is_rehearsed(tmp_path, monkeypatch, capfd):
     monkeypatch.setattr(all_steps, "call", call)
     steps = all_steps.all(load("", all_steps.all), RUN, text=str(text), tiny=True)["steps"]
     assert steps.pop(failing)["end"] == ["FAILED, exit 1"]
-    assert len(steps) == 9 and all(
-        step["end"] in (["done"], ["2 passed"]) for step in steps.values()
-    )
+    ends = [step["end"] for step in steps.values()]
+    assert len(ends) == 9 and all(end in (["done"], ["2 passed"]) for end in ends)
     assert steps["resume"]["before"] == steps["resume"]["after"]
     assert json.loads((tmp_path / "results/kernels_cpu.json").read_text())["passed"] == 2
 

@@ -13,7 +13,6 @@ import pytest
 
 import bench
 import config
-from bench import BenchConfig
 from ner import NerConfig
 from blocks import BLOCKS
 from cell_bridge import CellConfig
@@ -26,7 +25,7 @@ EXPERIMENTS = {f"experiments.{p.stem}" for p in ROOT.glob("experiments/*.py")}
 OWN = {p.stem for p in ROOT.glob("*.py")} | EXPERIMENTS
 MAY_IMPORT = {
     "config": set(),
-    "lif": {"config", "machine"},  # for its command line
+    "lif": {"config", "machine"},
     "tokenizer": set(),
     "sources": {"tokenizer"},
     "data": {"sources", "tokenizer", "traits"},
@@ -39,9 +38,9 @@ MAY_IMPORT = {
     "experiments.esm2": {"config"},
     "blocks": {"cell_bridge", "kernels", "lif"},
     "spark": {"blocks", "kernels", "lif"},
-    "model": {"blocks", "cell_bridge", "config", "lif", "spark", "traits"},
+    "model": {"blocks", "cell_bridge", "config", "kernels", "lif", "spark", "traits"},
     "checkpoint": {"cell_bridge", "config", "model"},
-    "optim": {"machine", "model"},
+    "optim": {"lif", "machine"},
     "train": {
         "checkpoint",
         "config",
@@ -57,24 +56,16 @@ MAY_IMPORT = {
     "machine": set(),
     "experiments.report": {"experiments.pictures"},
     "experiments.pictures": {"cell_bridge", "watch"},
-    "sample": {
-        "checkpoint",
-        "config",
-        "data",
-        "experiments.pictures",
-        "kernels",
-        "machine",
-        "sources",
-        "tokenizer",
-        "watch",
-    },
+    "sample": {"checkpoint", "config", "data", "experiments.pictures", "kernels", "machine",
+               "sources", "tokenizer", "watch"},
     "bench": {"checkpoint", "config", "machine", "model", "train"},
-    "experiments.generate": {"bench", "checkpoint", "config", "experiments.llama", "lif", "model", "train"},
+    "experiments.generate": {"bench", "checkpoint", "config", "experiments.llama", "lif", "model",
+                             "train"},
+    "experiments.llama": set(),
     "experiments.train": {"bench", "config", "experiments.peers", "model", "optim", "train"},
     "experiments.scan": {"bench", "experiments.peers", "kernels", "lif"},
     "experiments.all": {"checkpoint"},
     "experiments.peers": {"lif", "model"},
-    "experiments.llama": set(),
     "experiments.params": {"bench", "experiments.train", "lif", "model", "optim"},
     "experiments.ablate": {"bench", "checkpoint", "train"},
     "experiments.recall": {"bench", "experiments.ablate", "model", "optim", "train"},
@@ -82,7 +73,8 @@ MAY_IMPORT = {
 }
 PACKAGES = {"torch", "numpy", "tiktoken", "requests", "tqdm"}
 OPTIONAL = {"triton", "snntorch", "spikingjelly", "norse"}  # imported where they are used
-OPTIONAL |= {"xllamacpp", "gguf", "anndata", "h5py", "scipy", "matplotlib", "PIL", "transformers"}
+OPTIONAL |= {"anndata", "h5py", "scipy", "matplotlib", "PIL", "transformers"}
+OPTIONAL |= {"xllamacpp", "gguf"}
 
 
 def imports(path):
@@ -92,6 +84,8 @@ def imports(path):
         if isinstance(node, (ast.Import, ast.ImportFrom)):
             single = isinstance(node, ast.ImportFrom)
             names = [node.module] if single else [alias.name for alias in node.names]
+            if single and node.level:  # a sibling in the same folder
+                names = [f"{path.parent.name}.{node.module}"]
             for name in names:
                 name = name if name in OWN else name.split(".")[0]
                 yield name, "top" if node in tree.body else "inside"

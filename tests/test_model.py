@@ -15,11 +15,10 @@ from conftest import check_model, leaves
 
 import blocks
 import config
-import lif as lif_module
 from blocks import (
-    Block, Population, fast_weights, fast_weights_reference, heads, read_rows, rotate,
+    Block, Population, fast_weights, fast_weights_reference, heads, rotate,
 )  # fmt: skip
-from kernels import lif
+from kernels import Membranes, lif, read_rows
 from lif import Linear, Report, Synapse
 from model import ModelConfig, SpikingLM, pick, spike_encode
 from optim import make_optimizers
@@ -113,7 +112,7 @@ def test_snn_keeps_its_word(spikes):
     check_model(model)
     with torch.no_grad():
         _, state, report = model(torch.randint(50, (1, 40)))
-    assert state["block0"]["mix"]["S"].shape == (1, 2, 5, 16 // 2 + 1)
+    assert state["block0"]["mix"]["S"][0].shape == (1, 2, 5, 16 // 2 + 1)
     if spikes:  # floats cross no matrix but the embedding's, in and out of the residual stream
         blocks = sum(p.numel() for b in model.blocks for n, p in b.named_parameters() if "w_" in n)
         rows = 2 * (2 * 2 * 5) * (16 // 2 + 1)  # 2 layers, of q and of k 2 heads of 5 neurons
@@ -145,28 +144,26 @@ def test_fast_weights_in_chunks_are_those_of_the_equations():
 
 @torch.no_grad()
 def test_fast_weights_token_by_token_touch_the_rows_of_spikes_alone():
-    (q, k, v, gamma), state = fast_weights_inputs(B=2)
-    want = fast_weights_reference(q, k, v, gamma, state)[0]
-    gammas, states = gamma.repeat_interleave(5), [state]
+    (q, k, v, gamma), S = fast_weights_inputs(B=2)
+    want = fast_weights_reference(q, k, v, gamma, S)[0]
+    gammas, states = gamma[:, None].expand(3, 5), [(S, torch.ones(2, 3, 5).double())]
 
     def token(t, state):
         fired = []
         for x in (q, k):
             at = x[:, :, t].flatten().nonzero()[:, 0]
             fired.append((at, x[:, :, t].flatten()[at]))
-        return read_rows(*fired, v[:, :, t].flatten(0, 1), gammas, state)
+        return read_rows(*fired, v[:, :, t].flatten(0, 1), gammas, *state)
 
     for t in range(37):
-        o, state = token(t, states[-1])
+        o, *state = token(t, states[-1])
         states.append(state)
         torch.testing.assert_close(o.view(2, 3, 4), want[:, :, t])
     for t in (3, 20, 36):  # from any state on: none was written over
         torch.testing.assert_close(token(t, states[t])[0].view(2, 3, 4), want[:, :, t])
-    assert len({len(state[0]) for state in states[1:]}) == 1  # and the state stays as large
-    log, used, known, at, fade = states[20]
-    silent = ((q[:, :, 20] == 0) & (k[:, :, 20] == 0)).flatten()
-    log = log.clone().index_fill_(0, at[silent], math.nan)
-    assert silent.any() and token(20, (log, used.clone(), known, at, fade))[0].isfinite().all()
+    silent = (q[:, :, 20] == 0) & (k[:, :, 20] == 0)
+    S = states[20][0].masked_fill(silent[..., None], math.nan)
+    assert silent.any() and token(20, (S, states[20][1]))[0].isfinite().all()
 
 
 @torch.no_grad()
@@ -321,7 +318,7 @@ def test_snn_sends_at_most_one_spike_per_population_at_its_learned_level():
     assert len(sent) == len(synapses) == 4 * len(model.blocks)
     for (source, w, q), (synops, synapses) in zip(sent, synapses):
         levels = source.levels.view(-1, 1, 1, q.shape[-1])  # (neurons of a population, 1, 1, N)
-        assert (torch.isclose(q, levels, atol=1e-6).any(0) | (q == 0)).all()
+        assert ((q == levels).any(0) | (q == 0)).all()
         spikes = (q != 0).float().mean((0, 1)).sum().item()
         assert synops.item() == pytest.approx(spikes * w.weight.shape[1])
         assert synapses == w.weight.numel()
@@ -372,10 +369,22 @@ def test_a_prepared_model_writes_as_it_reads(head, B):
     triggered, every = map(sum, zip(*(pair for report in reports for pair in report.synapses)))
     of_forward = [float(sum(x)) for x in zip(*told.synapses)]
     assert [triggered.item() / 40, every / 40] == pytest.approx(of_forward)
-    model.texts = B - 1  # more texts than that: dense
+    model.events.texts = B - 1  # more texts than that: dense
     logits, state, _ = model(tokens[:, :1], states[0])
     torch.testing.assert_close(logits, want[:, :1])
-    assert torch.is_tensor(state["block0"]["mix"]["S"])
+    assert (state["block0"]["mix"]["S"][1] == 1).all()  # no row owes
+
+
+@torch.no_grad()
+def test_a_membrane_at_its_threshold_fires_by_events_too():
+    p = Population(4, shrunk("snn_6m.py"), True, 0.5)
+    low, high = p.theta[:2]
+    p.beta_logit.fill_(-math.inf)  # so that v is the bias
+    p.bias.copy_(torch.stack([low, -low, high, torch.nextafter(low, 0 * low)]))
+    sent = p(torch.zeros(1, 1, 4), torch.zeros(1, 4), Report())[0][0, 0]
+    _, fired, active, level = Membranes([p], 4)(torch.zeros(1, 4), torch.zeros(1, 4))
+    assert fired.tolist() == [[True, True, True, False]] and active.tolist() == [0, 1, 2]
+    assert level.tolist() == sent[:3].tolist() and sent[3] == 0
 
 
 @pytest.mark.parametrize("head", ["float", "spikes"])
@@ -473,12 +482,12 @@ def test_events_equal_the_dense_product(dtype, near, fired):
 @pytest.mark.parametrize("fired, starts", [(63, [0]), (64, [0, 21, 42]), (99, [0, 33, 66])])
 def test_threads_share_the_rows(fired, starts, monkeypatch):
     seen, s = [], torch.arange(200).view(1, 1, 200) < fired
-    bag = lif_module.bag
-    monkeypatch.setattr(lif_module, "bag", lambda *a: seen.append(a) or bag(*a))
+    bag = torch.embedding_bag
+    monkeypatch.setattr(torch, "embedding_bag", lambda *a: seen.append(a) or bag(*a))
     monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
     with torch.no_grad():
         Synapse(200, 8)(s.float(), Report())
-    ((_, rows, bags, _),) = seen
+    ((_, rows, bags, *_),) = seen
     assert rows.tolist() == list(range(fired)) and bags.tolist() == starts
 
 
@@ -684,6 +693,7 @@ def test_recurrent_synapses_are_multiplied_in_the_dtype_of_autocast():
     "settings, said",
     [
         ({"block": "snn", "homeostasis": 0.1}, "thresholds of block=sam"),
+        ({"block": "gpt", "homeostasis": 0.1}, "thresholds of block=sam"),
         ({"beta_low": 0.0}, "beta_low must be 1e-06 to"),
         ({"beta_high": 1.0}, "beta_high must be 1e-06 to"),
         ({"beta_low": 0.7}, "beta_low must not be larger"),

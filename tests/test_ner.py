@@ -31,7 +31,7 @@ def tiny(**settings):
 
 
 def fixed(answers, limit=math.inf):
-    """A tagger that knows what it finds, spans by text; it takes so many letters at once."""
+    """A tagger that finds `answers`, spans by text. limit: letters it takes in one call."""
 
     def find(texts, work):
         assert sum(len(text) for text in texts) <= limit

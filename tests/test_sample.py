@@ -135,6 +135,7 @@ def test_a_turn(said, shown):
         pieces = list(written(s, "hi", chat=True))
         assert "".join(pieces) == shown
         cut = said.split("\nYou:")[0]
+        assert s.wrote == len(s.tokenizer.encode(cut))  # what was cut off counts in no rate
         assert seen(s) == f"{END}You: hi\nSam:{cut}"
         assert "".join(written(s, "A", chat=True)) == "next"
         assert seen(s) == f"{END}You: hi\nSam:{cut}\nYou: A\nSam: next"
@@ -234,11 +235,11 @@ def test_an_unreadable_prompt_is_one_line(tmp_path, capsys):
 
 
 def test_bfloat16_is_used(ckpt, capsys, monkeypatch):
-    asked = []
-    monkeypatch.setattr(SpikingLM, "prepare", lambda model, dtype: asked.append(dtype))
+    dtypes = []
+    monkeypatch.setattr(SpikingLM, "prepare", lambda model, dtype: dtypes.append(dtype))
     run(capsys, f"--ckpt={ckpt}", "--max_new_tokens=0")
     run(capsys, f"--ckpt={ckpt}", "--max_new_tokens=0", "--dtype=bfloat16")
-    assert asked == [torch.float32, torch.bfloat16]
+    assert dtypes == [torch.float32, torch.bfloat16]
 
 
 # ---- chat ----------------------------------------------------------------------------------------
@@ -277,9 +278,8 @@ def test_chat(ckpt, monkeypatch, capsys):
 def test_a_chat_tells_live_rates(ckpt, monkeypatch, capsys):
     ask = f"--ckpt={ckpt}", "--max_new_tokens=5", "--temperature=1"
     err = talk(monkeypatch, capsys, ["Hello"], *ask)[1]
-    n, fired, synops = re.search(
-        r"\((\d+) tok.*fired (\S+)% of .* (\S+)% of the synap", err
-    ).groups()
+    line = re.search(r"\((\d+) tok.*fired (\S+)% of .* (\S+)% of the synap", err)
+    n, fired, synops = line.groups()
     assert n == "5" and 1 < float(fired) < 100 and 1 < float(synops) < 100
 
 

@@ -439,7 +439,7 @@ def test_of_neuronspark_the_neurons_alone_learn_faster():
 
 
 def test_muon_moves_a_synapse_as_it_would_the_transposed_linear():
-    settings = ["configs/snn_6m.py", "--n_hidden=8", "--n_embd=8", "--d_ff=32", "--keys=4", "--n_head=2"]
+    settings = "configs/snn_6m.py --n_hidden=8 --n_embd=8 --d_ff=32 --keys=4 --n_head=2".split()
     moved = []
     for spikes in (True, False):
         c = config.load(TrainConfig, settings + [f"--spikes={spikes}"])
