@@ -258,12 +258,8 @@ class Population(nn.Module):
         c = self.config
         beta = torch.sigmoid(self.beta_logit)
         current = fused(z, charge)(z, self.gain, self.bias, beta)
-        if z.shape[1] == 1 and not torch.is_grad_enabled():  # one token: the scan is one operation
-            v_all = current if v is None else torch.addcmul(current, beta, v[:, None])
-            v = v_all[:, 0]
-        else:
-            state = None if v is None else (v, v)  # the second are the spikes, which nothing reads
-            _, v_all, (v, _) = lif(current, beta, torch.ones_like(beta), state=state, reset="none")
+        state = None if v is None else (v, v)  # the second are the spikes, which nothing reads
+        _, v_all, (v, _) = lif(current, beta, torch.ones_like(beta), state=state, reset="none")
         if not c.spikes:
             return (v_all if self.signed else F.relu(v_all)).to(z.dtype), v
         if self.training and c.noise:
@@ -302,7 +298,7 @@ class SNNBlock(Block):
     def __init__(self, config, index):
         super().__init__()
         c, D, N = config, config.n_hidden, config.d_ff
-        self.index = index
+        self.index, self.config = index, c
         self.a = Population(D, c, True, c.beta_high)
         self.h = Population(N, c, False, c.beta_high)
         self.w_in, self.w_out = matrix(c, D, N), matrix(c, N, D)
@@ -369,32 +365,34 @@ class FastWeights(nn.Module):
             report.macs += 2 * c.n_head * c.keys * self.width
         q, k, v = (in_heads(y, c.n_head, 1)[0] for y in (q, k, z))
         v = torch.cat([v, torch.ones_like(v[..., :1])], -1)
-        gamma = 1 - self.log_fade.exp().clamp(max=0.99)
-        if "S" not in state:
-            S = gamma.new_zeros(len(a), c.n_head, c.keys, self.width)
-            state["S"] = S, S[..., 0]
-        one_token = len(a) * a.shape[1] == 1 and not torch.is_grad_enabled()
-        o, now["S"] = (read_rows if one_token else fast_weights)(q, k, v, gamma, *state["S"])
+        S = v.new_zeros(len(a), c.n_head, c.keys, self.width)
+        if "S" in state:
+            S = state["S"][0] * state["S"][1][..., None]
+        o, S = fast_weights(q, k, v, self.gamma(), S)
+        now["S"] = S, S.new_ones(S.shape[:3])  # the decay that rows owe: none
         o = (o[..., :-1] / (1 + F.relu(o[..., -1:]))).transpose(1, 2).flatten(2)
         o, now["o"] = self.o(rms(o), state.get("o"), report)
         return self.w_o(o, report), now
 
+    def gamma(self):
+        return 1 - self.log_fade.exp().clamp(max=0.99)
 
-def fast_weights_reference(q, k, v, gamma, S, age):
+
+def fast_weights_reference(q, k, v, gamma, S):
     """FastWeights' two equations, token by token. Shapes as for fast_weights."""
-    S, out = S * gamma[:, None, None] ** age[..., None], []
+    out = []
     for q_t, k_t, v_t in zip(q.unbind(2), k.unbind(2), v.unbind(2)):
         S = gamma[:, None, None] * S + k_t[..., None] * v_t[..., None, :]
         out.append((q_t[..., None, :] @ S)[..., 0, :])
-    return torch.stack(out, 2), (S, torch.zeros_like(age))
+    return torch.stack(out, 2), S
 
 
-def fast_weights(q, k, v, gamma, S, age, chunk=64):
+def fast_weights(q, k, v, gamma, S, chunk=64):
     """The same in chunks: token t reads gamma^(t-j) (q_t . k_j) v_j of all tokens j <= t of its own
     chunk at once, and from S what was before the chunk.
 
     q, k (B, heads, T, keys), v (B, heads, T, values), gamma (heads,) -> (B, heads, T, values).
-    State: S (B, heads, keys, values) and age (B, heads, keys), tokens of decay that a row owes.
+    State: S (B, heads, keys, values).
     """
     T, gamma = q.shape[2], gamma[:, None, None]
     chunk = min(chunk, T)
@@ -404,27 +402,12 @@ def fast_weights(q, k, v, gamma, S, age, chunk=64):
     since, until = gamma ** (t[:1] + 1), gamma ** (last - t).clamp(min=0)  # (heads, chunks, chunk)
     inner = q @ k.transpose(3, 4) * (gamma ** lag.clamp(min=0) * (lag >= 0))[:, None]
     added = (k * until[..., None]).transpose(3, 4) @ v  # by each chunk, as at its end
-    S, before = S * gamma ** age[..., None], []
+    before = []
     for kept, more in zip((gamma ** (last - t[:, :1] + 1)).unbind(1), added.unbind(2)):
         before.append(S)
         S = kept[..., None] * S + more
     out = inner @ v + (q * since[..., None]) @ torch.stack(before, 2)
-    return out.flatten(2, 3)[:, :, :T], (S, torch.zeros_like(age))
-
-
-def read_rows(q, k, v, gamma, S, age):
-    """The same for one token: computes with no rows but those of the neurons that fired. A row
-    owes its decay until a key writes it; age counts the tokens."""
-    heads, keys = S.shape[1:3]
-    q, k, gamma = q.flatten(), k.flatten(), gamma.repeat_interleave(keys)
-    rows, age = S[0].flatten(0, 1), age.flatten() + 1
-    written, read = (x.nonzero()[:, 0] for x in (k, q))
-    kept = rows[written] * (gamma[written] ** age[written])[:, None]
-    rows = rows.index_copy(0, written, kept + k[written, None] * v[0, written // keys, 0])
-    age = age.index_fill(0, written, 0)
-    found = rows[read] * (q[read] * gamma[read] ** age[read])[:, None]
-    o = S.new_zeros(heads, S.shape[3]).index_add(0, read // keys, found)
-    return o[None, :, None], (rows.view_as(S), age.view(1, heads, keys))
+    return out.flatten(2, 3)[:, :, :T], S
 
 
 def in_heads(x, heads, parts):

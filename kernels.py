@@ -1,4 +1,5 @@
-"""The scan of lif.py in Triton, for the GPU; and `lif`, which chooses between the two.
+"""Fast forms: the scan of lif.py in Triton, for the GPU, and `lif`, which chooses between the two;
+last, one token of block snn by events, for the CPU.
 
     pre = beta * v + I + s W            # charge
     s   = 1 if pre >= theta else 0      # fire
@@ -14,6 +15,7 @@ A pointer is called p_x, and x is the tile it holds at this step. TRITON_INTERPR
 Python starts, runs the kernels on the CPU, slowly; the tests do that.
 """
 
+import math
 import os
 from types import SimpleNamespace
 
@@ -21,7 +23,7 @@ import torch
 from torch import library
 from torch.autograd.function import once_differentiable
 
-from lif import Options, check, lif_torch, previous
+from lif import Options, check, lif_torch, previous, take_rows
 
 try:
     import triton
@@ -492,3 +494,133 @@ def obstacle_to(current, w_rec=None, **options):
             f"a head of {w_rec.shape[-1]} neurons is over the kernel's {MAX_HEAD}: split the"
             " recurrent synapses into more heads, or set LIF_BACKEND=torch"
         )
+
+
+# ---- one token by events ----------------------------------------------------------------------
+#
+# What SpikingLM.forward says of any number of tokens, on a CPU, without gradient. A silent neuron
+# costs nothing: of a matrix, and of the fast weights, only the rows of neurons that fired are read.
+# What depends on weights alone is computed once, and operations are few: with one token each of them
+# costs more than what it computes. B texts, D width of the residual stream.
+
+EVENT_TEXTS = 8  # times the share of synapses that a text triggers: beyond, dense is as fast
+SMALL = torch.tensor(1e-3)  # as in lif.rms, where its square is eps
+
+
+class Events:
+    """tokens (B, 1), state -> logits (B, 1, vocabulary), state and a Report: as of the model."""
+
+    def __init__(self, model, dtype):
+        self.model, self.layers = model, [Layer(part, dtype) for part in model.parts.values()]
+        self.head = Membranes([model.head], len(model.head.gain)) if model.head else None
+        share = model.synop_share(model.rate.split(model.sites)).item()
+        self.texts = EVENT_TEXTS / share  # at most
+
+    def __call__(self, tokens, state):
+        (x, report), after = self.model.embed(tokens), {}
+        x = x[:, 0]
+        for name, layer in zip(self.model.parts, self.layers):
+            x, after[name] = layer(x, state[name], report)
+        if self.head is None:
+            return self.model.readout(x[:, None], None, report)[0], after, report
+        after["readout"], fired, *sent = self.head(self.model.norm(x), state["readout"])
+        weight = self.model.embedding.weight.t()
+        report.rates.append(fired.float().mean(0))
+        triggered = torch.tensor(len(sent[0]) * weight.shape[1] / len(x))
+        report.synapses.append((triggered, weight.numel()))
+        return take_rows(weight, *sent, len(x))[:, None], after, report
+
+
+class Layer:
+    """SNNBlock.forward. Matrices with one input, or with one output, lie side by side, so that one
+    bag of rows serves both; those of the block become views of them."""
+
+    def __init__(self, block, dtype):
+        c, mix, self.sites, self.fan_out = block.config, block.mix, block.sites, block.fan_out
+        fed, into = (mix.w_qk.weight, block.w_in.weight), (mix.w_o.weight, block.w_out.weight)
+        self.w_a, self.w_oh = torch.cat(fed, 1).to(dtype), torch.cat(into).to(dtype)
+        fed[0].data, fed[1].data = self.w_a.split([w.shape[1] for w in fed], 1)
+        into[0].data, into[1].data = self.w_oh.split([len(w) for w in into])
+        self.a = Membranes([block.a], c.n_head, -1)
+        self.qk = Membranes([mix.q, mix.k], 2, 1, c.n_head, c.keys)
+        self.oh = Membranes([mix.o, block.h], -1)
+        self.synapses = sum(n * fan_out for n, fan_out in zip(block.sites, block.fan_out))
+        self.gamma, self.keys = mix.gamma()[:, None].expand(-1, c.keys), c.n_head * c.keys
+
+    def __call__(self, x, state, report):  # (B, D) -> (B, D), state
+        (B, D), mix, keys = x.shape, state["mix"], self.keys
+        z = (x / size(x)).view(B, *self.a.shape)
+        a, fired_a, *sent_a = self.a(z, state["a"].view(z.shape))
+        y = take_rows(self.w_a, *sent_a, B)
+        z_qk = y[:, : 2 * keys].view(B, 2, *self.qk.shape[2:]).transpose(0, 1)
+        qk = torch.stack([mix["q"], mix["k"]]).view(z_qk.shape)
+        qk, fired_qk, active, level = self.qk(z_qk / size(z_qk), qk)
+        n = active.numpy().searchsorted(B * keys)  # queries come first
+        read, written = (active[:n], level[:n]), (active[n:] - B * keys, level[n:])
+        values = torch.cat([z, z.new_ones(*z.shape[:2], 1)], 2).flatten(0, 1)
+        o, *S = read_rows(read, written, values, self.gamma, *mix["S"])
+        o = (o[:, :-1] / o[:, -1:].clamp(min=0).add_(1)).view(B, D)
+        oh = torch.cat([mix["o"], state["h"]], 1)
+        oh, fired_oh, *sent = self.oh(torch.cat([o / size(o), y[:, 2 * keys :]], 1), oh)
+        fired = fired_a.view(B, -1), fired_qk.transpose(0, 1).reshape(B, -1), fired_oh
+        report.rates += torch.cat(fired, 1).float().mean(0).split(self.sites)
+        spikes = len(sent_a[0]), n, len(active) - n, len(sent[0])  # o and h have one fan-out
+        triggered = sum(n * fan_out for n, fan_out in zip(spikes, self.fan_out)) / B
+        report.synapses.append((torch.tensor(triggered), self.synapses))
+        (q, k), (o, h) = qk.flatten(2), (oh[:, :D], oh[:, D:])
+        state = {"a": a.view(B, D), "mix": {"q": q, "k": k, "S": S, "o": o}, "h": h}
+        return x + take_rows(self.w_oh, *sent, B), state
+
+
+class Membranes:
+    """Populations side by side, at one token. Their constants have this shape; membranes, one like
+    it in which the texts are a dimension more."""
+
+    def __init__(self, populations, *shape):
+        constants, levels, theta = [], [], populations[0].theta
+        below = torch.nextafter(theta, 0 * theta)  # v >= theta is v > below
+        for p in populations:
+            none, beta = torch.zeros_like(p.gain), p.beta_logit.sigmoid()
+            low = none - below[0] if p.signed else none - math.inf
+            scale = (1 - beta**2).sqrt()  # as in Population
+            constants.append(torch.stack([beta, scale * p.gain, scale * p.bias, low]))
+            of = p.levels.view(1 + p.signed, len(theta), -1)
+            levels += [torch.cat([of[1].flip(0) if p.signed else 0 * of[0], none[None], of[0]])]
+        self.beta, self.gain, self.bias, self.low = torch.cat(constants, 1).view(4, *shape)
+        self.high, self.steps = below[0], torch.cat([-below.flip(0), theta])
+        self.levels, self.shape = torch.cat(levels, 1), self.beta.shape  # of each interval of v
+
+    def __call__(self, z, v):
+        """z, v of one shape. Returns v, where it fired, the numbers of those, and what they send."""
+        v = torch.addcmul(torch.addcmul(self.bias, self.gain, z), self.beta, v)
+        fired = torch.ne(v.clamp(self.low, self.high), v)
+        number = active = torch.from_numpy(fired.numpy().ravel().nonzero()[0])  # torch's is slow
+        if v.numel() > (n := self.levels.shape[1]):  # several texts
+            number = torch.arange(n).view(self.shape).expand(v.shape).reshape(-1).take(active)
+        step = torch.bucketize(v.take(active), self.steps, right=True)
+        return v, fired, active, self.levels.take(torch.add(number, step, alpha=n))
+
+
+def read_rows(read, written, values, gamma, S, owed):
+    """blocks.fast_weights for one token. A row owes its decay until a key neuron writes it.
+
+    read, written: the numbers, ascending, of the query and key neurons that fired, of all texts and
+    heads, and their levels; values (B * heads, width), gamma (heads, keys). State: S as there, and
+    owed (B, heads, keys); S_t of the equations is owed * S. Returns o, shaped like values, and both.
+    """
+    (read, q), (written, k) = read, written
+    rows, owed = S.flatten(0, 2), owed * gamma
+    keys, left = len(rows) // len(values), owed.view(-1)
+    kept = rows.index_select(0, written).mul_(left.index_select(0, written)[:, None])
+    kept.addcmul_(values.index_select(0, written // keys), k[:, None])
+    rows, left = rows.index_copy(0, written, kept), left.index_fill(0, written, 1.0)
+    start = torch.searchsorted(read, torch.arange(0, len(rows), keys))
+    level = q * left.index_select(0, read)
+    o = torch.embedding_bag(rows, read, start, False, 0, False, level)[0]
+    return o, rows.view_as(S), left.view_as(owed)
+
+
+def size(x):
+    """By what lif.rms(x) divides."""
+    norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+    return torch.hypot(norm * x.shape[-1] ** -0.5, SMALL)

@@ -41,6 +41,8 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
+from machine import has_bfloat16
+
 # ---- the neuron -------------------------------------------------------------------------------
 
 
@@ -493,20 +495,11 @@ def population(v, theta, levels, surrogate="triangle", slope=None, dtype=None):
     second one's neurons watch -v. The gradient passes each threshold by the surrogate; with the
     triangle their sum is nearly constant where slope * (spacing of theta) is nearly 1.
 
-    Returns sent (B, T, N), in `dtype` or v's, and the spikes per population and step (N,), gradient
-    included.
+    Returns sent (B, T, N), in `dtype` or v's, and the spikes per population and step (N,).
     """
     chosen = entry(SURROGATES, "surrogate", surrogate)
     slope = chosen.slope if slope is None else slope
-    if torch.is_grad_enabled() or v.shape[1] > 1:
-        return _Population.apply(v, theta, levels, chosen, slope, dtype or v.dtype)
-    sides, K, N = levels.shape  # one token: few operations count for more than few bytes
-    k = torch.bucketize(v if sides == 1 else v.abs(), theta, right=True)  # how many are reached
-    neuron = (k - 1).clamp_(min=0).add_((v < 0).mul(K) if sides == 2 else 0)
-    sent = levels.view(1, sides * K, N).expand(len(v), -1, -1).gather(1, neuron)
-    reached = (k > 0).to(sent.dtype)
-    rate = reached.view(N) if len(v) == 1 else reached[:, 0].mean(0)
-    return (sent * reached).to(dtype or v.dtype), rate
+    return _Population.apply(v, theta, levels, chosen, slope, dtype or v.dtype)
 
 
 # ---- synapses ---------------------------------------------------------------------------------
@@ -577,22 +570,31 @@ EVENT_RATE = 0.5  # share of rows above which reading all is as fast (float32; b
 def deliver(s, weight, report):
     """The current s W (..., fan_out) of spikes s (..., fan_in) through weight (fan_in, fan_out).
 
-    One token without gradient reads only the rows of the neurons that fired. A row is read by one
-    thread, so there are as many bags of rows as threads.
+    One token without gradient reads only the rows of the neurons that fired.
     """
+    report.fed_by_spikes(fused(s, rate_of)(s.detach()), weight.shape[1])
     if s.numel() == len(weight) and not torch.is_grad_enabled():
-        active = (s.flatten() != 0).nonzero()[:, 0]
-        triggered = active.new_tensor(len(active) * weight.shape[1])
-        report.synapses.append((triggered, weight.numel()))
+        active = s.flatten().nonzero()[:, 0]
         if len(active) < EVENT_RATE * len(weight) or weight.dtype != s.dtype:
-            bags = torch.get_num_threads() if len(active) >= 64 else 1
-            start = active.new_tensor([len(active) * i // bags for i in range(bags)])
-            level = s.flatten()[active].to(weight.dtype)
-            rows = F.embedding_bag(active, weight, start, mode="sum", per_sample_weights=level)
-            return rows.to(s.dtype).sum(0).view(*s.shape[:-1], -1)
-    else:
-        report.fed_by_spikes(fused(s, rate_of)(s.detach()), weight.shape[1])
+            return take_rows(weight, active, s.flatten()[active]).view(*s.shape[:-1], -1)
+    if weight.dtype != s.dtype and s.numel() > 64 * len(weight) and not has_bfloat16(s.device.type):
+        weight = weight.to(s.dtype)  # multiplied faster than bfloat16 that is imitated
     return F.linear(s.to(weight.dtype), weight.t()).to(s.dtype)
+
+
+def take_rows(weight, active, level, texts=1):
+    """The sums of the rows that fired in each text, times their level: (texts, fan_out).
+
+    active: their numbers, ascending, and `fan_in` more with each text. A text alone has as many bags
+    as threads."""
+    if texts == 1:
+        bags = torch.get_num_threads() if len(active) >= 64 else 1
+        start = torch.arange(bags) * (len(active) // bags)
+    else:
+        start = torch.searchsorted(active, torch.arange(texts) * len(weight))
+        active = active % len(weight)
+    sums = torch.embedding_bag(weight, active, start, False, 0, False, level.to(weight.dtype))[0]
+    return sums.to(level.dtype) if len(sums) == texts else sums.sum(0, True, dtype=level.dtype)
 
 
 def rate_of(s):
@@ -607,10 +609,8 @@ def uniform(fan_in, *shape):
 
 
 class Synapse(nn.Module):
-    """A matrix that may only be fed spikes, stored one row per presynaptic neuron.
-
-    Spikes are 0 or 1. The neurons of a `population` share a row; their spikes come times a level.
-    """
+    """A matrix that may only be fed spikes, 0 or 1 (or, of a `population`, times a level), stored
+    one row per presynaptic neuron."""
 
     def __init__(self, fan_in, fan_out, bias=True):
         super().__init__()

@@ -19,6 +19,7 @@ import config
 import spark  # noqa: F401  registers its block
 from blocks import BLOCKS, SETTINGS, Population
 from cell_bridge import identity
+from kernels import Events
 from lif import Linear, Report, Seen, Synapse, deliver
 from traits import IGNORED, build, cross_entropy, numbers_of
 
@@ -93,7 +94,7 @@ class SpikingLM(nn.Module):
         self.embedding = nn.Embedding(c.vocab_size, c.n_embd)
         # bits of a spike code flip too easily near 0; a float embedding starts as GPT-2's does
         nn.init.normal_(self.embedding.weight, std=1 / 16 if c.encoder == "spikes" else 0.02)
-        self.head = None
+        self.head = self.events = None
         if c.head == "spikes":
             if c.n_embd != D:
                 raise ValueError("head=spikes needs n_embd equal to the residual stream's width")
@@ -150,13 +151,19 @@ class SpikingLM(nn.Module):
         if "progsem" in self.parts:
             self.parts["progsem"].P.copy_(self.identity)
 
-    def halve_synapses(self):
-        """Store the matrices fed by spikes in bfloat16: half the memory, half the bytes to read."""
-        rows = [part.weight for part in self.modules() if isinstance(part, Synapse)]
+    @torch.no_grad()
+    def prepare(self, dtype=torch.float32):
+        """For a model that is to write, and whose weights stay as they are: the matrices that spikes
+        read are stored in `dtype` (bfloat16: half the bytes); of block snn, one token is computed by
+        kernels.Events."""
+        for part in self.modules():
+            if isinstance(part, Synapse):
+                part.weight.data = part.weight.data.to(dtype)
         if self.head is not None and self.config.spikes:
-            rows.append(self.embedding.weight)
-        for weight in rows:
-            weight.data = weight.data.bfloat16()
+            self.embedding.weight.data = self.embedding.weight.data.to(dtype)
+        alike = self.config.block == "snn" and len(self.parts) == len(self.blocks)
+        if alike and self.config.spikes and self.stress.device.type == "cpu":
+            self.events = Events(self, dtype)
 
     def forward(self, tokens, state=None):
         """tokens (B, T) int64; state as returned by an earlier call, or None for silence.
@@ -164,6 +171,9 @@ class SpikingLM(nn.Module):
         Returns logits (B, T, vocabulary), the state after the last token ({name of a part or
         "readout": its state}) and a Report.
         """
+        one_token = state and tokens.shape[1] == 1 and not torch.is_grad_enabled()
+        if one_token and self.events and len(tokens) <= self.events.texts:
+            return self.events(tokens, state)
         x, report = self.embed(tokens)
         seen, updates = Seen(tokens, self.stress), {}
         state, after = state or {}, {}

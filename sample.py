@@ -90,8 +90,7 @@ def open_speaker(c):
     step = position.get("step") if isinstance(position, dict) else "unknown"
     tokenizer, device = tokenizer_from_state(checkpoint["tokenizer"]), find_device(c.device)
     model = build(checkpoint).to(device)
-    if c.dtype == "bfloat16":
-        model.halve_synapses()
+    model.prepare(getattr(torch, c.dtype))
     if tokenizer.vocab_size > model.config.vocab_size:
         raise ValueError(f"{path}: its tokenizer is larger than its model: take another --ckpt")
     with torch.no_grad():  # so that `backends` knows

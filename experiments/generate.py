@@ -1,7 +1,7 @@
-"""How fast does a model write? One token after the other, batch 1.
+"""How fast does a model write? Ours, dense, a transformer, llama.cpp; and what memory allows.
 
 python bench.py generate configs/sam_6m.py
-python bench.py generate configs/snn_1b.py --rates=results/tinystories_snn_6m_sparse.json
+python bench.py generate configs/snn_1b.py --rates=results/fw_snn_1m_head.json
 """
 
 import json
@@ -16,10 +16,12 @@ import torch
 
 import config
 import lif as lif_module
-from bench import OURS, show, size_of, summary, take_turns, transformer_like
+from bench import OURS, seconds, show, size_of, summary, take_turns, transformer_like
 from checkpoint import build, load_checkpoint
 from model import SpikingLM
 from train import TrainConfig
+
+from .llama import Llama
 
 
 def generate(
@@ -34,24 +36,39 @@ def generate(
     """Milliseconds per token, early and late in one long text, batch 1; memory of the process.
 
     Block snn runs four times: events in float32 and with bfloat16 rows, dense, and beside a
-    transformer of its own size.
+    transformer of its own size; on a CPU also beside llama.cpp, if it is installed, and beside the
+    time that memory takes to read the rows that fire. It also reads a prompt, and writes 1, 4 and
+    16 texts at once.
     """
     if tokens < 1:
         raise ValueError(f"tokens must be at least 1, got {tokens}")
     if ckpt:
         c = replace(c, **asdict(build(load_checkpoint(ckpt)).config))
-    models, texts, streams, piece = {}, {}, {}, min(20, tokens)
+    models, texts, streams, skipped, piece = {}, {}, {}, {}, min(20, tokens)
     for name, (settings, half, events) in generators_of(c, against).items():
         is_trained = ckpt and settings is c  # not the transformer beside it
         torch.manual_seed(c.seed)
         model = build(load_checkpoint(ckpt)) if is_trained else SpikingLM(settings)
         models[name] = model.to(run.device).eval()
         if settings.block == "snn" and not is_trained:
-            set_rates(model, trained_rates(rates))
-        if half:
-            model.halve_synapses()
+            if name == OURS:
+                set_rates(model, trained_rates(rates))
+            gains = {k: x for k, x in models[OURS].state_dict().items() if k.endswith("gain")}
+            model.load_state_dict(gains, strict=False)
+        if settings.block == "snn" and events:
+            model.prepare(torch.bfloat16 if half else torch.float32)
         texts[name] = model.generate(torch.zeros(1, 1, dtype=torch.long, device=run.device))
         streams[name] = partial(draw, texts[name], piece, events)
+    peers = {}
+    if c.block == "snn" and against and run.device.type == "cpu":
+        for kind in ("Q4_0", "Q8_0"):
+            try:
+                peer = Llama(kind, size_of(models[OURS]), c.n_hidden, c.vocab_size, c.threads)
+            except (ImportError, ValueError) as error:
+                skipped[f"llama.cpp, {kind}"] = str(error)
+                continue
+            peers[f"llama.cpp, {kind}"], streams[f"llama.cpp, {kind}"] = peer, partial(peer, piece)
+    speed = bandwidth() if c.block == "snn" else None
     early = summary(take_turns(streams, c.rounds, c.warmup, run.device), OURS)
     drawn = 2 * piece * (c.rounds + c.warmup)  # a turn runs twice
     end, early_mb = max(drawn, tokens), memory_mb()
@@ -60,19 +77,60 @@ def generate(
             once()
     late = summary(take_turns(streams, c.rounds, 0, run.device), OURS)
     late_mb, rows = memory_mb(), {}
-    for name, model in models.items():
-        row = rows[name] = {"parameters": size_of(model), "ratio": late[name]["ratio"]}
+    for name, model in (models | peers).items():
+        row = rows[name] = {"ratio": late[name]["ratio"]} | sizes(model)
         row["early_ms_per_token"] = early[name]["median_ms"] / piece
         row["late_ms_per_token"] = late[name]["median_ms"] / piece
-        if model.config.block == "snn" and model.config.spikes:
+        if name in models and model.config.block == "snn" and model.config.spikes:
             row["triggered"] = triggered_share(model, list(islice(texts[name], 64)))
+            of_rows = row["triggered"] * row["gigabytes"]  # nearly all of them are such rows
+            row["to_limit"] = row["late_ms_per_token"] / (1e3 * of_rows / speed)
     columns = {"early_ms_per_token": ".2f", "late_ms_per_token": ".2f", "ratio": ".2f"}
-    columns |= {"triggered": ".1%", "parameters": ",d"}
-    show(f"early: the first {drawn} tokens; late: after {end}", rows, columns)
+    columns |= {"triggered": ".1%", "to_limit": ".2f", "gigabytes": ".2f", "parameters": ",d"}
+    show(f"early: the first {drawn} tokens; late: after {end}", rows, columns, skipped)
     print(f"memory of the process: {early_mb} MB early, {late_mb} MB late")
     what = f"ms per token, batch 1, {'trained' if ckpt else 'random'} weights"
-    memory = {"early_mb": early_mb, "late_mb": late_mb}
-    return {"what": what, "late": end, "contestants": rows} | memory
+    result = {"what": what, "late": end, "contestants": rows, "skipped": skipped}
+    if c.block == "snn" and c.spikes and against:
+        result |= {"read_gb_per_s": speed, "many": many(models, c, run)}
+        print(f"memory is read at {speed:.1f} GB/s; the limit is the time of the rows that fire")
+    return result | {"early_mb": early_mb, "late_mb": late_mb}
+
+
+def sizes(model):
+    if isinstance(model, Llama):
+        return {"parameters": model.parameters, "gigabytes": model.bytes / 1e9}
+    gigabytes = sum(p.nbytes for p in model.parameters()) / 1e9
+    return {"parameters": size_of(model), "gigabytes": gigabytes}
+
+
+def bandwidth():
+    """Gigabytes per second that all threads together read from memory: the best of five."""
+    x = torch.ones(2**26)  # more than any cache holds
+    return x.nbytes / 1e9 / min(seconds(x.sum, x.device) for _ in range(5))
+
+
+@torch.no_grad()
+def many(models, c, run, length=512):
+    """Tokens per second: of a prompt, and of several texts at once by events and dense, in turns."""
+    prompt = torch.randint(c.vocab_size, (1, length), device=run.device)
+    contestants = {f"prompt, {name}": partial(model, prompt) for name, model in models.items()}
+    counts, ours = dict.fromkeys(contestants, length), models[OURS]
+    for B in (1, 4, 16) if ours.events else ():
+        token, state = torch.zeros(B, 1, dtype=torch.long), ours(prompt[:, :1].expand(B, -1))[1]
+        for name, model in {"events": ours, "dense": models.get("ours, float32, dense")}.items():
+            key = f"{B} texts, {name}"
+            contestants[key], counts[key] = partial(model, token, state), B
+            if name == "events":
+                assert B <= ours.events.texts, "which way is faster is chosen by itself"
+    times = summary(
+        take_turns(contestants, min(3, c.rounds), 0, run.device), next(iter(contestants))
+    )
+    rows = {
+        name: {"tokens_per_s": counts[name] / row["median_ms"] * 1e3} for name, row in times.items()
+    }
+    show("tokens per second", rows, {"tokens_per_s": ",.1f"})
+    return rows
 
 
 def generators_of(c, against):

@@ -23,7 +23,7 @@ from checkpoint import VERSION
 from experiments import all as all_steps
 from experiments import generate as writing
 from experiments import train as training
-from experiments import ablate, frames, params, recall, scan
+from experiments import ablate, frames, llama, params, recall, scan
 from experiments.peers import check_spikes
 from experiments.recall import I_AM, NAMES, TAUGHT, WHO, WORDS
 from model import SpikingLM
@@ -162,15 +162,17 @@ def test_generate_times_a_checkpoint(tmp_path, monkeypatch):
     saved = {"version": VERSION, "model": weights, "config": asdict(model.config)}
     del saved["config"]["traits"]  # as in a checkpoint older than this setting, which is off
     torch.save(saved | {"tokenizer": ""}, path)
-    halved = []  # one bool per model: were its weights those of the checkpoint?
+    prepared, prepare = {}, SpikingLM.prepare  # dtype -> were its weights those of the checkpoint?
 
-    def halve(model):
-        halved.append(all(torch.equal(weights[k], x) for k, x in model.state_dict().items()))
+    def watched(model, dtype):
+        same = [torch.equal(weights[k], x) for k, x in model.state_dict().items()]
+        prepared[dtype] = all(same)
+        prepare(model, dtype)
 
-    monkeypatch.setattr(SpikingLM, "halve_synapses", halve)
+    monkeypatch.setattr(SpikingLM, "prepare", watched)
     c = load("configs/snn_6m.py --rounds=1 --warmup=0")
     result = writing.generate(c, RUN, tokens=4, ckpt=str(path))
-    assert halved == [True]
+    assert prepared == {torch.bfloat16: True, torch.float32: True}
     assert result["what"] == "ms per token, batch 1, trained weights"
     rows = result["contestants"]
     ours = {row["parameters"] for name, row in rows.items() if name != "transformer, float32"}
@@ -179,6 +181,52 @@ def test_generate_times_a_checkpoint(tmp_path, monkeypatch):
     path.write_bytes(b"not a checkpoint")
     with pytest.raises(ValueError, match="cannot read the checkpoint"):
         writing.generate(c, RUN, ckpt=str(path))
+
+
+@pytest.mark.parametrize("kind", ["Q4_0", "Q8_0"])
+def test_llama_of_our_size_writes(kind):
+    pytest.importorskip("xllamacpp")
+    peer = llama.Llama(kind, 450_000, 128, 300, 1)
+    assert peer.parameters == pytest.approx(450_000, rel=0.1)  # whole layers
+    assert peer.bytes == pytest.approx(
+        peer.parameters * {"Q4_0": 18, "Q8_0": 34}[kind] / 32, rel=0.1
+    )
+    assert peer(5)["usage"]["completion_tokens"] == 5
+
+
+def test_llama_counts_its_weights():
+    sizes = [llama.size_of(llama.tensors(128, 1000, n)) for n in (0, 1, 2)]
+    assert sizes == [
+        (1000 + 1) * 128 + n * (4 * 128**2 + 3 * 128 * 352 + 2 * 128) for n in range(3)
+    ]
+
+
+def test_generate_measures_many_texts_and_the_limit(monkeypatch, capsys):
+    monkeypatch.setattr(writing, "set_rates", lambda model, rates: None)
+    monkeypatch.setattr(writing, "trained_rates", lambda path: {})
+    monkeypatch.setattr(writing, "bandwidth", lambda: 0.001)
+    monkeypatch.setattr(writing, "take_turns", lambda runs, *_: {name: [2.0] for name in runs})
+    peers = []
+
+    class Peer:
+        def __init__(self, kind, *size):
+            peers.append((kind, *size))
+            raise ImportError("not here")
+
+    monkeypatch.setattr(writing, "Llama", Peer)
+    result = writing.generate(load(f"{SNN} --head=spikes"), RUN, tokens=20)
+    ours, size = result["contestants"]["ours"], result["contestants"]["ours"]["parameters"]
+    assert peers == [("Q4_0", size, 32, 60, 2), ("Q8_0", size, 32, 60, 2)]
+    assert result["skipped"] == {"llama.cpp, Q4_0": "not here", "llama.cpp, Q8_0": "not here"}
+    assert ours["gigabytes"] < 0.75 * result["contestants"]["ours, float32"]["gigabytes"]
+    read = ours["triggered"] * ours["gigabytes"] / 0.001  # seconds, of the 0.1 that a token takes
+    assert ours["to_limit"] == pytest.approx(0.1 / read)
+    rows = result["many"]
+    assert (
+        rows["prompt, ours"]["tokens_per_s"] == 512 / 2 and "prompt, transformer, float32" in rows
+    )
+    assert rows["16 texts, events"]["tokens_per_s"] == rows["16 texts, dense"]["tokens_per_s"] == 8
+    assert "llama.cpp, Q4_0" + " " * 14 + "skipped: not here" in capsys.readouterr().out
 
 
 def test_generate_times_the_float_twin(monkeypatch):
@@ -246,8 +294,8 @@ def test_draw_takes_so_many_tokens_by_events_or_dense():
         ("params --gpu=8", "unknown gpu '8'; choose one of h200, h100, a100, 4090"),
         ("recall configs/snn_6m.py", "recall takes no CONFIG: leave out configs/snn_6m.py"),
         ("scan configs/snn_6m.py", "scan takes no CONFIG: leave out configs/snn_6m.py"),
-        ("peers", "write python bench.py generate|"),
-        ("", "write python bench.py generate|"),
+        ("peers", "write python bench.py generate|train|"),
+        ("", "write python bench.py generate|train|"),
     ],
 )
 def test_mistakes_end_in_one_line(argv, said, capsys):

@@ -25,7 +25,7 @@ EXPERIMENTS = {f"experiments.{p.stem}" for p in ROOT.glob("experiments/*.py")}
 OWN = {p.stem for p in ROOT.glob("*.py")} | EXPERIMENTS
 MAY_IMPORT = {
     "config": set(),
-    "lif": {"config"},  # for its command line
+    "lif": {"config", "machine"},
     "tokenizer": set(),
     "sources": {"tokenizer"},
     "data": {"sources", "tokenizer", "traits"},
@@ -38,7 +38,7 @@ MAY_IMPORT = {
     "experiments.esm2": {"config"},
     "blocks": {"cell_bridge", "kernels", "lif"},
     "spark": {"blocks", "kernels", "lif"},
-    "model": {"blocks", "cell_bridge", "config", "lif", "spark", "traits"},
+    "model": {"blocks", "cell_bridge", "config", "kernels", "lif", "spark", "traits"},
     "checkpoint": {"cell_bridge", "config", "model"},
     "optim": {"lif", "machine"},
     "train": {
@@ -59,7 +59,9 @@ MAY_IMPORT = {
     "sample": {"checkpoint", "config", "data", "experiments.pictures", "kernels", "machine",
                "sources", "tokenizer", "watch"},
     "bench": {"checkpoint", "config", "machine", "model", "train"},
-    "experiments.generate": {"bench", "checkpoint", "config", "lif", "model", "train"},
+    "experiments.generate": {"bench", "checkpoint", "config", "experiments.llama", "lif", "model",
+                             "train"},
+    "experiments.llama": set(),
     "experiments.train": {"bench", "config", "experiments.peers", "model", "optim", "train"},
     "experiments.scan": {"bench", "experiments.peers", "kernels", "lif"},
     "experiments.all": {"checkpoint"},
@@ -72,6 +74,7 @@ MAY_IMPORT = {
 PACKAGES = {"torch", "numpy", "tiktoken", "requests", "tqdm"}
 OPTIONAL = {"triton", "snntorch", "spikingjelly", "norse"}  # imported where they are used
 OPTIONAL |= {"anndata", "h5py", "scipy", "matplotlib", "PIL", "transformers"}
+OPTIONAL |= {"xllamacpp", "gguf"}
 
 
 def imports(path):

@@ -16,9 +16,9 @@ from conftest import check_model, leaves
 import blocks
 import config
 from blocks import (
-    Block, Population, fast_weights, fast_weights_reference, heads, read_rows, rotate,
+    Block, Population, fast_weights, fast_weights_reference, heads, rotate,
 )  # fmt: skip
-from kernels import lif
+from kernels import Membranes, lif, read_rows
 from lif import Linear, Report, Synapse
 from model import ModelConfig, SpikingLM, pick, spike_encode
 from optim import make_optimizers
@@ -126,38 +126,44 @@ def fast_weights_inputs(B=2, heads=3, T=37, keys=5, values=4):
     q, k = torch.randint(0, 4, (2, B, heads, T, keys)) * (torch.rand(2, B, heads, T, keys) < 0.4)
     v, gamma = torch.randn(B, heads, T, values).double(), torch.tensor([0.5, 0.9, 0.99]).double()
     S = torch.zeros(B, heads, keys, values).double()
-    return [x.double().requires_grad_() for x in (q, k, v, gamma)], (S, S[..., 0])
+    return [x.double().requires_grad_() for x in (q, k, v, gamma)], S
 
 
 def test_fast_weights_in_chunks_are_those_of_the_equations():
     inputs, state = fast_weights_inputs()
     results = []
     for form in (fast_weights_reference, partial(fast_weights, chunk=8)):
-        o, (S, age) = form(*inputs, *state)
+        o, S = form(*inputs, state)
         weight = torch.arange(o.numel()).view_as(o).double().sin()
         results.append([o, S, *torch.autograd.grad((o * weight).sum() + S.sum(), inputs)])
     for want, got in zip(*results):
         torch.testing.assert_close(got, want)
     few, state = fast_weights_inputs(1, 3, 5, 2, 2)
-    assert torch.autograd.gradcheck(lambda *x: fast_weights(*x, *state, chunk=2)[0], few)
+    assert torch.autograd.gradcheck(lambda *x: fast_weights(*x, state, chunk=2)[0], few)
 
 
 @torch.no_grad()
 def test_fast_weights_token_by_token_touch_the_rows_of_spikes_alone():
-    (q, k, v, gamma), state = fast_weights_inputs(B=1)
-    want = fast_weights_reference(q, k, v, gamma, *state)[0]
-    for t in range(20):
-        now = slice(t, t + 1)
-        o, state = read_rows(q[:, :, now], k[:, :, now], v[:, :, now], gamma, *state)
-        torch.testing.assert_close(o, want[:, :, now])
-    rest = [x[:, :, 20:] for x in (q, k, v)]
-    torch.testing.assert_close(fast_weights(*rest, gamma, *state)[0], want[:, :, 20:])
-    S, age = state
+    (q, k, v, gamma), S = fast_weights_inputs(B=2)
+    want = fast_weights_reference(q, k, v, gamma, S)[0]
+    gammas, states = gamma[:, None].expand(3, 5), [(S, torch.ones(2, 3, 5).double())]
+
+    def token(t, state):
+        fired = []
+        for x in (q, k):
+            at = x[:, :, t].flatten().nonzero()[:, 0]
+            fired.append((at, x[:, :, t].flatten()[at]))
+        return read_rows(*fired, v[:, :, t].flatten(0, 1), gammas, *state)
+
+    for t in range(37):
+        o, *state = token(t, states[-1])
+        states.append(state)
+        torch.testing.assert_close(o.view(2, 3, 4), want[:, :, t])
+    for t in (3, 20, 36):  # from any state on: none was written over
+        torch.testing.assert_close(token(t, states[t])[0].view(2, 3, 4), want[:, :, t])
     silent = (q[:, :, 20] == 0) & (k[:, :, 20] == 0)
-    S = S.masked_fill(silent[..., None], math.nan)
-    now = slice(20, 21)
-    assert silent.any()
-    assert read_rows(q[:, :, now], k[:, :, now], v[:, :, now], gamma, S, age)[0].isfinite().all()
+    S = states[20][0].masked_fill(silent[..., None], math.nan)
+    assert silent.any() and token(20, (S, states[20][1]))[0].isfinite().all()
 
 
 @torch.no_grad()
@@ -166,9 +172,8 @@ def test_what_the_fast_weights_keep_stays_as_large():
     q = k = torch.ones(1, 1, 100_000, 1)
     v = torch.zeros(1, 1, 100_000, 2)
     v[:, :, -1] = 1
-    state = torch.zeros(1, 1, 1, 2), torch.zeros(1, 1, 1)
-    o, (S, age) = fast_weights(q, k, v, torch.tensor([0.999]), *state)
-    assert S.shape == (1, 1, 1, 2) and age.shape == (1, 1, 1)
+    o, S = fast_weights(q, k, v, torch.tensor([0.999]), torch.zeros(1, 1, 1, 2))
+    assert S.shape == (1, 1, 1, 2)
     assert o[0, 0, -1].tolist() == [1, 1] and S.flatten().tolist() == [1, 1]
 
 
@@ -338,13 +343,57 @@ def test_twin_of_snn_is_the_same_block_with_floats():
             assert error[error.abs() < 0.81].numel() > 0.97 * error.numel()  # theta is 0.8
 
 
+@pytest.mark.parametrize("head, B", [("float", 1), ("spikes", 1), ("spikes", 3)])
+@torch.no_grad()
+def test_a_prepared_model_writes_as_it_reads(head, B):
+    """One token by events = the forward, whichever state it goes on from; and so is what it tells."""
+    model = model_of(shrunk("snn_6m.py", head=head, n_embd=16, n_hidden=16)).double()
+    for p in model.parameters():
+        if p.dim() < 2:  # of neurons: no two are alike
+            p += 0.1 * torch.randn_like(p)
+    prompt, tokens = torch.randint(50, (B, 45)).split([5, 40], 1)
+    _, before, _ = model(prompt)
+    want, _, told = model(tokens, before)
+    model.prepare(torch.float64)
+    torch.testing.assert_close(model(tokens, before)[0], want)  # the weights are the same
+    got, states, reports = [], [model(prompt)[1]], []
+    for t in tokens.split(1, 1):
+        logits, state, report = model(t, states[-1])
+        got, states, reports = [*got, logits], [*states, state], [*reports, report]
+    torch.testing.assert_close(torch.cat(got, 1), want)
+    for t in (7, 23):
+        torch.testing.assert_close(model(tokens[:, t : t + 1], states[t])[0], want[:, t : t + 1])
+        torch.testing.assert_close(model(tokens[:, t:], states[t])[0], want[:, t:])
+    rates = torch.stack([torch.cat(report.rates).double() for report in reports]).mean(0)
+    torch.testing.assert_close(rates, torch.cat(told.rates).double())
+    triggered, every = map(sum, zip(*(pair for report in reports for pair in report.synapses)))
+    of_forward = [float(sum(x)) for x in zip(*told.synapses)]
+    assert [triggered.item() / 40, every / 40] == pytest.approx(of_forward)
+    model.events.texts = B - 1  # more texts than that: dense
+    logits, state, _ = model(tokens[:, :1], states[0])
+    torch.testing.assert_close(logits, want[:, :1])
+    assert (state["block0"]["mix"]["S"][1] == 1).all()  # no row owes
+
+
+@torch.no_grad()
+def test_a_membrane_at_its_threshold_fires_by_events_too():
+    p = Population(4, shrunk("snn_6m.py"), True, 0.5)
+    low, high = p.theta[:2]
+    p.beta_logit.fill_(-math.inf)  # so that v is the bias
+    p.bias.copy_(torch.stack([low, -low, high, torch.nextafter(low, 0 * low)]))
+    sent = p(torch.zeros(1, 1, 4), torch.zeros(1, 4), Report())[0][0, 0]
+    _, fired, active, level = Membranes([p], 4)(torch.zeros(1, 4), torch.zeros(1, 4))
+    assert fired.tolist() == [[True, True, True, False]] and active.tolist() == [0, 1, 2]
+    assert level.tolist() == sent[:3].tolist() and sent[3] == 0
+
+
 @pytest.mark.parametrize("head", ["float", "spikes"])
 @torch.no_grad()
 def test_halved_synapses_say_nearly_the_same(head):
     model = model_of(shrunk("snn_6m.py", head=head, n_embd=16, n_hidden=16, n_layer=1))
     tokens = torch.arange(20).view(1, 20)
     whole = model(tokens)[0]
-    model.halve_synapses()
+    model.prepare(torch.bfloat16)
     halved = model(tokens)[0]
     assert model.blocks[0].w_in.weight.dtype == torch.bfloat16 and halved.dtype == torch.float32
     first = (halved - whole)[:, 0].abs()  # later a flipped spike may tell them apart
@@ -433,12 +482,12 @@ def test_events_equal_the_dense_product(dtype, near, fired):
 @pytest.mark.parametrize("fired, starts", [(63, [0]), (64, [0, 21, 42]), (99, [0, 33, 66])])
 def test_threads_share_the_rows(fired, starts, monkeypatch):
     seen, s = [], torch.arange(200).view(1, 1, 200) < fired
-    bag = F.embedding_bag
-    monkeypatch.setattr(F, "embedding_bag", lambda *a, **k: seen.append(a) or bag(*a, **k))
+    bag = torch.embedding_bag
+    monkeypatch.setattr(torch, "embedding_bag", lambda *a: seen.append(a) or bag(*a))
     monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
     with torch.no_grad():
         Synapse(200, 8)(s.float(), Report())
-    ((rows, _, bags),) = seen
+    ((_, rows, bags, *_),) = seen
     assert rows.tolist() == list(range(fired)) and bags.tolist() == starts
 
 

@@ -235,12 +235,11 @@ def test_an_unreadable_prompt_is_one_line(tmp_path, capsys):
 
 
 def test_bfloat16_is_used(ckpt, capsys, monkeypatch):
-    halved = []
-    monkeypatch.setattr(SpikingLM, "halve_synapses", lambda model: halved.append(model))
+    dtypes = []
+    monkeypatch.setattr(SpikingLM, "prepare", lambda model, dtype: dtypes.append(dtype))
     run(capsys, f"--ckpt={ckpt}", "--max_new_tokens=0")
-    assert not halved
     run(capsys, f"--ckpt={ckpt}", "--max_new_tokens=0", "--dtype=bfloat16")
-    assert halved
+    assert dtypes == [torch.float32, torch.bfloat16]
 
 
 # ---- chat ----------------------------------------------------------------------------------------
