@@ -90,14 +90,11 @@ def train(
     what = "forward, backward and optimiser step of one micro-batch; ratio of times to ours"
     result = {"what": what, "contestants": rows, "skipped": skipped, "batch": list(x.shape)}
     if profile:
-        result["operations"] = {name: operations(step) for name, step in runs.items()}
-        for name, shares in result["operations"].items():
-            print(f"\n{name}: share of a step's time, by operation")
-            print("\n".join(f"{share:7.1%}  {key}" for key, share in shares.items()))
+        result["operations"] = {name: operations(name, step) for name, step in runs.items()}
     return result
 
 
-def operations(step, most=12):
+def operations(name, step, most=12):
     """{operation of PyTorch: share of the time of step()}: the `most` longest, then the rest."""
     with torch.profiler.profile() as profiler:
         step()
@@ -108,7 +105,10 @@ def operations(step, most=12):
     }
     longest = sorted(times, key=times.get, reverse=True)[:most]
     shares = {key: times[key] / sum(times.values()) for key in longest}
-    return shares | {"all others": 1 - sum(shares.values())}
+    shares |= {"all others": 1 - sum(shares.values())}
+    print(f"\n{name}: share of the time, by operation")
+    print("\n".join(f"{share:7.1%}  {key}" for key, share in shares.items()))
+    return shares
 
 
 def one_step(model, optimizers, x, y, settings, run, checkpointing):

@@ -489,7 +489,7 @@ def test_where_the_time_of_a_step_goes():
             x @ x
         x.exp()
 
-    shares = training.operations(step, most=1)
+    shares = training.operations("ours", step, most=1)
     assert [*shares] == ["mm", "all others"] and sum(shares.values()) == pytest.approx(1)
     assert shares["mm"] > 0.5
 
