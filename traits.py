@@ -18,6 +18,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
+from blocks import fast_weights
 from config import pairs
 from kernels import lif
 from lif import Linear, Synapse, fused, rms
@@ -180,23 +181,9 @@ class SpikeAttn(Trait):
             for y in (*s.chunk(2, -1), self.value(h, report))
         )
         S = q.new_zeros(B, self.heads, self.width, self.width) if state is None else state
-        o, S = self.attend(q, k, v, S, self.chunk)
+        gamma = 1 - 2.0 ** -(3 + torch.arange(self.heads, device=x.device))
+        o, S = fast_weights(q, k, v, gamma, S, self.chunk)
         return x + self.out(rms(o).transpose(1, 2).flatten(2).to(x.dtype), report), S
-
-    @staticmethod
-    def attend(q, k, v, S, chunk):
-        """q, k, v (B, heads, T, width), S (B, heads, width, width) -> q_t S_t for all t, S_T.
-
-        Between chunks of C tokens it is recurrent (C = 1: all of it), within one parallel.
-        """
-        gamma, out = 1 - 2.0 ** -(3 + torch.arange(q.shape[1], device=q.device)[:, None, None]), []
-        for q_c, k_c, v_c in zip(q.split(chunk, 2), k.split(chunk, 2), v.split(chunk, 2)):
-            C = q_c.shape[2]
-            i = torch.arange(C, device=q.device)[:, None]
-            decay = (gamma ** (i - i.t()).abs()).tril()  # (heads, C, C)
-            out.append(gamma ** (i + 1) * (q_c @ S) + (q_c @ k_c.mT * decay) @ v_c)
-            S = gamma**C * S + (gamma ** (C - 1 - i) * k_c).mT @ v_c
-        return torch.cat(out, 2), S
 
 
 @trait("progsem")

@@ -32,7 +32,7 @@ MAY_IMPORT = {
     "kernels": {"lif"},
     "pii": set(),
     "ner": {"checkpoint", "config", "lif", "model", "pii"},
-    "traits": {"config", "kernels", "lif"},
+    "traits": {"blocks", "config", "kernels", "lif"},
     "cell_bridge": {"config", "experiments.cells"},
     "experiments.cells": set(),
     "experiments.esm2": {"config"},

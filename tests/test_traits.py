@@ -9,6 +9,8 @@ import torch
 import torch.nn.functional as F
 from conftest import check_state, leaves
 
+import traits
+from blocks import fast_weights
 from lif import Report, Seen
 from traits import HRM, JEPA, MTP, Engram, Kuramoto, Memory, MoE, ProgSem, SpikeAttn, primes_from
 
@@ -252,10 +254,10 @@ def test_attention_parallel_chunked_and_recurrent_agree(T):
     q, k = ((torch.rand(2, 3, T, 8) < 0.2).float().requires_grad_() for _ in range(2))
     v, S = torch.randn(2, 3, T, 8, requires_grad=True), torch.randn(2, 3, 8, 8, requires_grad=True)
     o, last = recurrence(q, k, v, S)
-    d_o, d_S = torch.randn_like(o), torch.randn_like(S)
+    d_o, d_S, gamma = torch.randn_like(o), torch.randn_like(S), 1 - 2.0 ** -torch.arange(3, 6)
     grads = torch.autograd.grad((o * d_o).sum() + (last * d_S).sum(), (q, k, v, S))
     for chunk in (1, 16, T, 1000):
-        o_c, last_c = SpikeAttn.attend(q, k, v, S, chunk)
+        o_c, last_c = fast_weights(q, k, v, gamma, S, chunk)
         torch.testing.assert_close(o_c, o, rtol=1e-5, atol=1e-5)
         torch.testing.assert_close(last_c, last, rtol=1e-5, atol=1e-5)
         mine = torch.autograd.grad((o_c * d_o).sum() + (last_c * d_S).sum(), (q, k, v, S))
@@ -271,8 +273,7 @@ def test_attention_parallel_chunked_and_recurrent_agree(T):
 
 def test_attention_queries_and_keys_are_spikes(monkeypatch):
     trait, seen = build("attention")[0], []
-    attend = trait.attend
-    monkeypatch.setattr(trait, "attend", lambda *a: seen.append(a) or attend(*a))
+    monkeypatch.setattr(traits, "fast_weights", lambda *a: seen.append(a) or fast_weights(*a))
     x, tokens, _, _ = stream(63)
     report = Report()
     trait.out.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
