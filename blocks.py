@@ -281,8 +281,7 @@ class SNNSettings:
     keys: int = 64  # in each head of the fast weights, neurons that write, and as many that read
 
     CHOICES = {"head": ("float", "spikes")}
-    RANGE = {"levels": (1, math.inf), "noise": (0, math.inf)}
-    RANGE |= {"keys": (1, math.inf)}
+    RANGE = {"levels": (1, math.inf), "noise": (0, math.inf), "keys": (1, math.inf)}
 
 
 @block("snn", SNNSettings)
@@ -298,7 +297,7 @@ class SNNBlock(Block):
     def __init__(self, config, index):
         super().__init__()
         c, D, N = config, config.n_hidden, config.d_ff
-        self.index, self.config = index, c
+        self.index = index
         self.a = Population(D, c, True, c.beta_high)
         self.h = Population(N, c, False, c.beta_high)
         self.w_in, self.w_out = matrix(c, D, N), matrix(c, N, D)
@@ -329,7 +328,7 @@ def matrix(c, fan_in, fan_out):
 
 
 class FastWeights(nn.Module):
-    """What the text said so far, kept in a small matrix per head that spikes write and read.
+    """A small matrix per head that spikes write and read: what the text said so far.
 
         S_t = gamma S_(t-1) + k_t (x) v_t    a key neuron's spike adds the token's value to its row
         o_t = q_t S_t                        a query neuron's spike reads its row
@@ -369,7 +368,7 @@ class FastWeights(nn.Module):
         if "S" in state:
             S = state["S"][0] * state["S"][1][..., None]
         o, S = fast_weights(q, k, v, self.gamma(), S)
-        now["S"] = S, S.new_ones(S.shape[:3])  # the decay that rows owe: none
+        now["S"] = S, S.new_ones(S.shape[:3])  # all decay is applied
         o = (o[..., :-1] / (1 + F.relu(o[..., -1:]))).transpose(1, 2).flatten(2)
         o, now["o"] = self.o(rms(o), state.get("o"), report)
         return self.w_o(o, report), now

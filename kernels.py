@@ -1,5 +1,5 @@
-"""Fast forms: the scan of lif.py in Triton, for the GPU, and `lif`, which chooses between the two;
-last, one token of block snn by events, for the CPU.
+"""Fast forms: the scan of lif.py in Triton; `lif`, which picks Triton or PyTorch; one token of block
+snn by events, on a CPU.
 
     pre = beta * v + I + s W            # charge
     s   = 1 if pre >= theta else 0      # fire
@@ -498,29 +498,30 @@ def obstacle_to(current, w_rec=None, **options):
 
 # ---- one token by events ----------------------------------------------------------------------
 #
-# What SpikingLM.forward says of any number of tokens, on a CPU, without gradient. A silent neuron
-# costs nothing: of a matrix, and of the fast weights, only the rows of neurons that fired are read.
-# What depends on weights alone is computed once, and operations are few: with one token each of them
-# costs more than what it computes. B texts, D width of the residual stream.
+# SpikingLM.forward of block snn for a single token, on a CPU, without gradient. A silent neuron costs
+# nothing: of a matrix, and of the fast weights, only the rows of neurons that fired are read. What
+# depends on weights alone is computed once, and operations are few: with one token each of them costs
+# more than what it computes. B texts, D width of the residual stream.
 
-EVENT_TEXTS = 8  # times the share of synapses that a text triggers: beyond, dense is as fast
+EVENT_TEXTS = 8  # texts at once * share of synapses triggered: above this, dense is as fast
 SMALL = torch.tensor(1e-3)  # as in lif.rms, where its square is eps
 
 
 class Events:
-    """tokens (B, 1), state -> logits (B, 1, vocabulary), state and a Report: as of the model."""
+    """tokens (B, 1), state -> logits (B, 1, vocabulary), state and a Report, which counts the
+    synapses of a block as one matrix."""
 
-    def __init__(self, model, dtype):
-        self.model, self.layers = model, [Layer(part, dtype) for part in model.parts.values()]
+    def __init__(self, model):
+        self.model, self.blocks = model, [EventBlock(part) for part in model.parts.values()]
         self.head = Membranes([model.head], len(model.head.gain)) if model.head else None
         share = model.synop_share(model.rate.split(model.sites)).item()
-        self.texts = EVENT_TEXTS / share  # at most
+        self.texts = EVENT_TEXTS / max(share, 1e-9)  # at most
 
     def __call__(self, tokens, state):
         (x, report), after = self.model.embed(tokens), {}
         x = x[:, 0]
-        for name, layer in zip(self.model.parts, self.layers):
-            x, after[name] = layer(x, state[name], report)
+        for name, block in zip(self.model.parts, self.blocks):
+            x, after[name] = block(x, state[name], report)
         if self.head is None:
             return self.model.readout(x[:, None], None, report)[0], after, report
         after["readout"], fired, *sent = self.head(self.model.norm(x), state["readout"])
@@ -531,14 +532,14 @@ class Events:
         return take_rows(weight, *sent, len(x))[:, None], after, report
 
 
-class Layer:
+class EventBlock:
     """SNNBlock.forward. Matrices with one input, or with one output, lie side by side, so that one
     bag of rows serves both; those of the block become views of them."""
 
-    def __init__(self, block, dtype):
-        c, mix, self.sites, self.fan_out = block.config, block.mix, block.sites, block.fan_out
+    def __init__(self, block):
+        mix, self.sites, self.fan_out = block.mix, block.sites, block.fan_out
         fed, into = (mix.w_qk.weight, block.w_in.weight), (mix.w_o.weight, block.w_out.weight)
-        self.w_a, self.w_oh = torch.cat(fed, 1).to(dtype), torch.cat(into).to(dtype)
+        c, self.w_a, self.w_oh = mix.config, torch.cat(fed, 1), torch.cat(into)
         fed[0].data, fed[1].data = self.w_a.split([w.shape[1] for w in fed], 1)
         into[0].data, into[1].data = self.w_oh.split([len(w) for w in into])
         self.a = Membranes([block.a], c.n_head, -1)
@@ -573,25 +574,25 @@ class Layer:
 
 
 class Membranes:
-    """Populations side by side, at one token. Their constants have this shape; membranes, one like
-    it in which the texts are a dimension more."""
+    """Several Populations, concatenated, for one token. Constants have shape `shape`; z and v have
+    the texts as one dimension more."""
 
     def __init__(self, populations, *shape):
         constants, levels, theta = [], [], populations[0].theta
         below = torch.nextafter(theta, 0 * theta)  # v >= theta is v > below
         for p in populations:
-            none, beta = torch.zeros_like(p.gain), p.beta_logit.sigmoid()
-            low = none - below[0] if p.signed else none - math.inf
+            zeros, beta = torch.zeros_like(p.gain), p.beta_logit.sigmoid()
+            low = zeros - below[0] if p.signed else zeros - math.inf
             scale = (1 - beta**2).sqrt()  # as in Population
             constants.append(torch.stack([beta, scale * p.gain, scale * p.bias, low]))
-            of = p.levels.view(1 + p.signed, len(theta), -1)
-            levels += [torch.cat([of[1].flip(0) if p.signed else 0 * of[0], none[None], of[0]])]
+            own = p.levels.view(1 + p.signed, len(theta), -1)
+            levels += [torch.cat([own[1].flip(0) if p.signed else 0 * own[0], zeros[None], own[0]])]
         self.beta, self.gain, self.bias, self.low = torch.cat(constants, 1).view(4, *shape)
         self.high, self.steps = below[0], torch.cat([-below.flip(0), theta])
         self.levels, self.shape = torch.cat(levels, 1), self.beta.shape  # of each interval of v
 
     def __call__(self, z, v):
-        """z, v of one shape. Returns v, where it fired, the numbers of those, and what they send."""
+        """z, v of one shape. Returns v, where it fired, flat indices of those, and their levels."""
         v = torch.addcmul(torch.addcmul(self.bias, self.gain, z), self.beta, v)
         fired = torch.ne(v.clamp(self.low, self.high), v)
         number = active = torch.from_numpy(fired.numpy().ravel().nonzero()[0])  # torch's is slow
@@ -602,10 +603,11 @@ class Membranes:
 
 
 def read_rows(read, written, values, gamma, S, owed):
-    """blocks.fast_weights for one token. A row owes its decay until a key neuron writes it.
+    """blocks.fast_weights for one token. Decay is lazy: `owed` holds the product of gammas that a row
+    has not been multiplied by yet.
 
-    read, written: the numbers, ascending, of the query and key neurons that fired, of all texts and
-    heads, and their levels; values (B * heads, width), gamma (heads, keys). State: S as there, and
+    read, written: ascending flat indices into (B, heads, keys) of the query and key neurons that
+    fired, and their levels; values (B * heads, width), gamma (heads, keys). State: S as there, and
     owed (B, heads, keys); S_t of the equations is owed * S. Returns o, shaped like values, and both.
     """
     (read, q), (written, k) = read, written

@@ -421,7 +421,9 @@ class _Population(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, v, theta, levels, surrogate, slope, dtype):
-        rungs = levels.diff(dim=1, prepend=torch.zeros_like(levels[:, :1]))  # from one to the next
+        rungs = levels.diff(
+            dim=1, prepend=torch.zeros_like(levels[:, :1])
+        )  # level k minus level k-1
         ctx.save_for_backward(v, theta, rungs)
         ctx.surrogate, ctx.slope = surrogate, slope
         pieces = [fused(v, _send)(v[rows], theta, levels, dtype) for rows in _in_cache(v)]
@@ -449,7 +451,7 @@ def _send(v, theta, levels, dtype):
     for sign, level in zip((1, -1), levels):
         for k in range(len(theta)):
             (torch.ge if sign > 0 else torch.le)(v, sign * theta[k], out=reached)
-            if k:  # in place of the neuron's below, exactly: that much was added
+            if k:  # takes back the level of the threshold below
                 q.addcmul_(reached, level[k - 1], value=-1)
             else:
                 fired += reached.sum((0, 1))
@@ -568,30 +570,27 @@ EVENT_RATE = 0.5  # share of rows above which reading all is as fast (float32; b
 
 
 def deliver(s, weight, report):
-    """The current s W (..., fan_out) of spikes s (..., fan_in) through weight (fan_in, fan_out).
-
-    One token without gradient reads only the rows of the neurons that fired.
-    """
+    """The current s W (..., fan_out) of spikes s (..., fan_in) through weight (fan_in, fan_out). One
+    token without gradient reads only the rows of the neurons that fired."""
     report.fed_by_spikes(fused(s, rate_of)(s.detach()), weight.shape[1])
     if s.numel() == len(weight) and not torch.is_grad_enabled():
         active = s.flatten().nonzero()[:, 0]
         if len(active) < EVENT_RATE * len(weight) or weight.dtype != s.dtype:
             return take_rows(weight, active, s.flatten()[active]).view(*s.shape[:-1], -1)
-    if weight.dtype != s.dtype and s.numel() > 64 * len(weight) and not has_bfloat16(s.device.type):
+    is_narrow = weight.itemsize < s.itemsize and s.numel() > 64 * len(weight)
+    if is_narrow and not has_bfloat16(s.device.type):
         weight = weight.to(s.dtype)  # multiplied faster than bfloat16 that is imitated
     return F.linear(s.to(weight.dtype), weight.t()).to(s.dtype)
 
 
 def take_rows(weight, active, level, texts=1):
-    """The sums of the rows that fired in each text, times their level: (texts, fan_out).
-
-    active: their numbers, ascending, and `fan_in` more with each text. A text alone has as many bags
-    as threads."""
+    """The sums of the rows that fired in each text, times their level: (texts, fan_out). active:
+    ascending flat indices into (texts, fan_in). One text has a bag per thread, from 64 rows on."""
     if texts == 1:
         bags = torch.get_num_threads() if len(active) >= 64 else 1
-        start = torch.arange(bags) * (len(active) // bags)
+        start = torch.arange(bags, device=active.device) * (len(active) // bags)
     else:
-        start = torch.searchsorted(active, torch.arange(texts) * len(weight))
+        start = torch.searchsorted(active, torch.arange(texts, device=active.device) * len(weight))
         active = active % len(weight)
     sums = torch.embedding_bag(weight, active, start, False, 0, False, level.to(weight.dtype))[0]
     return sums.to(level.dtype) if len(sums) == texts else sums.sum(0, True, dtype=level.dtype)

@@ -2,8 +2,8 @@
 
     tokens -> embed (binary spikes, or float) -> blocks -> readout -> logits by the tied embedding
 
-A token is one time step. `model(tokens, state)` is the only forward: it serves training,
-evaluation, prefill and generation. A text gives the same logits whole, split or token by token.
+A token is one time step. `model(tokens, state)` serves training, evaluation, prefill and
+generation. A text gives the same logits whole, split or token by token.
 Shapes: B sequences, T tokens, D width of the residual stream, E width of the embedding.
 """
 
@@ -27,7 +27,7 @@ STRESS_DECAY = 0.99  # per step, of the moving average that is the environment's
 
 
 @dataclass(frozen=True)
-class ModelConfig(*reversed(SETTINGS)):  # what the blocks bring, then:
+class ModelConfig(*reversed(SETTINGS)):  # the last base's settings come first; then:
     # model
     block: str = "sam"  # sam: Real Sam | whale: SpikeWhale | spark: NeuronSpark | snn | gpt
     vocab_size: int = 4096  # tokens the embedding has room for; the tokenizer may use fewer
@@ -153,9 +153,9 @@ class SpikingLM(nn.Module):
 
     @torch.no_grad()
     def prepare(self, dtype=torch.float32):
-        """For a model that is to write, and whose weights stay as they are: the matrices that spikes
-        read are stored in `dtype` (bfloat16: half the bytes); of block snn, one token is computed by
-        kernels.Events."""
+        """For generation. Stores the matrices fed by spikes in `dtype`; on a CPU, block snn without
+        traits then computes single tokens by kernels.Events. Call it last, and again after any change
+        of weights or device."""
         for part in self.modules():
             if isinstance(part, Synapse):
                 part.weight.data = part.weight.data.to(dtype)
@@ -163,7 +163,7 @@ class SpikingLM(nn.Module):
             self.embedding.weight.data = self.embedding.weight.data.to(dtype)
         alike = self.config.block == "snn" and len(self.parts) == len(self.blocks)
         if alike and self.config.spikes and self.stress.device.type == "cpu":
-            self.events = Events(self, dtype)
+            self.events = Events(self)
 
     def forward(self, tokens, state=None):
         """tokens (B, T) int64; state as returned by an earlier call, or None for silence.
@@ -214,7 +214,7 @@ class SpikingLM(nn.Module):
 
     def loss(self, logits, targets, report):
         """Cross-entropy in nats per token, and a dictionary of what training adds to it. The rate
-        penalty reads the rates that `observe` was told after the step before."""
+        penalty uses the rates of the step before, which `observe` keeps."""
         losses = dict(report.losses)
         if report.rates and self.config.rate_weight:
             losses["rates"] = self.rate_loss(report.rates)
@@ -250,7 +250,7 @@ class SpikingLM(nn.Module):
 
     @torch.no_grad()
     def observe(self, nats, rates):
-        """What training tells the neurons beside gradients: stress (Real Sam) and their rates.
+        """Keep what training feeds back beside gradients: stress (Real Sam) and firing rates.
 
         stress = moving average of nats / ln(vocabulary), within 0..1; no formula is published, this
         one is ours. rates: spikes per neuron and token of the step, of all layers, for the penalty

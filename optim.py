@@ -88,7 +88,9 @@ def make_optimizers(c, model, device):
     kinds = {"vector": [], "table": [], "matrix": [], "end": []}
     for name, p in model.named_parameters():
         kind = "table" if p in tables else "end" if p in ends else "matrix"
-        vector = "vector" if name.endswith(model.blocks[0].neurons) else "table"  # lr, no decay
+        vector = (
+            "vector" if name.endswith(model.blocks[0].neurons) else "table"
+        )  # else plain lr, as tables have
         kinds[vector if p.dim() < 2 else kind].append(p)
 
     def group(params, lr, decay):
@@ -111,10 +113,7 @@ def make_optimizers(c, model, device):
     inside = [group(matrices, lr, decay)]
     if chosen.kind is Muon:
         inside = [
-            {
-                **group([p for p in matrices if (p in synapses) == x], lr, decay),
-                "rows_are_inputs": x,
-            }
+            group([p for p in matrices if (p in synapses) == x], lr, decay) | {"rows_are_inputs": x}
             for x in (False, True)
         ]
     if chosen.kind is AdamW:

@@ -164,8 +164,8 @@ class Position:
 def train_step(model, optimizers, x, y, c, run):
     """One optimiser step on this process's tokens x and targets y (rows, length).
 
-    They go through in pieces of micro_tokens; gradients add up, and processes average them at the
-    last piece. Targets that are IGNORED do not count.
+    They go through in micro-batches of micro_tokens; gradients add up, and processes average them
+    at the last one. Targets that are IGNORED do not count.
     Returns, of all processes, the nats per token, the norm of the gradient and the rates of all
     neurons.
     """
@@ -183,7 +183,7 @@ def train_step(model, optimizers, x, y, c, run):
                 nats, others = raw.loss(logits, y_now, report)
             (nats * share_of_nats + sum(others.values()) * share).backward()
         nats_mean += nats.detach() * share_of_nats
-        rates += torch.cat(report.rates or [rates]).detach() * share
+        rates += torch.cat(report.rates or [rates]).detach() * share  # `or`: no neurons
     norm = torch.nn.utils.clip_grad_norm_(raw.parameters(), CLIP)
     for optimizer in optimizers:
         optimizer.step()

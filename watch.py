@@ -168,13 +168,13 @@ class Speaker:
             ids.append(token)
             held.append((self.read([token], own=True), before))
             said = "".join(event["text"] for event, _ in held)
-            if until and until in said:  # as if it had not begun to say it
+            if until and until in said:  # undo every token that reaches into `until`
                 whole = said[: said.find(until)]
                 while len(said) > len(whole):
                     event, before = held.pop()
                     vars(self).update(before)
                     said = said[: len(said) - len(event["text"])]
-                self.decoder.reset()
+                self.decoder.reset()  # and say again what the last of them held before it
                 held += [(self.read([i], own=True), None) for i in encode(whole[len(said) :])]
                 break
             if not until or not any(said.endswith(until[:k]) for k in range(1, len(until))):

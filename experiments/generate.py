@@ -37,16 +37,17 @@ def generate(
     """Milliseconds per token, early and late in one long text, batch 1; memory of the process.
 
     Block snn runs four times: events in float32 and with bfloat16 rows, dense, and beside a
-    transformer of its own size; on a CPU also beside llama.cpp, if it is installed, and beside the
-    time that memory takes to read the rows that fire. It also reads a prompt, and writes 1, 4 and
-    16 texts at once.
+    transformer of its own size, beside the time that memory takes to read the rows that fire, and on
+    a CPU beside llama.cpp, if it is installed, which begins a new text at each turn. It also reads a
+    prompt, and writes 1, 4 and 16 texts at once.
     """
     if tokens < 1:
         raise ValueError(f"tokens must be at least 1, got {tokens}")
     if ckpt:
         c = replace(c, **asdict(build(load_checkpoint(ckpt)).config))
     models, texts, streams, skipped, piece = {}, {}, {}, {}, min(20, tokens)
-    for name, (settings, half, events) in generators_of(c, against).items():
+    ways = generators_of(c, against)
+    for name, (settings, half, events) in ways.items():
         is_trained = ckpt and settings is c  # not the transformer beside it
         torch.manual_seed(c.seed)
         model = build(load_checkpoint(ckpt)) if is_trained else SpikingLM(settings)
@@ -64,18 +65,19 @@ def generate(
     if c.block == "snn" and against and run.device.type == "cpu":
         for kind in ("Q4_0", "Q8_0"):
             try:
-                peer = Llama(kind, size_of(models[OURS]), c.n_hidden, c.vocab_size, c.threads)
+                threads, size = torch.get_num_threads(), size_of(models[OURS])
+                peer = Llama(kind, size, c.n_hidden, c.vocab_size, threads)
             except (ImportError, ValueError) as error:
                 skipped[f"llama.cpp, {kind}"] = str(error)
                 continue
             peers[f"llama.cpp, {kind}"], streams[f"llama.cpp, {kind}"] = peer, partial(peer, piece)
-    speed = bandwidth() if c.block == "snn" else None
+    speed = bandwidth(run.device) if c.block == "snn" else None
     early = summary(take_turns(streams, c.rounds, c.warmup, run.device), OURS)
     drawn = 2 * piece * (c.rounds + c.warmup)  # a turn runs twice
     end, early_mb = max(drawn, tokens), memory_mb()
-    for once in streams.values():
+    for name in models:
         for _ in range(max(0, tokens - drawn) // piece):
-            once()
+            streams[name]()
     late = summary(take_turns(streams, c.rounds, 0, run.device), OURS)
     late_mb, rows = memory_mb(), {}
     for name, model in (models | peers).items():
@@ -84,8 +86,10 @@ def generate(
         row["late_ms_per_token"] = late[name]["median_ms"] / piece
         if name in models and model.config.block == "snn" and model.config.spikes:
             row["triggered"] = triggered_share(model, list(islice(texts[name], 64)))
-            of_rows = row["triggered"] * row["gigabytes"]  # nearly all of them are such rows
-            row["to_limit"] = row["late_ms_per_token"] / (1e3 * of_rows / speed)
+            read = row["gigabytes"] * (
+                row["triggered"] if ways[name][2] else 1
+            )  # nearly all is rows
+            row["to_limit"] = row["late_ms_per_token"] / (1e3 * read / speed)
     columns = {"early_ms_per_token": ".2f", "late_ms_per_token": ".2f", "ratio": ".2f"}
     columns |= {"triggered": ".1%", "to_limit": ".2f", "gigabytes": ".2f", "parameters": ",d"}
     show(f"early: the first {drawn} tokens; late: after {end}", rows, columns, skipped)
@@ -94,7 +98,7 @@ def generate(
     result = {"what": what, "late": end, "contestants": rows, "skipped": skipped}
     if c.block == "snn" and c.spikes and against:
         result |= {"read_gb_per_s": speed, "many": many(models, c, run)}
-        print(f"memory is read at {speed:.1f} GB/s; the limit is the time of the rows that fire")
+        print(f"memory is read at {speed:.1f} GB/s; to_limit: times what reading the rows takes")
         result["operations"] = operations(OURS, streams[OURS])
     return result | {"early_mb": early_mb, "late_mb": late_mb}
 
@@ -106,9 +110,9 @@ def sizes(model):
     return {"parameters": size_of(model), "gigabytes": gigabytes}
 
 
-def bandwidth():
-    """Gigabytes per second that all threads together read from memory: the best of five."""
-    x = torch.ones(2**26)  # more than any cache holds
+def bandwidth(device):
+    """Gigabytes per second that a device reads from its memory, all threads together: best of five."""
+    x = torch.ones(2**26, device=device)  # more than any cache holds
     return x.nbytes / 1e9 / min(seconds(x.sum, x.device) for _ in range(5))
 
 
@@ -117,15 +121,17 @@ def many(models, c, run, length=512):
     """Tokens per second: of a prompt, and of several texts at once by events and dense, in turns."""
     prompt = torch.randint(c.vocab_size, (1, length), device=run.device)
     contestants = {f"prompt, {name}": partial(model, prompt) for name, model in models.items()}
-    counts, ours = dict.fromkeys(contestants, length), models[OURS]
-    ways = {"events": ours, "dense": models.get("ours, float32, dense")}
+    counts, ours = dict.fromkeys(contestants, length), models["ours, float32"]
+    dense = models["ours, float32, dense"]  # the same weights
     for B in (1, 4, 16):
         if ours.events is None or B > ours.events.texts:  # it would take the dense way itself
             break
-        token, state = torch.zeros(B, 1, dtype=torch.long), ours(prompt[:, :1].expand(B, -1))[1]
-        for name, model in ways.items():
-            contestants[f"{B} texts, {name}"] = partial(model, token, state)
-            counts[f"{B} texts, {name}"] = B
+        told = torch.randint(c.vocab_size, (B, 129))
+        token, state = told[:, 128:], dense(told[:, :128])[1]  # membranes have filled
+        for way, model in {"events": ours, "dense": dense}.items():
+            tokens = iter(partial(model, token, state), None)
+            contestants[f"{B} texts, {way}"] = partial(draw, tokens, 1, way == "events")
+            counts[f"{B} texts, {way}"] = B
     times = summary(
         take_turns(contestants, min(3, c.rounds), 0, run.device), next(iter(contestants))
     )

@@ -71,8 +71,8 @@ class Llama:
     def __init__(self, kind, parameters, width, vocab, threads):
         import xllamacpp
 
-        if width % HEAD:
-            raise ValueError(f"takes a width that is a multiple of {HEAD}, not {width}")
+        if width % 128 or vocab < 259:  # so that all rows fall into blocks of 32 weights
+            raise ValueError("takes widths that are multiples of 128, and at least 259 tokens")
         one = size_of(tensors(width, vocab, 1)) - size_of(tensors(width, vocab, 0))
         layers = max(1, round((parameters - size_of(tensors(width, vocab, 0))) / one))
         self.parameters = size_of(tensors(width, vocab, layers))

@@ -204,7 +204,7 @@ def test_llama_counts_its_weights():
 def test_generate_measures_many_texts_and_the_limit(monkeypatch, capsys):
     monkeypatch.setattr(writing, "set_rates", lambda model, rates: None)
     monkeypatch.setattr(writing, "trained_rates", lambda path: {})
-    monkeypatch.setattr(writing, "bandwidth", lambda: 0.001)
+    monkeypatch.setattr(writing, "bandwidth", lambda device: 0.001)
     monkeypatch.setattr(writing, "take_turns", lambda runs, *_: {name: [2.0] for name in runs})
     peers = []
 

@@ -12,6 +12,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import check_model, leaves
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import blocks
 import config
@@ -19,7 +20,7 @@ from blocks import (
     Block, Population, fast_weights, fast_weights_reference, heads, rotate,
 )  # fmt: skip
 from kernels import Membranes, lif, read_rows
-from lif import Linear, Report, Synapse
+from lif import Linear, Report, Synapse, take_rows
 from model import ModelConfig, SpikingLM, pick, spike_encode
 from optim import make_optimizers
 from train import Run, TrainConfig, train_step
@@ -773,3 +774,11 @@ def test_a_new_block_needs_an_entry_and_nothing_else(cls, more, monkeypatch):
     if model.head is not None:
         assert model.synop_share([torch.ones(16)]) == 1  # of the head, all that are counted
     assert len(list(islice(model.generate(x[:1]), 3))) == 3
+
+
+@pytest.mark.parametrize("texts", [1, 3])
+def test_rows_are_taken_on_any_device(texts):
+    with FakeTensorMode():  # tensors of a GPU that need none
+        active, level = (torch.zeros(90, dtype=x, device="cuda") for x in (torch.long, torch.float))
+        sums = take_rows(torch.zeros(100, 8, device="cuda"), active, level, texts)
+    assert sums.shape == (texts, 8) and sums.device.type == "cuda"
