@@ -214,6 +214,7 @@ def test_generate_measures_many_texts_and_the_limit(monkeypatch, capsys):
             raise ImportError("not here")
 
     monkeypatch.setattr(writing, "Llama", Peer)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
     result = writing.generate(load(f"{SNN} --head=spikes"), RUN, tokens=20)
     ours, size = result["contestants"]["ours"], result["contestants"]["ours"]["parameters"]
     assert peers == [("Q4_0", size, 32, 60, 2), ("Q8_0", size, 32, 60, 2)]
