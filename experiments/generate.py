@@ -117,7 +117,7 @@ def bandwidth(device):
 
 
 @torch.no_grad()
-def many(models, c, run, length=512):
+def many(models, c, run, length=256):
     """Tokens per second: of a prompt, and of several texts at once by events and dense, in turns."""
     prompt = torch.randint(c.vocab_size, (1, length), device=run.device)
     contestants = {f"prompt, {name}": partial(model, prompt) for name, model in models.items()}

@@ -224,7 +224,7 @@ def test_generate_measures_many_texts_and_the_limit(monkeypatch, capsys):
     assert ours["to_limit"] == pytest.approx(0.1 / read)
     rows = result["many"]
     assert (
-        rows["prompt, ours"]["tokens_per_s"] == 512 / 2 and "prompt, transformer, float32" in rows
+        rows["prompt, ours"]["tokens_per_s"] == 256 / 2 and "prompt, transformer, float32" in rows
     )
     assert rows["16 texts, events"]["tokens_per_s"] == rows["16 texts, dense"]["tokens_per_s"] == 8
     assert "llama.cpp, Q4_0" + " " * 14 + "skipped: not here" in capsys.readouterr().out
