@@ -65,14 +65,17 @@ def write(path, kind, width, vocab, layers):
 
 
 class Llama:
-    """A model of llama.cpp of about so many parameters; call it to generate so many tokens. An
-    ImportError or a ValueError says why it cannot be."""
+    """A llama.cpp model with about the given number of parameters; `model(tokens)` generates that
+    many tokens.
+
+    Raises ImportError if a package is missing, ValueError if the sizes do not suit llama.cpp.
+    """
 
     def __init__(self, kind, parameters, width, vocab, threads):
         import xllamacpp
 
         if width % 128 or vocab < 259:  # so that all rows fall into blocks of 32 weights
-            raise ValueError("takes widths that are multiples of 128, and at least 259 tokens")
+            raise ValueError("width must be a multiple of 128, vocabulary at least 259 tokens")
         one = size_of(tensors(width, vocab, 1)) - size_of(tensors(width, vocab, 0))
         layers = max(1, round((parameters - size_of(tensors(width, vocab, 0))) / one))
         self.parameters = size_of(tensors(width, vocab, layers))
