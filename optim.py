@@ -88,9 +88,8 @@ def make_optimizers(c, model, device):
     kinds = {"vector": [], "table": [], "matrix": [], "end": []}
     for name, p in model.named_parameters():
         kind = "table" if p in tables else "end" if p in ends else "matrix"
-        vector = (
-            "vector" if name.endswith(model.blocks[0].neurons) else "table"
-        )  # else plain lr, as tables have
+        # vectors of neurons have a rate of their own; others take the tables' plain lr
+        vector = "vector" if name.endswith(model.blocks[0].neurons) else "table"
         kinds[vector if p.dim() < 2 else kind].append(p)
 
     def group(params, lr, decay):
