@@ -421,9 +421,8 @@ class _Population(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, v, theta, levels, surrogate, slope, dtype):
-        rungs = levels.diff(
-            dim=1, prepend=torch.zeros_like(levels[:, :1])
-        )  # level k minus level k-1
+        # level k minus level k-1
+        rungs = levels.diff(dim=1, prepend=torch.zeros_like(levels[:, :1]))
         ctx.save_for_backward(v, theta, rungs)
         ctx.surrogate, ctx.slope = surrogate, slope
         pieces = [fused(v, _send)(v[rows], theta, levels, dtype) for rows in _in_cache(v)]
@@ -497,7 +496,7 @@ def population(v, theta, levels, surrogate="triangle", slope=None, dtype=None):
     second one's neurons watch -v. The gradient passes each threshold by the surrogate; with the
     triangle their sum is nearly constant where slope * (spacing of theta) is nearly 1.
 
-    Returns sent (B, T, N), in `dtype` or v's, and the spikes per population and step (N,).
+    Returns sent (B, T, N), in `dtype` or v's, and spikes per population and step (N,), with gradient.
     """
     chosen = entry(SURROGATES, "surrogate", surrogate)
     slope = chosen.slope if slope is None else slope
