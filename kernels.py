@@ -1,5 +1,5 @@
-"""Fast forms: the scan of lif.py in Triton; `lif`, which picks Triton or PyTorch; one token of block
-snn by events, on a CPU.
+"""Fast forms: the scan of lif.py in Triton; `lif`, which picks Triton or PyTorch; one token of
+block snn by events, on a CPU.
 
     pre = beta * v + I + s W            # charge
     s   = 1 if pre >= theta else 0      # fire
@@ -498,10 +498,10 @@ def obstacle_to(current, w_rec=None, **options):
 
 # ---- one token by events ----------------------------------------------------------------------
 #
-# SpikingLM.forward of block snn for a single token, on a CPU, without gradient. A silent neuron costs
-# nothing: of a matrix, and of the fast weights, only the rows of neurons that fired are read. What
-# depends on weights alone is computed once, and operations are few: with one token each of them costs
-# more than what it computes. B texts, D width of the residual stream.
+# SpikingLM.forward of block snn for a single token, on a CPU, without gradient. A silent neuron
+# costs nothing: of a matrix, and of the fast weights, only the rows of neurons that fired are read.
+# What depends on weights alone is computed once, and operations are few: with one token each of
+# them costs more than what it computes. B texts, D width of the residual stream.
 
 EVENT_TEXTS = 8  # texts at once * share of synapses triggered: above this, dense is as fast
 SMALL = torch.tensor(1e-3)  # as in lif.rms, where its square is eps
@@ -603,12 +603,12 @@ class Membranes:
 
 
 def read_rows(read, written, values, gamma, S, owed):
-    """blocks.fast_weights for one token. Decay is lazy: `owed` holds the product of gammas that a row
-    has not been multiplied by yet.
+    """blocks.fast_weights for one token. Decay is lazy: `owed` holds the product of gammas that a
+    row has not been multiplied by yet.
 
     read, written: ascending flat indices into (B, heads, keys) of the query and key neurons that
     fired, and their levels; values (B * heads, width), gamma (heads, keys). State: S as there, and
-    owed (B, heads, keys); S_t of the equations is owed * S. Returns o, shaped like values, and both.
+    owed (B, heads, keys); S_t of the equations is owed * S. Returns o (B * heads, width), S, owed.
     """
     (read, q), (written, k) = read, written
     rows, owed = S.flatten(0, 2), owed * gamma

@@ -496,7 +496,7 @@ def population(v, theta, levels, surrogate="triangle", slope=None, dtype=None):
     second one's neurons watch -v. The gradient passes each threshold by the surrogate; with the
     triangle their sum is nearly constant where slope * (spacing of theta) is nearly 1.
 
-    Returns sent (B, T, N), in `dtype` or v's, and spikes per population and step (N,), with gradient.
+    Returns sent (B, T, N), in `dtype` or v's, and spikes per population and step (N,), with grad.
     """
     chosen = entry(SURROGATES, "surrogate", surrogate)
     slope = chosen.slope if slope is None else slope
@@ -569,8 +569,8 @@ EVENT_RATE = 0.5  # share of rows above which reading all is as fast (float32; b
 
 
 def deliver(s, weight, report):
-    """The current s W (..., fan_out) of spikes s (..., fan_in) through weight (fan_in, fan_out). One
-    token without gradient reads only the rows of the neurons that fired."""
+    """The current s W (..., fan_out) of spikes s (..., fan_in) through weight (fan_in, fan_out).
+    One token without gradient reads only the rows of the neurons that fired."""
     report.fed_by_spikes(fused(s, rate_of)(s.detach()), weight.shape[1])
     if s.numel() == len(weight) and not torch.is_grad_enabled():
         active = s.flatten().nonzero()[:, 0]

@@ -154,7 +154,7 @@ class SpikingLM(nn.Module):
     @torch.no_grad()
     def prepare(self, dtype=torch.float32):
         """For generation. Stores the matrices fed by spikes in `dtype`; on a CPU, block snn without
-        traits then computes single tokens by kernels.Events. Call it last, and again after any change
+        traits then computes single tokens by kernels.Events. Call it last, and again after a change
         of weights or device."""
         for part in self.modules():
             if isinstance(part, Synapse):

@@ -36,16 +36,16 @@ def generate(
 ):
     """Milliseconds per token, early and late in one long text, batch 1; memory of the process.
 
-    Block snn runs four times: events in float32 and with bfloat16 rows, dense, and beside a
-    transformer of its own size, beside the time that memory takes to read the rows that fire, and on
-    a CPU beside llama.cpp, if it is installed, which begins a new text at each turn. It also reads a
-    prompt, and writes 1, 4 and 16 texts at once.
+    Block snn writes by events, in float32 and with rows in bfloat16, and dense. Beside it write a
+    transformer of its size and, on a CPU, llama.cpp if it is installed (a new text at each turn).
+    `to_limit` compares with the time that memory takes to read the rows that fire. Then all read a
+    prompt, and block snn writes 1, 4 and 16 texts at once.
     """
     if tokens < 1:
         raise ValueError(f"tokens must be at least 1, got {tokens}")
     if ckpt:
         c = replace(c, **asdict(build(load_checkpoint(ckpt)).config))
-    models, texts, streams, skipped, piece = {}, {}, {}, {}, min(20, tokens)
+    models, texts, streams, piece = {}, {}, {}, min(20, tokens)
     ways = generators_of(c, against)
     for name, (settings, half, events) in ways.items():
         is_trained = ckpt and settings is c  # not the transformer beside it
@@ -61,16 +61,10 @@ def generate(
             model.prepare(torch.bfloat16 if half else torch.float32)
         texts[name] = model.generate(torch.zeros(1, 1, dtype=torch.long, device=run.device))
         streams[name] = partial(draw, texts[name], piece, events)
-    peers = {}
+    peers, skipped = {}, {}
     if c.block == "snn" and against and run.device.type == "cpu":
-        for kind in ("Q4_0", "Q8_0"):
-            try:
-                threads, size = torch.get_num_threads(), size_of(models[OURS])
-                peer = Llama(kind, size, c.n_hidden, c.vocab_size, threads)
-            except (ImportError, ValueError) as error:
-                skipped[f"llama.cpp, {kind}"] = str(error)
-                continue
-            peers[f"llama.cpp, {kind}"], streams[f"llama.cpp, {kind}"] = peer, partial(peer, piece)
+        peers, skipped = llamas(c, size_of(models[OURS]))
+    streams |= {name: partial(peer, piece) for name, peer in peers.items()}
     speed = bandwidth(run.device) if c.block == "snn" else None
     early = summary(take_turns(streams, c.rounds, c.warmup, run.device), OURS)
     drawn = 2 * piece * (c.rounds + c.warmup)  # a turn runs twice
@@ -86,10 +80,8 @@ def generate(
         row["late_ms_per_token"] = late[name]["median_ms"] / piece
         if name in models and model.config.block == "snn" and model.config.spikes:
             row["triggered"] = triggered_share(model, list(islice(texts[name], 64)))
-            read = row["gigabytes"] * (
-                row["triggered"] if ways[name][2] else 1
-            )  # nearly all is rows
-            row["to_limit"] = row["late_ms_per_token"] / (1e3 * read / speed)
+            share = row["triggered"] if ways[name][2] else 1  # of the weights, nearly all are rows
+            row["to_limit"] = row["late_ms_per_token"] / (1e3 * share * row["gigabytes"] / speed)
     columns = {"early_ms_per_token": ".2f", "late_ms_per_token": ".2f", "ratio": ".2f"}
     columns |= {"triggered": ".1%", "to_limit": ".2f", "gigabytes": ".2f", "parameters": ",d"}
     show(f"early: the first {drawn} tokens; late: after {end}", rows, columns, skipped)
@@ -103,6 +95,18 @@ def generate(
     return result | {"early_mb": early_mb, "late_mb": late_mb}
 
 
+def llamas(c, size):
+    """({name: Llama of about `size` parameters}, {name: why it is skipped})."""
+    peers, skipped = {}, {}
+    for kind in ("Q4_0", "Q8_0"):
+        try:
+            peer = Llama(kind, size, c.n_hidden, c.vocab_size, torch.get_num_threads())
+            peers[f"llama.cpp, {kind}"] = peer
+        except (ImportError, ValueError) as error:
+            skipped[f"llama.cpp, {kind}"] = str(error)
+    return peers, skipped
+
+
 def sizes(model):
     if isinstance(model, Llama):
         return {"parameters": model.parameters, "gigabytes": model.bytes / 1e9}
@@ -111,14 +115,14 @@ def sizes(model):
 
 
 def bandwidth(device):
-    """Gigabytes per second that a device reads from its memory, all threads together: best of five."""
+    """Gigabytes per second that a device reads from its memory, with all threads: best of five."""
     x = torch.ones(2**26, device=device)  # more than any cache holds
     return x.nbytes / 1e9 / min(seconds(x.sum, x.device) for _ in range(5))
 
 
 @torch.no_grad()
 def many(models, c, run, length=256):
-    """Tokens per second: of a prompt, and of several texts at once by events and dense, in turns."""
+    """Tokens per second of a prompt, and of several texts at once, by events and dense."""
     prompt = torch.randint(c.vocab_size, (1, length), device=run.device)
     contestants = {f"prompt, {name}": partial(model, prompt) for name, model in models.items()}
     counts, ours = dict.fromkeys(contestants, length), models["ours, float32"]
@@ -132,11 +136,10 @@ def many(models, c, run, length=256):
             tokens = iter(partial(model, token, state), None)
             contestants[f"{B} texts, {way}"] = partial(draw, tokens, 1, way == "events")
             counts[f"{B} texts, {way}"] = B
-    times = summary(
-        take_turns(contestants, min(3, c.rounds), 0, run.device), next(iter(contestants))
-    )
+    turns = take_turns(contestants, min(3, c.rounds), 0, run.device)
+    times = summary(turns, next(iter(contestants)))
     rows = {
-        name: {"tokens_per_s": counts[name] / row["median_ms"] * 1e3} for name, row in times.items()
+        name: {"tokens_per_s": 1e3 * n / times[name]["median_ms"]} for name, n in counts.items()
     }
     show("tokens per second", rows, {"tokens_per_s": ",.1f"})
     return rows

@@ -217,9 +217,9 @@ def test_results_say_where_they_come_from():
 # ---- the budget ------------------------------------------------------------------------------
 
 CEILINGS = {  # lowered as the code shrinks, never raised; lines, where it says nothing else
-    "all files": 7630,
-    "largest file": 646,
-    "afternoon path": 3022,
+    "all files": 7628,
+    "largest file": 645,
+    "afternoon path": 3021,
     "number of files": 20,
     "settings": 77,
     "longest function of train.py": 58,

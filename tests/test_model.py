@@ -347,7 +347,7 @@ def test_twin_of_snn_is_the_same_block_with_floats():
 @pytest.mark.parametrize("head, B", [("float", 1), ("spikes", 1), ("spikes", 3)])
 @torch.no_grad()
 def test_a_prepared_model_writes_as_it_reads(head, B):
-    """One token by events = the forward, whichever state it goes on from; and so is what it tells."""
+    """One token by events = the forward, whichever state it goes on from; and so is its report."""
     model = model_of(shrunk("snn_6m.py", head=head, n_embd=16, n_hidden=16)).double()
     for p in model.parameters():
         if p.dim() < 2:  # of neurons: no two are alike
