@@ -79,7 +79,7 @@ def recurrent(n, heads):
     return uniform(n // heads, n, n // heads) if heads else None
 
 
-def heads(w):
+def by_head(w):
     """w (N, d) as the scan's (N/d, d, d), in the dtype of autocast, as of any other matrix."""
     if w is None:
         return None
@@ -89,7 +89,7 @@ def heads(w):
 def run_neurons(c, current, beta, theta, w_rec, state, report, **options):
     """`lif` as the config c has it; counts the spikes and what they trigger through w_rec."""
     s, membrane, state = lif(
-        current, beta, theta, heads(w_rec), state,
+        current, beta, theta, by_head(w_rec), state,
         surrogate=c.surrogate, slope=c.slope, reset=c.reset, reset_grad=c.reset_grad, **options,
     )  # fmt: skip
     rate = report.fired(s)

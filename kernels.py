@@ -455,7 +455,7 @@ def lif(current, beta, theta, w_rec=None, state=None, **options):
     """
     scan, taken = choose(lif_triton, lif_torch, current, w_rec, **options)
     result = scan(current, beta, theta, w_rec, state, **options)
-    note(taken)
+    remember(taken)
     return result
 
 
@@ -471,7 +471,7 @@ def choose(in_triton, in_torch, x, w_rec=None, **options):
     return in_torch, f"lif: torch ({device})" + (f", as {obstacle}" if obstacle else "")
 
 
-def note(line):
+def remember(line):
     _taken[line] = None
 
 

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
 from blocks import Block, block
-from kernels import choose, load, note, obstacle_to, surrogate_grad, tl, triton
+from kernels import choose, load, obstacle_to, remember, surrogate_grad, tl, triton
 from lif import Linear, lif_torch
 
 CHANNELS = 256  # neurons of a program: loads ahead of time bring 4 bytes per thread, or more
@@ -343,7 +343,7 @@ def plif(x, b, t, a=None, v=None, **options):
     """The neurons of plif_torch on the backend that suits, chosen as for `lif`."""
     scan, taken = choose(plif_triton, plif_torch, x)
     result = scan(x, b, t, a, v, **options)
-    note(taken)
+    remember(taken)
     return result
 
 

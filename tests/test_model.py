@@ -17,7 +17,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 import blocks
 import config
 from blocks import (
-    Block, Population, fast_weights, fast_weights_reference, heads, rotate,
+    Block, Population, by_head, fast_weights, fast_weights_reference, rotate,
 )  # fmt: skip
 from kernels import Membranes, lif, read_rows
 from lif import Linear, Report, Synapse, take_rows
@@ -684,10 +684,10 @@ def test_generation_draws_from_the_tokens_there_are():
 
 def test_recurrent_synapses_are_multiplied_in_the_dtype_of_autocast():
     w = torch.randn(8, 4)
-    assert heads(w).dtype == torch.float32 and heads(None) is None
+    assert by_head(w).dtype == torch.float32 and by_head(None) is None
     with torch.autocast("cpu", torch.bfloat16):
-        assert heads(w).dtype == torch.bfloat16
-    assert torch.equal(heads(w)[1], w[4:])
+        assert by_head(w).dtype == torch.bfloat16
+    assert torch.equal(by_head(w)[1], w[4:])
 
 
 @pytest.mark.parametrize(
