@@ -171,8 +171,7 @@ class MembraneReadout(nn.Module):
         h = torch.tanh(torch.cat(seen.membranes, -1))
         if self.decay:
             beta = torch.full_like(h[0, 0], self.decay, dtype=torch.float32)
-            current = (1 - self.decay) * h
-            _, h, state = lif(current, beta, torch.ones_like(beta), state=state, reset="none")
+            _, h, state = lif((1 - self.decay) * h, beta, None, state=state, reset="none")
         return self.mix(h, report), state
 
 
@@ -233,7 +232,8 @@ class WhaleBlock(Block):
 
 def charge(z, gain, bias, beta):
     """The current of populations: sqrt(1 - beta^2) keeps the membrane's variance."""
-    return (1 - beta**2).sqrt() * torch.addcmul(bias, gain, z)
+    scale = (1 - beta**2).sqrt()
+    return torch.addcmul(scale * bias, scale * gain, z)
 
 
 class Population(nn.Module):
@@ -259,11 +259,12 @@ class Population(nn.Module):
         beta = torch.sigmoid(self.beta_logit)
         current = fused(z, charge)(z, self.gain, self.bias, beta)
         state = None if v is None else (v, v)  # the second are the spikes, which nothing reads
-        _, v_all, (v, _) = lif(current, beta, torch.ones_like(beta), state=state, reset="none")
+        _, v_all, (v, _) = lif(current, beta, None, state=state, reset="none")
         if not c.spikes:
             return (v_all if self.signed else F.relu(v_all)).to(z.dtype), v
         if self.training and c.noise:
-            v_all = v_all + c.noise * c.theta * (torch.rand_like(v_all) - 0.5)
+            half = c.noise * c.theta / 2
+            v_all = v_all + torch.empty_like(v_all).uniform_(-half, half)
         levels = self.levels.view(1 + self.signed, c.levels, -1)
         dtype = dtype_of_products(z)
         sent, rate = population(v_all, self.theta, levels, c.surrogate, c.slope, dtype)
@@ -300,7 +301,7 @@ class SNNBlock(Block):
         self.index = index
         self.a = Population(D, c, True, c.beta_high)
         self.h = Population(N, c, False, c.beta_high)
-        self.w_in, self.w_out = matrix(c, D, N), matrix(c, N, D)
+        self.w_in, self.w_out = spike_fed(c, D, N), spike_fed(c, N, D)
         nn.init.normal_(self.w_in.weight, std=D**-0.5)
         nn.init.normal_(self.w_out.weight, std=0.5 / math.sqrt(c.n_layer * N))
         mix = self.mix = FastWeights(c)
@@ -313,8 +314,9 @@ class SNNBlock(Block):
         state, now = state or {}, {}
         z = rms(x)
         a, now["a"] = self.a(z, state.get("a"), report)
+        current = self.w_in(a, report)
         found, now["mix"] = self.mix(a, z, state.get("mix"), report)
-        h, now["h"] = self.h(self.w_in(a, report), state.get("h"), report)
+        h, now["h"] = self.h(current, state.get("h"), report)
         fed = self.w_out(h, report)
         if x.shape[1] > 1 and not torch.is_grad_enabled():  # of the block's two updates
             norms = [y.norm(dim=-1).mean() for y in (found, fed)]
@@ -322,7 +324,7 @@ class SNNBlock(Block):
         return x + fed + found, now
 
 
-def matrix(c, fan_in, fan_out):
+def spike_fed(c, fan_in, fan_out):
     """A matrix of block snn: fed by spikes, in the float control by floats."""
     return (Synapse if c.spikes else Linear)(fan_in, fan_out, bias=False)
 
@@ -343,7 +345,7 @@ class FastWeights(nn.Module):
         super().__init__()
         c, D, K = config, config.n_hidden, config.n_head * config.keys
         self.config, self.width = c, D // c.n_head + 1  # of a row
-        self.w_qk, self.w_o = matrix(c, D, 2 * K), matrix(c, D, D)
+        self.w_qk, self.w_o = spike_fed(c, D, 2 * K), spike_fed(c, D, D)
         nn.init.normal_(self.w_qk.weight, std=D**-0.5)
         nn.init.normal_(self.w_o.weight, std=0.5 / math.sqrt(c.n_layer * D))
         self.q, self.k = (Population(K, c, False, c.beta_high) for _ in range(2))
@@ -353,8 +355,8 @@ class FastWeights(nn.Module):
 
     def forward(self, a, z, state, report):  # spikes a, floats z (B, T, D) -> (B, T, D)
         c, state, now = self.config, state or {}, {}
-        q, k = in_heads(self.w_qk(a, report), c.n_head, 2)
-        q, k = (rms(y).transpose(1, 2).flatten(2) for y in (q, k))  # (B, T, heads * keys)
+        qk = self.w_qk(a, report).unflatten(-1, (2, c.n_head, c.keys))
+        q, k = rms(qk).flatten(3).unbind(2)  # (B, T, heads * keys)
         q, now["q"] = self.q(q, state.get("q"), report)
         k, now["k"] = self.k(k, state.get("k"), report)
         if c.spikes:

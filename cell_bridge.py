@@ -14,7 +14,6 @@ Shapes: G genes read out, n perturbed genes (the pool), N neurons.
 """
 
 import functools
-import io
 import json
 import signal
 import sys
@@ -364,9 +363,8 @@ def main(argv):
             "table": table,
         }
         pool = {"programs": list(PROGRAMS), "genes": screen.perturbations, "scores": scores}
-        file = io.BytesIO()  # torch.save itself would hide what a full disk says
-        torch.save(pool | {"cell": cell.state_dict()} | result, file)
-        Path(c.out).write_bytes(file.getvalue())
+        with config.whole_file(c.out) as file:
+            torch.save(pool | {"cell": cell.state_dict()} | result, file)
         if c.result:
             Path(c.result).write_text(json.dumps(result, indent=1) + "\n")
         print(*(f"wrote {path}" for path in (c.out, c.result) if path), sep="\n")

@@ -426,11 +426,12 @@ def lif_triton(current, beta, theta, w_rec=None, state=None, **options):
     ValueError if Triton is not installed, for tensors on the CPU without TRITON_INTERPRET=1, for
     float64, for heads of more than MAX_HEAD neurons, and for a surrogate or reset without a branch.
     """
-    tensors, o = check(current, beta, theta, w_rec, state, **options)
+    (_, _, _, *rest), o = check(current, beta, theta, w_rec, state, **options)
     obstacle = obstacle_to(current, w_rec, surrogate=o.surrogate, reset=o.reset)
     if obstacle:
         raise obstacle
-    spikes, kept, *state = _forward(*tensors, *o)
+    theta = torch.full_like(beta, 1e15) if theta is None else theta  # no membrane reaches it
+    spikes, kept, *state = _forward(current, beta, theta, *rest, *o)
     return spikes, kept if o.membrane else None, tuple(state)
 
 

@@ -12,7 +12,7 @@ Glossary. B sequences, T time steps (tokens), N neurons, H heads of N/H neurons 
     symbol   name        shape              meaning
     I        current     (B, T, N)          what the synapses deliver in a step
     beta     beta        (N,) or (B, T, N)  decay of the membrane per step, 0..1
-    theta    theta       (N,) or (B, T, N)  firing threshold
+    theta    theta       (N,) or (B, T, N)  firing threshold; None: they charge and never fire
     W        w_rec       (H, N/H, N/H)      recurrent synapses, one row per presynaptic neuron;
                                             H = 1 is the full matrix, None is none
     pre      membrane    (B, T, N)          membrane before the reset
@@ -68,7 +68,7 @@ def lif_reference(current, beta, theta, w_rec=None, state=None, **options):
     soft, reset = SURROGATES[o.surrogate].soft, RESETS[o.reset].after
     for I_t, beta_t, theta_t in zip(I.unbind(1), steps_of(beta, T), steps_of(theta, T)):
         pre = beta_t * v + I_t + (0 if w is None else times(s, w))  # charge
-        s = fire(pre - theta_t, soft(pre - theta_t, o.slope))  # fire
+        s = fire(pre - theta_t, soft(pre - theta_t, o.slope)) if theta_t is not None else 0 * v
         v = reset(pre, theta_t, s if o.reset_grad else s.detach())  # reset
         v = softclamp(v, o.clamp) if o.clamp else v
         spikes.append(s)
@@ -87,7 +87,7 @@ def steps_of(x, T):
 
     unbind once: x[:, t] in a loop costs an autograd node and a Python call per step.
     """
-    return x.unbind(1) if x.dim() == 3 else [x] * T
+    return x.unbind(1) if x is not None and x.dim() == 3 else [x] * T
 
 
 def times(s, w):
@@ -117,7 +117,7 @@ def check(
         raise ValueError(f"current must be (B, T, N) and not empty, got {tuple(current.shape)}")
     B, T, N = current.shape
     for name, x in (("beta", beta), ("theta", theta)):
-        if x.shape not in ((N,), (B, T, N)):
+        if x is not None and x.shape not in ((N,), (B, T, N)):
             raise ValueError(f"{name} must be ({N},) or {(B, T, N)}, got {tuple(x.shape)}")
     if w_rec is not None:
         H = w_rec.shape[0]
@@ -129,6 +129,8 @@ def check(
             raise ValueError(f"state must be two tensors {(B, N)}, got {tuple(x.shape)}")
     usual = entry(SURROGATES, "surrogate", surrogate).slope
     entry(RESETS, "reset", reset)
+    if theta is None and (reset != "none" or w_rec is not None):
+        raise ValueError("without theta there are no spikes: take reset='none' and no w_rec")
     if clamp < 0:
         raise ValueError(f"clamp must be 0 (off) or a positive bound, got {clamp}")
     slope = float(usual if slope is None else slope)
@@ -154,7 +156,8 @@ def at_full_precision(current, beta, theta, w_rec, v, s):
     """The membrane is never of 16 bits, nor is what is added to it; only products s W may be."""
     dtype = torch.promote_types(current.dtype, torch.float32)
     w = w_rec if w_rec is None or w_rec.dtype.itemsize == 2 else w_rec.to(dtype)
-    current, beta, theta, v, s = (x.to(dtype) for x in (current, beta, theta, v, s))
+    rest = current, beta, theta, v, s
+    current, beta, theta, v, s = (x if x is None else x.to(dtype) for x in rest)
     return current, beta, theta, w, v, s
 
 
@@ -162,10 +165,8 @@ def at_full_precision(current, beta, theta, w_rec, v, s):
 
 
 class Reset(NamedTuple):
-    """The membrane after the fire line, and the derivatives of that, for backward.
-
-    Each is a function of (pre, theta, s), element by element; a single number is broadcast.
-    """
+    """The membrane after the fire line and, for backward, the derivatives of that: functions of
+    (pre, theta, s), element by element; a single number is broadcast."""
 
     after: Callable  # v
     by_pre: Callable  # dv/dpre
@@ -259,7 +260,8 @@ def lif_torch(current, beta, theta, w_rec=None, state=None, **options):
 def _scan(current, beta, theta, w_rec, v, s, options):
     """Spikes (B,T,N), membrane (B,T,N), v (B,N) of all steps: the forward pass, without graph."""
     B, T, N = current.shape
-    membrane, spikes = current.new_empty(B, T, N), current.new_empty(B, T, N)
+    membrane, silent = current.new_empty(B, T, N), current.new_zeros(()).expand(B, T, N)
+    spikes = silent if theta is None else torch.empty_like(membrane)
     if current.is_meta:  # a meta tensor has a shape and no numbers: there is nothing to loop for
         return spikes, membrane, v.clone()
     after = RESETS[options.reset].after
@@ -271,7 +273,8 @@ def _scan(current, beta, theta, w_rec, v, s, options):
         torch.addcmul(I_t, beta_t, v, out=pre)  # charge
         if w_rec is not None:
             _add_recurrent(pre, s, w_rec)
-        s = torch.ge(pre, theta_t, out=s_t)  # fire; a float output is faster than a mask
+        if theta is not None:
+            s = torch.ge(pre, theta_t, out=s_t)  # fire; a float output is faster than a mask
         v = after(pre, theta_t, s)  # reset
         v = softclamp(v, options.clamp) if options.clamp else v
     return spikes, membrane, v.clone()  # without a reset v is a part of `membrane`
@@ -357,7 +360,8 @@ class _Scan(torch.autograd.Function):
             now = slice(start, min(start + C, T))
             after = slice(start + 1, min(start + C + 1, T))  # one shorter in the block of step T-1
             n, m = now.stop - now.start, after.stop - after.start
-            pre, th, s = membrane[:, now], at_steps(theta, now), spikes[:, now]
+            pre, s = membrane[:, now], spikes[:, now]
+            th = 0 if theta is None else at_steps(theta, now)
             d_pre_now = d_pre[:, now]
             g = surrogate.grad(pre - th, slope)
             direct = torch.zeros_like(g) if d_spikes is None else g * d_spikes[:, now]
@@ -421,54 +425,49 @@ class _Population(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, v, theta, levels, surrogate, slope, dtype):
-        # level k minus level k-1
         rungs = levels.diff(dim=1, prepend=torch.zeros_like(levels[:, :1]))
         ctx.save_for_backward(v, theta, rungs)
         ctx.surrogate, ctx.slope = surrogate, slope
-        pieces = [fused(v, _send)(v[rows], theta, levels, dtype) for rows in _in_cache(v)]
-        sent, fired = zip(*pieces)
-        return torch.cat(sent) if len(sent) > 1 else sent[0], sum(fired) / v[..., 0].numel()
+        sent, fired = v.new_empty(v.shape, dtype=dtype), torch.zeros_like(v[0, 0])
+        for piece, out in zip(_in_cache(v), _in_cache(sent)):
+            fused(v, _send)(piece, theta, levels, out, fired)
+        return sent, fired / v[..., 0].numel()
 
     @staticmethod
     def backward(ctx, d_sent, d_rate):
         v, theta, rungs = ctx.saved_tensors
-        d_rate = d_rate / v[..., 0].numel()
-        back = fused(v, _send_back)
-        pieces = [
-            back(v[rows], theta, rungs, d_sent[rows], d_rate, ctx.surrogate.grad, ctx.slope)
-            for rows in _in_cache(v)
-        ]
-        d_v, d_rungs = zip(*pieces)
-        d_rungs = sum(d_rungs)
+        d_rate, d_v = d_rate / v[..., 0].numel(), v.new_empty(v.shape)
+        pieces = zip(_in_cache(v), _in_cache(d_sent), _in_cache(d_v))
+        back, how = fused(v, _send_back), (theta, rungs, d_rate, ctx.surrogate.grad, ctx.slope)
+        d_rungs = sum(back(*piece, *how) for piece in pieces)
         d_levels = d_rungs - F.pad(d_rungs[:, 1:], (0, 0, 0, 1))
-        return torch.cat(d_v) if len(d_v) > 1 else d_v[0], None, d_levels, None, None, None
+        return d_v, None, d_levels, None, None, None
 
 
-def _send(v, theta, levels, dtype):
-    """What a piece of v (B, T, N) sends, and how often its populations fired (N,)."""
-    q, reached, fired = torch.zeros_like(v), torch.empty_like(v), torch.zeros_like(v[0, 0])
+def _send(v, theta, levels, sent, fired):
+    """Write to `sent` what a piece of v (n, N) sends, and count in `fired` (N,) its spikes."""
+    q, reached = torch.zeros_like(v), torch.empty_like(v)
     for sign, level in zip((1, -1), levels):
         for k in range(len(theta)):
             (torch.ge if sign > 0 else torch.le)(v, sign * theta[k], out=reached)
-            if k:  # takes back the level of the threshold below
-                q.addcmul_(reached, level[k - 1], value=-1)
-            else:
-                fired += reached.sum((0, 1))
-            q.addcmul_(reached, level[k])
-    return q.to(dtype), fired
+            if k == 0:
+                fired += reached.sum(0)
+            torch.lerp(q, level[k], reached, out=q)  # where it is reached, this level instead
+    sent.copy_(q)
 
 
-def _send_back(v, theta, rungs, d_sent, d_rate, g, slope):
-    """The gradient by a piece of v, and by the step from each level to the next."""
-    d_q, d_v, d_rungs = d_sent.to(v.dtype), torch.zeros_like(v), []
-    reached = torch.empty_like(v)
+def _send_back(v, d_sent, d_v, theta, rungs, d_rate, g, slope):
+    """Write the gradient by a piece of v to d_v; returns that by the step to each level."""
+    d_q, d_rungs = d_sent.to(v.dtype), []
+    total, reached = torch.zeros_like(v), torch.empty_like(v)
     for sign, rung in zip((1, -1), rungs):
         for k in range(len(theta)):
             u = torch.add(-theta[k], v, alpha=sign)
-            d_rungs.append(torch.ge(u, 0, out=reached).mul_(d_q).sum((0, 1)))
+            d_rungs.append(torch.ge(u, 0, out=reached).mul_(d_q).sum(0))
             d_s = d_q * rung[k] + d_rate if k == 0 else d_q * rung[k]
-            d_v.addcmul_(d_s, g(u, slope), value=sign)
-    return d_v, torch.stack(d_rungs).view_as(rungs)
+            total.addcmul_(d_s, g(u, slope), value=sign)
+    d_v.copy_(total)
+    return torch.stack(d_rungs).view_as(rungs)
 
 
 def fused(x, function):
@@ -481,10 +480,10 @@ def _compiled(function):
     return torch.compile(function)
 
 
-def _in_cache(v):
-    """Slices over the sequences of v (B, T, N), on a CPU of about 128k elements each."""
-    n = max(1, 131072 // v[0].numel()) if v.device.type == "cpu" else len(v)
-    return [slice(i, i + n) for i in range(0, len(v), n)]
+def _in_cache(x):
+    """x (B, T, N) as pieces (n, N), on a CPU of about 128k elements each."""
+    x = x.flatten(0, 1)
+    return x.split(max(1, 131072 // x.shape[1]) if x.device.type == "cpu" else len(x))
 
 
 def population(v, theta, levels, surrogate="triangle", slope=None, dtype=None):
@@ -571,7 +570,8 @@ EVENT_RATE = 0.5  # share of rows above which reading all is as fast (float32; b
 def deliver(s, weight, report):
     """The current s W (..., fan_out) of spikes s (..., fan_in) through weight (fan_in, fan_out).
     One token without gradient reads only the rows of the neurons that fired."""
-    report.fed_by_spikes(fused(s, rate_of)(s.detach()), weight.shape[1])
+    rate = report.rates[-1] if s is report.shown.get("spikes") else fused(s, rate_of)(s.detach())
+    report.fed_by_spikes(rate, weight.shape[1])
     if s.numel() == len(weight) and not torch.is_grad_enabled():
         active = s.flatten().nonzero()[:, 0]
         if len(active) < EVENT_RATE * len(weight) or weight.dtype != s.dtype:

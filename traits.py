@@ -268,9 +268,8 @@ class MoE(Trait):
 
     def forward(self, x, state, seen, report):  # (B, T, d) -> (B, T, d)
         s = (x > 0).to(x.dtype) if seen.spikes is None else seen.spikes
-        ones = torch.ones_like(s[0, 0], dtype=torch.float32)
-        # a neuron whose threshold is out of reach only decays
-        _, trace, state = lif(0.1 * s, 0.9 * ones, 2 * ones, state=state, reset="none")
+        beta = torch.full_like(s[0, 0], 0.9, dtype=torch.float32)
+        _, trace, state = lif(0.1 * s, beta, None, state=state, reset="none")
         p = self.router(rms(trace).to(x.dtype), report).float().softmax(-1).flatten(0, 1)
         share, chosen = p.topk(self.top)  # (B T, top)
         share = share / share.sum(-1, keepdim=True)

@@ -140,6 +140,24 @@ def test_options(heads, reset, reset_grad, clamp):
 
 
 @needs_triton
+@pytest.mark.parametrize("surrogate", SURROGATES)
+def test_without_theta(surrogate):
+    """No neuron fires, and the gradient is that of charging."""
+    (current, beta, _, _, v, _), (_, g, g_v, _) = neurons(7, state=True, seed=6)
+    found = []
+    for scan, device in ((lif_torch, "cpu"), (kernels.lif_triton, DEVICE)):
+        leaves = [x.detach().to(device).requires_grad_() for x in (current, beta, v)]
+        s, membrane, (last, _) = scan(
+            *leaves[:2], None, state=(leaves[2], 0 * leaves[2]), reset="none", surrogate=surrogate
+        )
+        torch.autograd.backward((membrane, last), [x.to(device) for x in (g, g_v)])
+        found.append([x.detach().cpu() for x in (s, membrane, last, *(x.grad for x in leaves))])
+    for a, b in zip(*found):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
+    assert (found[1][0] == 0).all()
+
+
+@needs_triton
 @pytest.mark.parametrize("slope", (None, 3.0))
 @pytest.mark.parametrize("surrogate", SURROGATES)
 def test_surrogates(surrogate, slope):

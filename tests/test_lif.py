@@ -55,6 +55,9 @@ def test_without_reset_the_membrane_is_a_linear_filter(scan):
     x = torch.tensor([2.0, 0.0, 0.0]).view(1, 3, 1)
     s, pre, _ = scan(x, torch.tensor([0.5]), torch.tensor([1.0]), reset="none")
     assert pre.flatten().tolist() == [2.0, 1.0, 0.5] and s.flatten().tolist() == [1, 1, 0]
+    s, pre, (v, last) = scan(x, torch.tensor([0.5]), None, reset="none")  # and without theta
+    assert pre.flatten().tolist() == [2.0, 1.0, 0.5] and s.flatten().tolist() == [0, 0, 0]
+    assert v.item() == 0.5 and last.item() == 0
 
 
 @both
@@ -110,6 +113,24 @@ def test_fast_scan_equals_the_plain_loop(reset, clamp, reset_grad):
 def test_fast_scan_equals_the_plain_loop_over_several_blocks_of_backward():
     for per_step in (False, True):
         agree(3, 500, 100, 4, per_step, surrogate="atan")
+
+
+@pytest.mark.parametrize("surrogate", SURROGATES)
+def test_without_theta_the_gradient_is_that_of_charging(surrogate):
+    current, beta, _, _ = neurons(2, 9, 4, dtype=torch.double)
+    v = torch.rand(2, 4, dtype=torch.double)
+    leaves = [x.clone().requires_grad_() for x in (current, beta, v)]
+    for clamp in (0.0, 2.0):
+        got, want = (
+            scan(*leaves[:2], None, state=(leaves[2], v), reset="none", clamp=clamp, **options)
+            for scan, options in ((lif_torch, dict(surrogate=surrogate)), (lif_reference, {}))
+        )
+        got, want = ((membrane, last) for _, membrane, (last, _) in (got, want))
+        for a, b in zip(got, want):
+            torch.testing.assert_close(a, b)
+        g = [torch.randn_like(x) for x in got]
+        for a, b in zip(*(torch.autograd.grad(x, leaves, g) for x in (got, want))):
+            torch.testing.assert_close(a, b)
 
 
 def test_slopes_of_resets():
@@ -233,6 +254,8 @@ def test_half_input_keeps_a_float_membrane(scan):
         (dict(w_rec=torch.ones(3, 1, 1)), "w_rec must be"),
         (dict(state=(torch.ones(2, 3), torch.ones(2, 4))), "state must be"),
         (dict(current=torch.ones(2, 0, 4)), "current must be"),
+        (dict(theta=None), "without theta"),
+        (dict(theta=None, reset="none", w_rec=torch.ones(1, 4, 4)), "without theta"),
     ],
 )
 def test_arguments_that_do_not_fit(change, message):
@@ -292,6 +315,16 @@ def test_population_gradient_is_that_of_its_thresholds(sides, slope, T):
         torch.autograd.grad((expected, rate), (v, levels), cotangents),
     ):
         torch.testing.assert_close(x, y)
+
+
+def test_population_takes_any_layout():
+    v = torch.randn(5, 3, 4, dtype=torch.float64).permute(2, 1, 0).requires_grad_()
+    levels, theta = torch.randn(2, 2, 5, dtype=torch.float64), torch.tensor([0.5, 1.0]).double()
+    (sent, _), (same, _) = (population(x, theta, levels) for x in (v, v.contiguous()))
+    assert torch.equal(sent, same) and not v.is_contiguous()
+    g = torch.randn_like(sent)
+    got, want = (torch.autograd.grad(x, v, g)[0] for x in (sent, same))
+    assert torch.equal(got, want) and got.abs().sum() > 0
 
 
 # ---- synapses ----------------------------------------------------------------------------------
