@@ -237,7 +237,7 @@ SURROGATES = {
         2.0,
     ),
     "triangle": Surrogate(  # Esser et al. 2016, arXiv 1603.08270
-        lambda u, k: u.abs().mul_(-k * k).add_(k).clamp_(min=0), _triangle_soft, 1.0
+        lambda u, k: torch.rsub(u.abs(), k, alpha=k * k).clamp_(min=0), _triangle_soft, 1.0
     ),
     "ste": Surrogate(lambda u, k: torch.full_like(u, k), lambda u, k: 0.5 + k * u, 1.0),
 }
@@ -302,7 +302,7 @@ def previous(first, x):
 
 def at_steps(x, steps):
     """The given steps of a per-step tensor (B, T, N); a per-neuron one (N,) as it is."""
-    return x if x.dim() == 1 else x[:, steps]
+    return x if x is None or x.dim() == 1 else x[:, steps]
 
 
 def accumulate(total, x, steps):
@@ -360,10 +360,9 @@ class _Scan(torch.autograd.Function):
             now = slice(start, min(start + C, T))
             after = slice(start + 1, min(start + C + 1, T))  # one shorter in the block of step T-1
             n, m = now.stop - now.start, after.stop - after.start
-            pre, s = membrane[:, now], spikes[:, now]
-            th = 0 if theta is None else at_steps(theta, now)
+            pre, th, s = membrane[:, now], at_steps(theta, now), spikes[:, now]
             d_pre_now = d_pre[:, now]
-            g = surrogate.grad(pre - th, slope)
+            g = torch.zeros_like(pre) if th is None else surrogate.grad(pre - th, slope)
             direct = torch.zeros_like(g) if d_spikes is None else g * d_spikes[:, now]
             if d_membrane is not None:
                 direct += d_membrane[:, now]
