@@ -263,8 +263,7 @@ class Population(nn.Module):
         if not c.spikes:
             return (v_all if self.signed else F.relu(v_all)).to(z.dtype), v
         if self.training and c.noise:
-            half = c.noise * c.theta / 2
-            v_all = v_all + torch.empty_like(v_all).uniform_(-half, half)
+            v_all = v_all.add(torch.empty_like(v_all).uniform_(-0.5, 0.5), alpha=c.noise * c.theta)
         levels = self.levels.view(1 + self.signed, c.levels, -1)
         dtype = dtype_of_products(z)
         sent, rate = population(v_all, self.theta, levels, c.surrogate, c.slope, dtype)

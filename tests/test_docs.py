@@ -217,8 +217,8 @@ def test_results_say_where_they_come_from():
 # ---- the budget ------------------------------------------------------------------------------
 
 CEILINGS = {  # lowered as the code shrinks, never raised; lines, where it says nothing else
-    "all files": 7628,
-    "largest file": 645,
+    "all files": 7626,
+    "largest file": 644,
     "afternoon path": 3021,
     "number of files": 20,
     "settings": 77,
