@@ -429,7 +429,7 @@ class _Population(torch.autograd.Function):
         ctx.surrogate, ctx.slope = surrogate, slope
         sent, fired = v.new_empty(v.shape, dtype=dtype), torch.zeros_like(v[0, 0])
         for piece, out in zip(_in_cache(v), _in_cache(sent)):
-            fused(v, _send)(piece, theta, levels, out, fired)
+            fused(v, _send)(piece, theta, levels.to(v.dtype), out, fired)
         return sent, fired / v[..., 0].numel()
 
     @staticmethod
