@@ -539,7 +539,7 @@ class Report:
         self.losses[name] = self.losses.get(name, 0.0) + value
 
     def fired(self, spikes, rate=None):
-        """Note the spikes (B, T, N) of a layer; returns their rate (N,), gradient included."""
+        """Note the latest layer's spikes (B, T, N); returns their rate (N,), gradient included."""
         self.shown["spikes"] = spikes
         self.rates.append(spikes.float().mean((0, 1)) if rate is None else rate)
         return self.rates[-1]
@@ -568,7 +568,7 @@ EVENT_RATE = 0.5  # share of rows above which reading all is as fast (float32; b
 
 def deliver(s, weight, report):
     """The current s W (..., fan_out) of spikes s (..., fan_in) through weight (fan_in, fan_out).
-    One token without gradient reads only the rows of the neurons that fired."""
+    One token without gradient reads only rows that fired. The latest layer's rate is known."""
     rate = report.rates[-1] if s is report.shown.get("spikes") else fused(s, rate_of)(s.detach())
     report.fed_by_spikes(rate, weight.shape[1])
     if s.numel() == len(weight) and not torch.is_grad_enabled():
