@@ -81,9 +81,7 @@ def recurrent(n, heads):
 
 def by_head(w):
     """w (N, d) as the scan's (N/d, d, d), in the dtype of autocast, as of any other matrix."""
-    if w is None:
-        return None
-    return w.view(-1, w.shape[1], w.shape[1]).to(dtype_of_products(w))
+    return w if w is None else w.view(-1, w.shape[1], w.shape[1]).to(dtype_of_products(w))
 
 
 def run_neurons(c, current, beta, theta, w_rec, state, report, **options):

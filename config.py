@@ -49,6 +49,8 @@ def one_line():
             stop(f"out of memory ({reason}): set a smaller model or --micro_tokens")
         if name.startswith("Dist") or "gloo" in said.lower():
             stop("another process of this run is gone: resume, or let torchrun: --max-restarts=3")
+        if "C++ compiler" in said:
+            stop("--compile=True needs a C++ compiler: install g++, or leave it out")
         raise
 
 

@@ -23,7 +23,7 @@ import torch
 from torch import library
 from torch.autograd.function import once_differentiable
 
-from lif import Options, check, lif_torch, previous, take_rows
+from lif import Options, check, lif_torch, previous, rms, take_rows
 
 try:
     import triton
@@ -501,36 +501,49 @@ def obstacle_to(current, w_rec=None, **options):
 #
 # SpikingLM.forward of block snn for a single token, on a CPU, without gradient. A silent neuron
 # costs nothing: of a matrix, and of the fast weights, only the rows of neurons that fired are read.
-# What depends on weights alone is computed once, and operations are few: with one token each of
-# them costs more than what it computes. B texts, D width of the residual stream.
+# What depends on weights alone is computed once. B texts, D width of the residual stream.
 
 EVENT_TEXTS = 8  # texts at once * share of synapses triggered: above this, dense is as fast
-SMALL = torch.tensor(1e-3)  # as in lif.rms, where its square is eps
 
 
 class Events:
     """tokens (B, 1), state -> logits (B, 1, vocabulary), state and a Report, which counts the
-    synapses of a block as one matrix."""
+    synapses of a block as one matrix.
 
-    def __init__(self, model):
+    One token is some 70 small operations a block, which cost more to call than to compute. With
+    `compile` torch makes one function of a block, for one text: that takes a C++ compiler.
+    """
+
+    def __init__(self, model, compile=False):
         self.model, self.blocks = model, [EventBlock(part) for part in model.parts.values()]
-        self.head = Membranes([model.head], len(model.head.gain)) if model.head else None
+        self.head = Membranes([model.head]) if model.head else None
         share = model.synop_share(model.rate.split(model.sites)).item()
         self.texts = EVENT_TEXTS / max(share, 1e-9)  # at most
+        self.compiled = compiled(EventBlock.run) if compile else EventBlock.run
 
     def __call__(self, tokens, state):
         (x, report), after = self.model.embed(tokens), {}
-        x = x[:, 0]
+        x, run = x[:, 0], self.compiled if len(tokens) == 1 else EventBlock.run
         for name, block in zip(self.model.parts, self.blocks):
-            x, after[name] = block(x, state[name], report)
+            x, after[name], rates, triggered = run(block, x, state[name])
+            report.rates += rates.split(block.sites)
+            report.synapses.append((triggered, block.synapses))
         if self.head is None:
             return self.model.readout(x[:, None], None, report)[0], after, report
-        after["readout"], fired, *sent = self.head(self.model.norm(x), state["readout"])
+        after["readout"], sent = self.head(self.model.norm(x), state["readout"])
         weight = self.model.embedding.weight.t()
-        report.rates.append(fired.float().mean(0))
-        triggered = torch.tensor(len(sent[0]) * weight.shape[1] / len(x))
-        report.synapses.append((triggered, weight.numel()))
-        return take_rows(weight, *sent, len(x))[:, None], after, report
+        report.fed_by_spikes(report.fired((sent != 0)[:, None]), weight.shape[1])
+        return rows_of(weight, sent, torch.get_num_threads())[:, None], after, report
+
+
+def compiled(run):
+    """`run`, a function of tensors of fixed shapes. How many neurons fire is known only when it
+    runs. Of the conditions under which the compiled function holds, torch checks with every call
+    only the tensors: all would take as long as the call."""
+    torch._dynamo.config.capture_dynamic_output_shape_ops = True
+    checked = torch.compiler.keep_tensor_guards_unsafe
+    options = {"guard_filter_fn": checked, "cpp_wrapper": True, "size_asserts": False}
+    return torch.compile(run, fullgraph=True, dynamic=False, options=options)
 
 
 class EventBlock:
@@ -538,92 +551,79 @@ class EventBlock:
     bag of rows serves both; those of the block become views of them."""
 
     def __init__(self, block):
-        mix, self.sites, self.fan_out = block.mix, block.sites, block.fan_out
+        mix, self.sites = block.mix, block.sites
         fed, into = (mix.w_qk.weight, block.w_in.weight), (mix.w_o.weight, block.w_out.weight)
-        c, self.w_a, self.w_oh = mix.config, torch.cat(fed, 1), torch.cat(into)
+        self.w_a, self.w_oh = torch.cat(fed, 1), torch.cat(into)
         fed[0].data, fed[1].data = self.w_a.split([w.shape[1] for w in fed], 1)
         into[0].data, into[1].data = self.w_oh.split([len(w) for w in into])
-        self.a = Membranes([block.a], c.n_head, -1)
-        self.qk = Membranes([mix.q, mix.k], 2, 1, c.n_head, c.keys)
-        self.oh = Membranes([mix.o, block.h], -1)
-        self.synapses = sum(n * fan_out for n, fan_out in zip(block.sites, block.fan_out))
-        self.gamma, self.keys = mix.gamma()[:, None].expand(-1, c.keys), c.n_head * c.keys
+        self.a, self.qk = Membranes([block.a]), Membranes([mix.q, mix.k])
+        self.oh, self.gamma = Membranes([mix.o, block.h]), mix.gamma()
+        self.fan_out = torch.tensor(block.fan_out).repeat_interleave(torch.tensor(block.sites))
+        self.synapses, self.threads = self.fan_out.sum().item(), torch.get_num_threads()
 
-    def __call__(self, x, state, report):  # (B, D) -> (B, D), state
-        (B, D), mix, keys = x.shape, state["mix"], self.keys
-        z = (x / size(x)).view(B, *self.a.shape)
-        a, fired_a, *sent_a = self.a(z, state["a"].view(z.shape))
-        y = take_rows(self.w_a, *sent_a, B)
-        z_qk = y[:, : 2 * keys].view(B, 2, *self.qk.shape[2:]).transpose(0, 1)
-        qk = torch.stack([mix["q"], mix["k"]]).view(z_qk.shape)
-        qk, fired_qk, active, level = self.qk(z_qk / size(z_qk), qk)
-        n = active.numpy().searchsorted(B * keys)  # queries come first
-        read, written = (active[:n], level[:n]), (active[n:] - B * keys, level[n:])
-        values = torch.cat([z, z.new_ones(*z.shape[:2], 1)], 2).flatten(0, 1)
-        o, *S = read_rows(read, written, values, self.gamma, *mix["S"])
-        o = (o[:, :-1] / o[:, -1:].clamp(min=0).add_(1)).view(B, D)
+    def run(self, x, state):
+        """x (B, D) -> x, state, spikes per neuron (neurons,), synaptic operations triggered ()."""
+        (B, D), mix, keys = x.shape, state["mix"], len(self.qk.beta)
+        z = rms(x)
+        a, sent_a = self.a(z, state["a"])
+        y = rows_of(self.w_a, sent_a, self.threads)
+        z_qk = rms(y[:, :keys].view(B, 2, len(self.gamma), -1)).view(B, keys)
+        qk, sent_qk = self.qk(z_qk, torch.cat([mix["q"], mix["k"]], 1))
+        values = z.view(B, len(self.gamma), -1)
+        values = torch.cat([values, torch.ones_like(values[..., :1])], 2)
+        o, *S = read_rows(*sent_qk.chunk(2, 1), values, self.gamma, *mix["S"])
+        o = rms((o[..., :-1] / (1 + o[..., -1:].relu())).view(B, D))
         oh = torch.cat([mix["o"], state["h"]], 1)
-        oh, fired_oh, *sent = self.oh(torch.cat([o / size(o), y[:, 2 * keys :]], 1), oh)
-        fired = fired_a.view(B, -1), fired_qk.transpose(0, 1).reshape(B, -1), fired_oh
-        report.rates += torch.cat(fired, 1).float().mean(0).split(self.sites)
-        spikes = len(sent_a[0]), n, len(active) - n, len(sent[0])  # o and h have one fan-out
-        triggered = sum(n * fan_out for n, fan_out in zip(spikes, self.fan_out)) / B
-        report.synapses.append((torch.tensor(triggered), self.synapses))
-        (q, k), (o, h) = qk.flatten(2), (oh[:, :D], oh[:, D:])
-        state = {"a": a.view(B, D), "mix": {"q": q, "k": k, "S": S, "o": o}, "h": h}
-        return x + take_rows(self.w_oh, *sent, B), state
+        oh, sent = self.oh(torch.cat([o, y[:, keys:]], 1), oh)
+        (q, k), o, h = qk.chunk(2, 1), oh[:, :D], oh[:, D:]
+        state = {"a": a, "mix": {"q": q, "k": k, "S": S, "o": o}, "h": h}
+        x = x + rows_of(self.w_oh, sent, self.threads)
+        rates = (torch.cat([sent_a, sent_qk, sent], 1) != 0).float().mean(0)
+        return x, state, rates, (rates * self.fan_out).sum()
 
 
 class Membranes:
-    """Several Populations, concatenated, for one token. Constants have shape `shape`; z and v have
-    the texts as one dimension more."""
+    """Several Populations, side by side, for one token: z, v (B, n) -> v, what they send (B, n)."""
 
-    def __init__(self, populations, *shape):
-        constants, levels, theta = [], [], populations[0].theta
-        below = torch.nextafter(theta, 0 * theta)  # v >= theta is v > below
+    def __init__(self, populations):
+        constants, levels = [], []
         for p in populations:
             zeros, beta = torch.zeros_like(p.gain), p.beta_logit.sigmoid()
-            low = zeros - below[0] if p.signed else zeros - math.inf
-            scale = (1 - beta**2).sqrt()  # as in Population
-            constants.append(torch.stack([beta, scale * p.gain, scale * p.bias, low]))
-            own = p.levels.view(1 + p.signed, len(theta), -1)
+            scale = (1 - beta**2).sqrt()  # as in blocks.charge
+            constants.append(torch.stack([beta, scale * p.gain, scale * p.bias]))
+            own = p.levels.view(1 + p.signed, len(p.theta), -1)
             levels += [torch.cat([own[1].flip(0) if p.signed else 0 * own[0], zeros[None], own[0]])]
-        self.beta, self.gain, self.bias, self.low = torch.cat(constants, 1).view(4, *shape)
-        self.high, self.steps = below[0], torch.cat([-below.flip(0), theta])
-        self.levels, self.shape = torch.cat(levels, 1), self.beta.shape  # of each interval of v
+        self.beta, self.gain, self.bias = torch.cat(constants, 1)
+        self.levels = torch.cat(levels, 1)  # of each interval of v between these steps:
+        below = torch.nextafter(p.theta, 0 * p.theta)  # not v <= -theta is v >= -below
+        self.steps = torch.cat([-below.flip(0), p.theta]).view(-1, 1, 1)
+        self.number = torch.arange(len(self.beta))
 
     def __call__(self, z, v):
-        """z, v of one shape. Returns v, where it fired, flat indices of those, and their levels."""
         v = torch.addcmul(torch.addcmul(self.bias, self.gain, z), self.beta, v)
-        fired = torch.ne(v.clamp(self.low, self.high), v)
-        number = active = torch.from_numpy(fired.numpy().ravel().nonzero()[0])  # torch's is slow
-        if v.numel() > (n := self.levels.shape[1]):  # several texts
-            number = torch.arange(n).view(self.shape).expand(v.shape).reshape(-1).take(active)
-        step = torch.bucketize(v.take(active), self.steps, right=True)
-        return v, fired, active, self.levels.take(torch.add(number, step, alpha=n))
+        step = (v >= self.steps).sum(0)
+        return v, self.levels.take(torch.add(self.number, step, alpha=len(self.number)))
 
 
-def read_rows(read, written, values, gamma, S, owed):
+def rows_of(weight, sent, threads):
+    """What neurons drive that sent (B, fan_in) through weight (fan_in, fan_out): (B, fan_out)."""
+    active = sent.view(-1).nonzero()[:, 0]
+    return take_rows(weight, active, sent.view(-1)[active], len(sent), threads)
+
+
+def read_rows(q, k, values, gamma, S, owed):
     """blocks.fast_weights for one token. Decay is lazy: `owed` holds the product of gammas that a
     row has not been multiplied by yet.
 
-    read, written: ascending flat indices into (B, heads, keys) of the query and key neurons that
-    fired, and their levels; values (B * heads, width), gamma (heads, keys). State: S as there, and
-    owed (B, heads, keys); S_t of the equations is owed * S. Returns o (B * heads, width), S, owed.
+    q, k (B, heads * keys), values (B, heads, width), gamma (heads,). State: S as there, and owed
+    (B, heads, keys); S_t of the equations is owed * S. Returns o (B, heads, width), S, owed.
     """
-    (read, q), (written, k) = read, written
-    rows, owed = S.flatten(0, 2), owed * gamma
-    keys, left = len(rows) // len(values), owed.view(-1)
-    kept = rows.index_select(0, written).mul_(left.index_select(0, written)[:, None])
-    kept.addcmul_(values.index_select(0, written // keys), k[:, None])
+    q, k, keys = q.reshape(-1), k.reshape(-1), S.shape[2]
+    rows, left = S.flatten(0, 2), (owed * gamma[:, None]).view(-1)
+    read, written = q.nonzero()[:, 0], k.nonzero()[:, 0]
+    added, kept = values.flatten(0, 1)[written // keys], rows[written] * left[written, None]
+    kept = torch.addcmul(kept, added, k[written, None])
     rows, left = rows.index_copy(0, written, kept), left.index_fill(0, written, 1.0)
     start = torch.searchsorted(read, torch.arange(0, len(rows), keys))
-    level = q * left.index_select(0, read)
-    o = torch.embedding_bag(rows, read, start, False, 0, False, level)[0]
-    return o, rows.view_as(S), left.view_as(owed)
-
-
-def size(x):
-    """By what lif.rms(x) divides."""
-    norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
-    return torch.hypot(norm * x.shape[-1] ** -0.5, SMALL)
+    o = torch.embedding_bag(rows, read, start, False, 0, False, q[read] * left[read])[0]
+    return o.view(values.shape), rows.view(S.shape), left.view(owed.shape)

@@ -574,19 +574,19 @@ def deliver(s, weight, report):
     if s.numel() == len(weight) and not torch.is_grad_enabled():
         active = s.flatten().nonzero()[:, 0]
         if len(active) < EVENT_RATE * len(weight) or weight.dtype != s.dtype:
-            return take_rows(weight, active, s.flatten()[active]).view(*s.shape[:-1], -1)
+            bags = torch.get_num_threads() if len(active) >= 64 else 1
+            return take_rows(weight, active, s.flatten()[active], 1, bags).view(*s.shape[:-1], -1)
     is_narrow = weight.itemsize < s.itemsize and s.numel() > 64 * len(weight)
     if is_narrow and not has_bfloat16(s.device.type):
         weight = weight.to(s.dtype)  # multiplied faster than bfloat16 that is imitated
     return F.linear(s.to(weight.dtype), weight.t()).to(s.dtype)
 
 
-def take_rows(weight, active, level, texts=1):
+def take_rows(weight, active, level, texts, bags):
     """The sums of the rows that fired in each text, times their level: (texts, fan_out). active:
-    ascending flat indices into (texts, fan_in). One text has a bag per thread, from 64 rows on."""
+    ascending flat indices into (texts, fan_in). One text has `bags`, a thread each."""
     if texts == 1:
-        bags = torch.get_num_threads() if len(active) >= 64 else 1
-        start = torch.arange(bags, device=active.device) * (len(active) // bags)
+        start = torch.arange(bags, device=active.device) * (active.shape[0] // bags)
     else:
         start = torch.searchsorted(active, torch.arange(texts, device=active.device) * len(weight))
         active = active % len(weight)

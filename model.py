@@ -152,10 +152,10 @@ class SpikingLM(nn.Module):
             self.parts["progsem"].P.copy_(self.identity)
 
     @torch.no_grad()
-    def prepare(self, dtype=torch.float32):
+    def prepare(self, dtype=torch.float32, compile=False):
         """For generation. Stores the matrices fed by spikes in `dtype`; on a CPU, block snn without
-        traits then computes single tokens by kernels.Events. Call it last, and again after a change
-        of weights or device."""
+        traits then computes single tokens by kernels.Events, with `compile` in a compiled function.
+        Call it last, and again after a change of weights or device."""
         for part in self.modules():
             if isinstance(part, Synapse):
                 part.weight.data = part.weight.data.to(dtype)
@@ -163,7 +163,7 @@ class SpikingLM(nn.Module):
             self.embedding.weight.data = self.embedding.weight.data.to(dtype)
         alike = self.config.block == "snn" and len(self.parts) == len(self.blocks)
         if alike and self.config.spikes and self.stress.device.type == "cpu":
-            self.events = Events(self)
+            self.events = Events(self, compile)
 
     def forward(self, tokens, state=None):
         """tokens (B, T) int64; state as returned by an earlier call, or None for silence.
@@ -282,8 +282,7 @@ class SpikingLM(nn.Module):
         if not n_counted:
             raise ValueError("nothing to score: the text is empty, or none of its tokens counts")
         step = max(1, 8192 // length) * length  # whole rows; the rest is a row of its own
-        sizes = [step] * (n // step) + [n % step // length * length, n % length]
-        sizes = [size for size in sizes if size]
+        sizes = [*filter(None, [*[step] * (n // step), n % step // length * length, n % length])]
         nats, rate, synops, macs, log = 0.0, 0, 0.0, 0, {}
         for x, y in zip(tokens[:-1].split(sizes), targets[1:].split(sizes)):
             logits, _, report = self(x.view(-1, min(length, len(x))))

@@ -60,6 +60,7 @@ class SampleConfig:
     device: str = "auto"  # auto | cpu | cuda | mps
     dtype: str = "float32"  # of the matrices fed by spikes: float32 | bfloat16
     threads: int = 0  # CPU threads; 0 leaves it to torch
+    compile: bool = False  # block snn on a CPU: torch.compile a token's step; pays from 100M on
 
     CHOICES = {"dtype": ("float32", "bfloat16")}
     RANGE = {name: (0, math.inf) for name in ("temperature", "top_k", "max_new_tokens", "seed")}
@@ -90,7 +91,7 @@ def open_speaker(c):
     step = position.get("step") if isinstance(position, dict) else "unknown"
     tokenizer, device = tokenizer_from_state(checkpoint["tokenizer"]), find_device(c.device)
     model = build(checkpoint).to(device)
-    model.prepare(getattr(torch, c.dtype))
+    model.prepare(getattr(torch, c.dtype), c.compile)
     if tokenizer.vocab_size > model.config.vocab_size:
         raise ValueError(f"{path}: its tokenizer is larger than its model: take another --ckpt")
     with torch.no_grad():  # so that `backends` knows

@@ -58,7 +58,7 @@ def generate(
             gains = {k: x for k, x in models[OURS].state_dict().items() if k.endswith("gain")}
             model.load_state_dict(gains, strict=False)
         if settings.block == "snn" and events:
-            model.prepare(torch.bfloat16 if half else torch.float32)
+            model.prepare(torch.bfloat16 if half else torch.float32, c.compile)
         texts[name] = model.generate(torch.zeros(1, 1, dtype=torch.long, device=run.device))
         streams[name] = partial(draw, texts[name], piece, events)
     peers, skipped = {}, {}

@@ -164,10 +164,10 @@ def test_generate_times_a_checkpoint(tmp_path, monkeypatch):
     torch.save(saved | {"tokenizer": ""}, path)
     prepared, prepare = {}, SpikingLM.prepare  # dtype -> were its weights those of the checkpoint?
 
-    def watched(model, dtype):
+    def watched(model, dtype, compile):
         same = [torch.equal(weights[k], x) for k, x in model.state_dict().items()]
         prepared[dtype] = all(same)
-        prepare(model, dtype)
+        prepare(model, dtype, compile)
 
     monkeypatch.setattr(SpikingLM, "prepare", watched)
     c = load("configs/snn_6m.py --rounds=1 --warmup=0")

@@ -30,6 +30,7 @@ from test_train import FORKS, ROOT, STORIES, losses, mistake, outcome, read_log,
 from test_train import settings as arguments
 from test_train import text  # noqa: F401, a fixture
 
+import config
 import data
 import model
 import sample
@@ -356,6 +357,12 @@ def test_out_of_memory_is_one_line(run, tmp_path, more):
     argv, _ = run
     argv = [*argv, f"--out_dir={tmp_path / 'out'}", "--rec_heads=1"]
     assert "out of memory" in mistake(train.main, *argv, more)
+
+
+def test_no_compiler_is_one_line(capsys):
+    with pytest.raises(SystemExit) as ended, config.one_line():
+        raise RuntimeError("InvalidCxxCompiler: No working C++ compiler found in (None, 'g++')")
+    assert ended.value.code == 2 and "install g++" in capsys.readouterr().err
 
 
 def test_no_half_precision_and_no_gpu(monkeypatch):

@@ -234,12 +234,12 @@ def test_an_unreadable_prompt_is_one_line(tmp_path, capsys):
     assert "another --ckpt" in run(capsys, f"--ckpt={path}", code=2).err
 
 
-def test_bfloat16_is_used(ckpt, capsys, monkeypatch):
-    dtypes = []
-    monkeypatch.setattr(SpikingLM, "prepare", lambda model, dtype: dtypes.append(dtype))
+def test_bfloat16_and_the_compiler_are_used(ckpt, capsys, monkeypatch):
+    asked = []
+    monkeypatch.setattr(SpikingLM, "prepare", lambda model, *how: asked.append(how))
     run(capsys, f"--ckpt={ckpt}", "--max_new_tokens=0")
-    run(capsys, f"--ckpt={ckpt}", "--max_new_tokens=0", "--dtype=bfloat16")
-    assert dtypes == [torch.float32, torch.bfloat16]
+    run(capsys, f"--ckpt={ckpt}", "--max_new_tokens=0", "--dtype=bfloat16", "--compile=True")
+    assert asked == [(torch.float32, False), (torch.bfloat16, True)]
 
 
 # ---- chat ----------------------------------------------------------------------------------------
