@@ -435,7 +435,7 @@ class Pondered(nn.Module):
     help. lambda_k ~ p (1-p)^(k-1) over the frames that run, in sum 1. In the others the neurons
     stand still. With `adaptive` off all K run, and E[K] is sum_k k lambda_k, as in the paper: where
     on average the output comes from, 7.9 of 16 at the start against our 12.9.
-    W_o starts small, as published; all published initial values at once are worse (EXPERIMENTS.md).
+    W_o and w (Xavier x 0.01) start as published; all such values at once do worse: EXPERIMENTS.md.
     """
 
     adaptive = True
@@ -448,7 +448,7 @@ class Pondered(nn.Module):
         self.neurons = PLIF(config, D, 0.5)
         self.inner = inner(config)
         self.sites = [D, self.inner.sites]
-        self.w_halt = nn.Parameter(torch.empty(D).uniform_(-1, 1))
+        self.w_halt = nn.Parameter(0.01 * math.sqrt(6) * torch.empty(D).uniform_(-1, 1))
         self.b_halt = nn.Parameter(torch.full((1,), -3.5))
         self.w_o = Linear(D, D, bias=False)
         nn.init.normal_(self.w_o.weight, std=0.02 / math.sqrt(2 * config.n_layer))
