@@ -510,7 +510,7 @@ class Events:
     """tokens (B, 1), state -> logits (B, 1, vocabulary), state and a Report, which counts the
     synapses of a block as one matrix.
 
-    One token is some 70 small operations a block, which cost more to call than to compute. With
+    One token is dozens of small operations a block, which cost more to call than to compute. With
     `compile` torch makes one function of a block, for one text: that takes a C++ compiler.
     """
 
@@ -533,7 +533,7 @@ class Events:
         after["readout"], sent = self.head(self.model.norm(x), state["readout"])
         weight = self.model.embedding.weight.t()
         report.fed_by_spikes(report.fired((sent != 0)[:, None]), weight.shape[1])
-        return rows_of(weight, sent, torch.get_num_threads())[:, None], after, report
+        return take_rows(sent, weight, torch.get_num_threads())[:, None], after, report
 
 
 def compiled(run):
@@ -566,7 +566,7 @@ class EventBlock:
         (B, D), mix, keys = x.shape, state["mix"], len(self.qk.beta)
         z = rms(x)
         a, sent_a = self.a(z, state["a"])
-        y = rows_of(self.w_a, sent_a, self.threads)
+        y = take_rows(sent_a, self.w_a, self.threads)
         z_qk = rms(y[:, :keys].view(B, 2, len(self.gamma), -1)).view(B, keys)
         qk, sent_qk = self.qk(z_qk, torch.cat([mix["q"], mix["k"]], 1))
         values = z.view(B, len(self.gamma), -1)
@@ -577,7 +577,7 @@ class EventBlock:
         oh, sent = self.oh(torch.cat([o, y[:, keys:]], 1), oh)
         (q, k), o, h = qk.chunk(2, 1), oh[:, :D], oh[:, D:]
         state = {"a": a, "mix": {"q": q, "k": k, "S": S, "o": o}, "h": h}
-        x = x + rows_of(self.w_oh, sent, self.threads)
+        x = x + take_rows(sent, self.w_oh, self.threads)
         rates = (torch.cat([sent_a, sent_qk, sent], 1) != 0).float().mean(0)
         return x, state, rates, (rates * self.fan_out).sum()
 
@@ -586,29 +586,23 @@ class Membranes:
     """Several Populations, side by side, for one token: z, v (B, n) -> v, what they send (B, n)."""
 
     def __init__(self, populations):
-        constants, levels = [], []
+        constants, levels, theta = [], [], populations[0].theta
         for p in populations:
             zeros, beta = torch.zeros_like(p.gain), p.beta_logit.sigmoid()
             scale = (1 - beta**2).sqrt()  # as in blocks.charge
             constants.append(torch.stack([beta, scale * p.gain, scale * p.bias]))
-            own = p.levels.view(1 + p.signed, len(p.theta), -1)
+            own = p.levels.view(1 + p.signed, len(theta), -1)
             levels += [torch.cat([own[1].flip(0) if p.signed else 0 * own[0], zeros[None], own[0]])]
         self.beta, self.gain, self.bias = torch.cat(constants, 1)
         self.levels = torch.cat(levels, 1)  # of each interval of v between these steps:
-        below = torch.nextafter(p.theta, 0 * p.theta)  # not v <= -theta is v >= -below
-        self.steps = torch.cat([-below.flip(0), p.theta]).view(-1, 1, 1)
+        below = torch.nextafter(theta, 0 * theta)  # not v <= -theta is v >= -below
+        self.steps = torch.cat([-below.flip(0), theta]).view(-1, 1, 1)
         self.number = torch.arange(len(self.beta))
 
     def __call__(self, z, v):
         v = torch.addcmul(torch.addcmul(self.bias, self.gain, z), self.beta, v)
         step = (v >= self.steps).sum(0)
         return v, self.levels.take(torch.add(self.number, step, alpha=len(self.number)))
-
-
-def rows_of(weight, sent, threads):
-    """What neurons drive that sent (B, fan_in) through weight (fan_in, fan_out): (B, fan_out)."""
-    active = sent.view(-1).nonzero()[:, 0]
-    return take_rows(weight, active, sent.view(-1)[active], len(sent), threads)
 
 
 def read_rows(q, k, values, gamma, S, owed):

@@ -572,26 +572,26 @@ def deliver(s, weight, report):
     rate = report.rates[-1] if s is report.shown.get("spikes") else fused(s, rate_of)(s.detach())
     report.fed_by_spikes(rate, weight.shape[1])
     if s.numel() == len(weight) and not torch.is_grad_enabled():
-        active = s.flatten().nonzero()[:, 0]
-        if len(active) < EVENT_RATE * len(weight) or weight.dtype != s.dtype:
-            bags = torch.get_num_threads() if len(active) >= 64 else 1
-            return take_rows(weight, active, s.flatten()[active], 1, bags).view(*s.shape[:-1], -1)
+        if (fired := rate.sum()) < EVENT_RATE * len(weight) or weight.dtype != s.dtype:
+            bags = torch.get_num_threads() if fired >= 64 else 1
+            return take_rows(s.view(1, -1), weight, bags).view(*s.shape[:-1], -1)
     is_narrow = weight.itemsize < s.itemsize and s.numel() > 64 * len(weight)
     if is_narrow and not has_bfloat16(s.device.type):
         weight = weight.to(s.dtype)  # multiplied faster than bfloat16 that is imitated
     return F.linear(s.to(weight.dtype), weight.t()).to(s.dtype)
 
 
-def take_rows(weight, active, level, texts, bags):
-    """The sums of the rows that fired in each text, times their level: (texts, fan_out). active:
-    ascending flat indices into (texts, fan_in). One text has `bags`, a thread each."""
+def take_rows(s, weight, bags):
+    """s W of spikes s (texts, fan_in), from the rows that fired; of one text in `bags` at once."""
+    active = s.flatten().nonzero().flatten()
+    level, texts = s.flatten().take(active), len(s)
     if texts == 1:
-        start = torch.arange(bags, device=active.device) * (active.shape[0] // bags)
+        start = torch.arange(bags, device=s.device) * (active.shape[0] // bags)
     else:
-        start = torch.searchsorted(active, torch.arange(texts, device=active.device) * len(weight))
+        start = torch.searchsorted(active, torch.arange(texts, device=s.device) * len(weight))
         active = active % len(weight)
     sums = torch.embedding_bag(weight, active, start, False, 0, False, level.to(weight.dtype))[0]
-    return sums.to(level.dtype) if len(sums) == texts else sums.sum(0, True, dtype=level.dtype)
+    return sums.to(s.dtype) if texts > 1 else sums.sum(0, True, dtype=s.dtype)
 
 
 def rate_of(s):

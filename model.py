@@ -155,7 +155,8 @@ class SpikingLM(nn.Module):
     def prepare(self, dtype=torch.float32, compile=False):
         """For generation. Stores the matrices fed by spikes in `dtype`; on a CPU, block snn without
         traits then computes single tokens by kernels.Events, with `compile` in a compiled function.
-        Call it last, and again after a change of weights or device."""
+        Call it last, and again after a change of weights or device. ValueError if nothing is there
+        to compile."""
         for part in self.modules():
             if isinstance(part, Synapse):
                 part.weight.data = part.weight.data.to(dtype)
@@ -164,6 +165,8 @@ class SpikingLM(nn.Module):
         alike = self.config.block == "snn" and len(self.parts) == len(self.blocks)
         if alike and self.config.spikes and self.stress.device.type == "cpu":
             self.events = Events(self, compile)
+        elif compile:
+            raise ValueError("--compile is for block snn, without traits, on a CPU: leave it out")
 
     def forward(self, tokens, state=None):
         """tokens (B, T) int64; state as returned by an earlier call, or None for silence.
@@ -293,15 +296,9 @@ class SpikingLM(nn.Module):
             macs += share * report.macs
             for name, value in report.log.items():
                 log[name] = log.get(name, 0.0) + share * float(value)
-        return {
-            "nats": nats,
-            "tokens": n_counted,
-            "rate": rate.tolist(),
-            "synops": synops,
-            "synapses": sum(every for _, every in report.synapses),
-            "macs": round(macs),
-            "log": log,
-        }
+        synapses = sum(every for _, every in report.synapses)
+        totals = {"nats": nats, "tokens": n_counted, "synops": synops, "synapses": synapses}
+        return totals | {"rate": rate.tolist(), "macs": round(macs), "log": log}
 
     @torch.no_grad()
     def generate(

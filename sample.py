@@ -60,7 +60,7 @@ class SampleConfig:
     device: str = "auto"  # auto | cpu | cuda | mps
     dtype: str = "float32"  # of the matrices fed by spikes: float32 | bfloat16
     threads: int = 0  # CPU threads; 0 leaves it to torch
-    compile: bool = False  # block snn on a CPU: torch.compile a token's step; pays from 100M on
+    compile: bool = False  # block snn on a CPU: torch.compile a token's step, for a large model
 
     CHOICES = {"dtype": ("float32", "bfloat16")}
     RANGE = {name: (0, math.inf) for name in ("temperature", "top_k", "max_new_tokens", "seed")}

@@ -242,6 +242,12 @@ def test_bfloat16_and_the_compiler_are_used(ckpt, capsys, monkeypatch):
     assert asked == [(torch.float32, False), (torch.bfloat16, True)]
 
 
+def test_what_has_no_use_for_the_compiler_says_so(ckpt, capsys):
+    assert (
+        "--compile is for block snn" in run(capsys, f"--ckpt={ckpt}", "--compile=True", code=2).err
+    )
+
+
 # ---- chat ----------------------------------------------------------------------------------------
 
 
