@@ -206,7 +206,7 @@ def speed(path):
     bars(training, full, "tokens_per_s", ",.0f", 0.2, 0.4, label="float32", color=COLOURS[1])
     training.set(title="Training Real Sam, 6M parameters", ylabel="tokens/s (more is better)")
     training.legend(fontsize=8)
-    peers = source("generate_snn_1b_cpu/contestants")
+    peers = source("generate_snn_1b_cpu_compiled/contestants")
     peers = {"ours, bfloat16" if name == "ours" else name: peers[name] for name in peers}
     bars(generating, peers, "late_ms_per_token", ".1f", color=COLOURS)
     generating.set(title="Generating, snn of 1B parameters", ylabel="ms/token (less is better)")

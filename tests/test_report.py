@@ -183,7 +183,7 @@ def test_picture_of_speed(drawn):
     for file, got in (("train_sam_6m_cpu", heights[:3]), ("train_sam_6m_cpu_float32", heights[3:])):
         assert got == [x["tokens_per_s"] for x in report.source(f"{file}/contestants").values()]
     names = [label.get_text().replace("\n", " ") for label in generating.get_xticklabels()]
-    rows = report.source("generate_snn_1b_cpu/contestants")
+    rows = report.source("generate_snn_1b_cpu_compiled/contestants")
     assert names == ["ours, bfloat16", *[*rows][1:]]
     heights = [bar.get_height() for bar in generating.patches]
     assert heights == [row["late_ms_per_token"] for row in rows.values()]
