@@ -15,12 +15,12 @@ encoder = "float"
 
 # firing is left to itself; frames have their price
 rate_weight = 0.0
-ponder_weight = 0.001  # at the paper's 0.01 E[K] falls towards 1 before frames prove useful
+ponder_weight = 0.01
 stress_gain = 0.0
 
 # optimiser: decays and thresholds, and the biases that they come from, learn faster
 lr = 2e-3
-neuron_lr = 5.0
+neuron_lr = 10.0
 tokens_per_step = 2048
 micro_tokens = 2048
 max_steps = 1000
