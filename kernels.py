@@ -511,7 +511,7 @@ class Events:
     synapses of a block as one matrix.
 
     One token is dozens of small operations a block, which cost more to call than to compute. With
-    `compile` torch makes one function of a block, for one text: that takes a C++ compiler.
+    `compile` torch makes one function of a block, for each B: that takes a C++ compiler.
     """
 
     def __init__(self, model, compile=False):
@@ -519,13 +519,13 @@ class Events:
         self.head = Membranes([model.head]) if model.head else None
         share = model.synop_share(model.rate.split(model.sites)).item()
         self.texts = EVENT_TEXTS / max(share, 1e-9)  # at most
-        self.compiled = compiled(EventBlock.run) if compile else EventBlock.run
+        self.run = compiled(EventBlock.run) if compile else EventBlock.run
 
     def __call__(self, tokens, state):
         (x, report), after = self.model.embed(tokens), {}
-        x, run = x[:, 0], self.compiled if len(tokens) == 1 else EventBlock.run
+        x = x[:, 0]
         for name, block in zip(self.model.parts, self.blocks):
-            x, after[name], rates, triggered = run(block, x, state[name])
+            x, after[name], rates, triggered = self.run(block, x, state[name])
             report.rates += rates.split(block.sites)
             report.synapses.append((triggered, block.synapses))
         if self.head is None:

@@ -265,11 +265,8 @@ def _scan(current, beta, theta, w_rec, v, s, options):
     if current.is_meta:  # a meta tensor has a shape and no numbers: there is nothing to loop for
         return spikes, membrane, v.clone()
     after = RESETS[options.reset].after
-    steps = zip(
-        current.unbind(1), steps_of(beta, T), steps_of(theta, T),
-        membrane.unbind(1), spikes.unbind(1),
-    )  # fmt: skip
-    for I_t, beta_t, theta_t, pre, s_t in steps:
+    parts = current.unbind(1), steps_of(beta, T), steps_of(theta, T), membrane.unbind(1)
+    for I_t, beta_t, theta_t, pre, s_t in zip(*parts, spikes.unbind(1)):
         torch.addcmul(I_t, beta_t, v, out=pre)  # charge
         if w_rec is not None:
             _add_recurrent(pre, s, w_rec)
@@ -445,14 +442,15 @@ class _Population(torch.autograd.Function):
 
 def _send(v, theta, levels, sent, fired):
     """Write to `sent` what a piece of v (n, N) sends, and count in `fired` (N,) its spikes."""
-    q, reached = torch.zeros_like(v), torch.empty_like(v)
+    q = sent.zero_() if sent.dtype == v.dtype else torch.zeros_like(v)
+    reached = torch.empty_like(v)
     for sign, level in zip((1, -1), levels):
         for k in range(len(theta)):
             (torch.ge if sign > 0 else torch.le)(v, sign * theta[k], out=reached)
             if k == 0:
                 fired += reached.sum(0)
             torch.lerp(q, level[k], reached, out=q)  # where it is reached, this level instead
-    sent.copy_(q)
+    sent.copy_(q)  # of q to itself is free
 
 
 def _send_back(v, d_sent, d_v, theta, rungs, d_rate, g, slope):

@@ -22,7 +22,7 @@ stress_gain = 0.0
 lr = 2e-3
 neuron_lr = 10.0
 tokens_per_step = 2048
-micro_tokens = 2048
+micro_tokens = 512  # tensors that fit a cache: 1.4 times as fast on a CPU
 max_steps = 1000
 warmup_steps = 50
 

@@ -4,6 +4,9 @@ Needs `pip install xllamacpp gguf`. Random weights are as fast as trained ones, 
 """
 
 import os
+from contextlib import suppress
+from importlib import import_module
+from multiprocessing import get_context
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -66,13 +69,15 @@ def write(path, kind, width, vocab, layers):
 
 class Llama:
     """A llama.cpp model with about the given number of parameters; `model(tokens)` generates that
-    many tokens.
+    many tokens. It has a process of its own: where two libraries have threads in one, OpenMP
+    counts more threads than cores, lets none wait awake, and both become up to eight times slower.
 
     Raises ImportError if a package is missing, ValueError if the sizes do not suit llama.cpp.
     """
 
     def __init__(self, kind, parameters, width, vocab, threads):
-        import xllamacpp
+        for package in ("gguf", "xllamacpp"):
+            import_module(package)
 
         if width % 128 or vocab < 259:  # so that all rows fall into blocks of 32 weights
             raise ValueError("width must be a multiple of 128, vocabulary at least 259 tokens")
@@ -83,15 +88,27 @@ class Llama:
         path = str(Path(self.folder.name, "model.gguf"))
         write(path, kind, width, vocab, layers)
         self.bytes = os.path.getsize(path)
-        p = xllamacpp.CommonParams()
-        p.model.path, p.n_ctx, p.n_parallel, p.verbosity, p.warmup = path, CONTEXT, 1, -1, True
-        p.cpuparams.n_threads = p.cpuparams_batch.n_threads = threads
-        self.server = xllamacpp.Server(p)
+        spawn = get_context("spawn")
+        self.pipe, other = spawn.Pipe()
+        spawn.Process(target=serve, args=(path, threads, other), daemon=True).start()
+        other.close()  # if the process dies, recv says so
 
     def __call__(self, tokens):
-        said = self.server.handle_completions(
-            {"prompt": [1], "max_tokens": tokens, "temperature": 0.0, "ignore_eos": True}
-        )
-        n = said["usage"]["completion_tokens"]
+        self.pipe.send(tokens)
+        n = self.pipe.recv()
         assert n == tokens, f"llama.cpp wrote {n} tokens in place of {tokens}"
-        return said
+        return n
+
+
+def serve(path, threads, pipe):
+    """Write as many tokens as the pipe asks for, and answer with their number, until it closes."""
+    import xllamacpp
+
+    p = xllamacpp.CommonParams()
+    p.model.path, p.n_ctx, p.n_parallel, p.verbosity, p.warmup = path, CONTEXT, 1, -1, True
+    p.cpuparams.n_threads = p.cpuparams_batch.n_threads = threads
+    server, asked = xllamacpp.Server(p), {"prompt": [1], "temperature": 0.0, "ignore_eos": True}
+    with suppress(EOFError):
+        while tokens := pipe.recv():
+            said = server.handle_completions(asked | {"max_tokens": tokens})
+            pipe.send(said["usage"]["completion_tokens"])

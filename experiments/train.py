@@ -36,10 +36,12 @@ def train(
 
     A GPU also tells the most memory that a model takes, and the share of the card's operations
     that the model's own are (MFU: 6 per multiplication and token, spike-fed ones counted dense).
-    There each model runs eager, compiled, and with checkpointing.
+    With --compile each model runs compiled, too; on a GPU also with checkpointing. The transformer
+    has the optimiser of ours.
     """
     gpt = config.load(TrainConfig, [against]) if against else transformer_like(c)
     shape = {"micro_tokens": c.micro_tokens, "dtype": c.dtype, "vocab_size": c.vocab_size}
+    shape |= {"optimizer": c.optimizer}
     models = {OURS: (SpikingLM, c), "transformer": (SpikingLM, replace(gpt, **shape))}
     if c.block == "sam" and c.residual == "gated" and c.rec_heads == 1:
         models["snnTorch, step by step"] = (SnnTorchSam, c)
@@ -56,9 +58,8 @@ def train(
             continue
         optimizers = make_optimizers(settings, model, run.device)
         ways = {"": (model, False)}
-        if on_gpu:
-            ways |= {", checkpointing": (model, True)}
-            ways |= {", compiled": (torch.compile(model), False)} if c.compile else {}
+        ways |= {", checkpointing": (model, True)} if on_gpu else {}
+        ways |= {", compiled": (torch.compile(model), False)} if c.compile else {}
         for way, (called, checkpointing) in ways.items():
             step = partial(one_step, called, optimizers, x, y, settings, run, checkpointing)
             if on_gpu:

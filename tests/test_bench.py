@@ -191,7 +191,7 @@ def test_llama_of_our_size_writes(kind):
     assert peer.bytes == pytest.approx(
         peer.parameters * {"Q4_0": 18, "Q8_0": 34}[kind] / 32, rel=0.1
     )
-    assert peer(5)["usage"]["completion_tokens"] == 5
+    assert peer(5) == 5
 
 
 def test_llama_counts_its_weights():
@@ -480,6 +480,15 @@ def test_train_compares_tokens_per_second(monkeypatch, tmp_path):
     assert result["batch"] == [4, 8]
     assert ours["tokens_per_s"] == 16 and gpt["tokens_per_s"] == 64 and gpt["ratio"] == 0.25
     assert ours["parameters"] == bench.parameters_of(c) != gpt["parameters"]
+
+    used, step = [], training.one_step
+    monkeypatch.setattr(training, "one_step", lambda *a: (used.append(a[4].optimizer), step(*a)))
+    monkeypatch.setattr(torch, "compile", lambda model: model)
+    result = training.train(
+        replace(c, compile=True, optimizer="muon"), RUN, length=8, against=str(tmp_path / "gpt.py")
+    )
+    both = {f"{name}{way}" for name in ("ours", "transformer") for way in ("", ", compiled")}
+    assert both <= result["contestants"].keys() and {*used} == {"muon"}
 
 
 def test_where_the_time_of_a_step_goes():

@@ -347,7 +347,7 @@ NEEDS_CXX = pytest.mark.skipif(not shutil.which("g++"), reason="no C++ compiler"
 @pytest.mark.parametrize(
     "head, B, compile",
     [("float", 1, False), ("spikes", 1, False), ("spikes", 3, False)]
-    + [pytest.param("spikes", 1, True, marks=NEEDS_CXX)],
+    + [pytest.param("spikes", B, True, marks=NEEDS_CXX) for B in (1, 3)],
 )
 @torch.no_grad()
 def test_a_prepared_model_writes_as_it_reads(head, B, compile):
