@@ -92,6 +92,7 @@ class Llama:
         self.pipe, other = spawn.Pipe()
         spawn.Process(target=serve, args=(path, threads, other), daemon=True).start()
         other.close()  # if the process dies, recv says so
+        self(1)  # it has loaded, and rests
 
     def __call__(self, tokens):
         self.pipe.send(tokens)
