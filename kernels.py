@@ -516,7 +516,6 @@ class Events:
 
     def __init__(self, model, compile=False):
         self.model, self.blocks = model, [EventBlock(part) for part in model.parts.values()]
-        self.head = Membranes([model.head]) if model.head else None
         share = model.synop_share(model.rate.split(model.sites)).item()
         self.texts = EVENT_TEXTS / max(share, 1e-9)  # at most
         self.run = compiled(EventBlock.run) if compile else EventBlock.run
@@ -528,12 +527,8 @@ class Events:
             x, after[name], rates, triggered = self.run(block, x, state[name])
             report.rates += rates.split(block.sites)
             report.synapses.append((triggered, block.synapses))
-        if self.head is None:
-            return self.model.readout(x[:, None], None, report)[0], after, report
-        after["readout"], sent = self.head(self.model.norm(x), state["readout"])
-        weight = self.model.embedding.weight.t()
-        report.fed_by_spikes(report.fired((sent != 0)[:, None]), weight.shape[1])
-        return take_rows(sent, weight, torch.get_num_threads())[:, None], after, report
+        logits, now = self.model.readout(x[:, None], state.get("readout"), report)
+        return logits, after | ({} if now is None else {"readout": now}), report
 
 
 def compiled(run):

@@ -331,12 +331,12 @@ def pick(logits, temperature, top_k, top_p, generator):
         least = logits.topk(top_k).values[:, -1:]
         logits = logits.masked_fill(logits < least, -math.inf)
     if top_p < 1:
-        value, order = logits.sort(descending=True)
-        p = value.softmax(-1)
-        rest = p.cumsum(-1) - p >= top_p
-        rest[:, 0] = False  # the likeliest stays, however small top_p is
-        value = value.masked_fill(rest, -math.inf)
-        logits = torch.empty_like(logits).scatter(-1, order, value)
+        p = logits.softmax(-1)
+        k = min(1000, p.shape[-1])  # to sort all takes long, and is seldom needed
+        p, order = p.topk(k if p.topk(k).values.sum(-1).min() > top_p else p.shape[-1])
+        rest = p.cumsum(-1) - p >= max(top_p, 1e-9)  # the likeliest stays, however small top_p is
+        value = logits.gather(-1, order).masked_fill(rest, -math.inf)
+        logits = torch.full_like(logits, -math.inf).scatter(-1, order, value)
     below = logits.softmax(-1).cumsum(-1)  # faster than torch.multinomial, which draws V numbers
     drawn = 1 - torch.rand(len(below), 1, generator=generator, device=below.device)  # never 0
     return torch.searchsorted(below, drawn * below[:, -1:])

@@ -217,7 +217,7 @@ def test_results_say_where_they_come_from():
 # ---- the budget ------------------------------------------------------------------------------
 
 CEILINGS = {  # lowered as the code shrinks, never raised; lines, where it says nothing else
-    "all files": 7615,
+    "all files": 7610,
     "largest file": 642,
     "afternoon path": 3016,
     "number of files": 20,

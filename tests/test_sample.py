@@ -458,6 +458,17 @@ def frequencies(logits, temperature=1.0, top_k=0, top_p=1.0, n=4000):
     return (drawn.flatten().bincount(minlength=logits.shape[-1]) / n).tolist()
 
 
+@pytest.mark.parametrize("likely, kept", [(200, 100), (5000, 2500)])
+def test_top_p_of_a_large_vocabulary(likely, kept):
+    """Equally likely tokens, half of which hold half of the probability; beside a flat row."""
+    logits = torch.full((1001, 5000), -40.0)
+    logits[:, -likely:] = 0.0
+    logits[0] = 0.0
+    drawn = pick(logits, 1.0, 0, 0.5, torch.Generator().manual_seed(0))[1:]
+    assert len(drawn.unique()) == pytest.approx(kept * (1 - math.exp(-1000 / kept)), rel=0.05)
+    assert drawn.min() >= 5000 - likely
+
+
 def test_pick_by_hand():
     p = torch.tensor([0.1, 0.4, 0.3, 0.2])  # not sorted
     near = lambda *shares: pytest.approx(shares, abs=0.03)  # noqa: E731
