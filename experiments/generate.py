@@ -89,9 +89,9 @@ def generate(
     print(f"memory of the process: {early_mb} MB early, {late_mb} MB late")
     what = f"ms per token, batch 1, {'trained' if ckpt else 'random'} weights"
     result = {"what": what, "late": end, "contestants": rows, "skipped": skipped}
-    if c.block == "snn" and c.spikes and against:
-        result |= {"read_gb_per_s": speed, "many": many(models, c, run)}
+    if c.block == "snn" and c.spikes:
         print(f"memory is read at {speed:.1f} GB/s; to_limit: times what reading the rows takes")
+        result |= {"read_gb_per_s": speed, "many": many(models, c, run) if against else {}}
         result["operations"] = operations(OURS, streams[OURS])
     return result | {"early_mb": early_mb, "late_mb": late_mb}
 
