@@ -91,8 +91,11 @@ class Llama:
         spawn = get_context("spawn")
         self.pipe, other = spawn.Pipe()
         spawn.Process(target=serve, args=(path, threads, other), daemon=True).start()
-        other.close()  # if the process dies, recv says so
-        self(1)  # it has loaded, and rests
+        other.close()  # so that recv fails, and does not wait, when the process has died
+        try:
+            self(1)  # returns when the model is loaded
+        except (EOFError, ConnectionError):
+            raise ValueError("its process ended while it loaded the model") from None
 
     def __call__(self, tokens):
         self.pipe.send(tokens)

@@ -194,6 +194,13 @@ def test_llama_of_our_size_writes(kind):
     assert peer(5) == 5
 
 
+def test_llama_whose_process_dies_is_skipped(monkeypatch):
+    pytest.importorskip("xllamacpp")
+    monkeypatch.setattr(llama, "write", lambda path, *_: Path(path).write_text("no GGUF"))
+    with pytest.raises(ValueError, match="its process ended"):
+        llama.Llama("Q4_0", 450_000, 128, 300, 1)
+
+
 def test_llama_counts_its_weights():
     sizes = [llama.size_of(llama.tensors(128, 1000, n)) for n in (0, 1, 2)]
     assert sizes == [
