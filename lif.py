@@ -345,40 +345,40 @@ class _Scan(torch.autograd.Function):
         d_w = None
         w_back = None if w_rec is None else w_rec.transpose(1, 2)
         d_s = torch.zeros_like(s0)  # what reaches a step's spikes through W
+        after_each = beta[:, 1:] if beta.dim() == 3 else beta.expand(1, T - 1, N)
+        after_each = F.pad(after_each, (0, 0, 0, 1), value=1.0)  # beta of the step after
 
         # In blocks of about 128k elements: all that does not depend on later steps is computed for
         # a whole block at once, in cache, and the loop is left with one small operation per step:
-        # d_pre = direct + through * d_after, d_after the d_pre of the step after. `through`
-        # has the beta between the two, except at step T-1, where d_after is the given d_v.
+        # d_pre = direct + through * d_after, d_after the d_pre of the step after. `through` has the
+        # beta between the two, except at step T-1, where d_after is the given d_v. Without a
+        # threshold one zero stands for the g of all neurons.
         C = min(T, max(1, 131072 // (B * N)))
-        d_v = torch.zeros_like(v0) if d_v is None else d_v
-        d_after = d_v
+        d_after = d_v = torch.zeros_like(v0) if d_v is None else d_v
         for start in range((T - 1) // C * C, -1, -C):
             now = slice(start, min(start + C, T))
             after = slice(start + 1, min(start + C + 1, T))  # one shorter in the block of step T-1
             n, m = now.stop - now.start, after.stop - after.start
             pre, th, s = membrane[:, now], at_steps(theta, now), spikes[:, now]
             d_pre_now = d_pre[:, now]
-            g = torch.zeros_like(pre) if th is None else surrogate.grad(pre - th, slope)
+            g = pre.new_zeros(1, n, 1) if th is None else surrogate.grad(pre - th, slope)
             direct = torch.zeros_like(g) if d_spikes is None else g * d_spikes[:, now]
             if d_membrane is not None:
-                direct += d_membrane[:, now]
+                direct = direct + d_membrane[:, now]
             by_pre, by_s = rule.by_pre(pre, th, s), rule.by_s(pre, th, s)
             through = torch.addcmul(by_pre, g, by_s, value=int(reset_grad))
             if clamp:
                 clamp_slope = softclamp_slope(rule.after(pre, th, s), clamp)
-                through *= clamp_slope
-            through[:, :m] *= at_steps(beta, after)
+                through = through * clamp_slope
+            through = through * after_each[:, now]
 
-            g_t, direct_t, through_t, d_pre_t = (
-                x.unbind(1) for x in (g, direct, through, d_pre_now)
-            )
-            for t in reversed(range(n)):
-                torch.addcmul(direct_t[t], through_t[t], d_after, out=d_pre_t[t])
+            parts = (x.unbind(1) for x in (g, direct, through, d_pre_now))
+            for g_t, direct_t, through_t, d_pre_t in reversed([*zip(*parts)]):
+                torch.addcmul(direct_t, through_t, d_after, out=d_pre_t)
                 if w_rec is not None:
-                    d_pre_t[t].addcmul_(g_t[t], d_s)
-                    _add_recurrent(d_s.zero_(), d_pre_t[t], w_back)
-                d_after = d_pre_t[t]
+                    d_pre_t.addcmul_(g_t, d_s)
+                    _add_recurrent(d_s.zero_(), d_pre_t, w_back)
+                d_after = d_pre_t
 
             if need_theta:
                 d_th = torch.empty_like(g)  # first d_v, then d_r, then d_theta
@@ -393,8 +393,8 @@ class _Scan(torch.autograd.Function):
                 accumulate(d_theta, d_th, now)
             if need_beta:
                 v = rule.after(pre, th, s)
-                v = (softclamp(v, clamp) if clamp else v.clone())[:, :m]
-                accumulate(d_beta, v.mul_(d_pre[:, after]), after)
+                v = (softclamp(v, clamp) if clamp else v)[:, :m]
+                accumulate(d_beta, v * d_pre[:, after], after)
         if need_beta:
             accumulate(d_beta, (v0 * d_pre[:, 0]).unsqueeze(1), slice(0, 1))
         d_v0 = d_pre[:, 0] * (beta if beta.dim() == 1 else beta[:, 0])
