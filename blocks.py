@@ -298,7 +298,8 @@ class SNNBlock(Block):
         self.index = index
         self.a = Population(D, c, True, c.beta_high)
         self.h = Population(N, c, False, c.beta_high)
-        self.w_in, self.w_out = spike_fed(c, D, N), spike_fed(c, N, D)
+        Matrix = Synapse if c.spikes else Linear
+        self.w_in, self.w_out = Matrix(D, N, bias=False), Matrix(N, D, bias=False)
         nn.init.normal_(self.w_in.weight, std=D**-0.5)
         nn.init.normal_(self.w_out.weight, std=0.5 / math.sqrt(c.n_layer * N))
         mix = self.mix = FastWeights(c)
@@ -321,11 +322,6 @@ class SNNBlock(Block):
         return x + fed + found, now
 
 
-def spike_fed(c, fan_in, fan_out):
-    """A matrix of block snn: fed by spikes, in the float control by floats."""
-    return (Synapse if c.spikes else Linear)(fan_in, fan_out, bias=False)
-
-
 class FastWeights(nn.Module):
     """A small matrix per head that spikes write and read: what the text said so far.
 
@@ -342,7 +338,8 @@ class FastWeights(nn.Module):
         super().__init__()
         c, D, K = config, config.n_hidden, config.n_head * config.keys
         self.config, self.width = c, D // c.n_head + 1  # of a row
-        self.w_qk, self.w_o = spike_fed(c, D, 2 * K), spike_fed(c, D, D)
+        Matrix = Synapse if c.spikes else Linear
+        self.w_qk, self.w_o = Matrix(D, 2 * K, bias=False), Matrix(D, D, bias=False)
         nn.init.normal_(self.w_qk.weight, std=D**-0.5)
         nn.init.normal_(self.w_o.weight, std=0.5 / math.sqrt(c.n_layer * D))
         self.q, self.k = (Population(K, c, False, c.beta_high) for _ in range(2))

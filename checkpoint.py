@@ -140,7 +140,7 @@ def save(t, is_best):
             with whole_file(out / name) as file:
                 torch.save(checkpoint, file)
         before = sorted(old for old in out.glob("step_*.pt") if old < path)[-1:]
-        for old in {*out.glob("step_*"), *out.glob("*.tmp")} - {path, *before}:
+        for old in {*out.glob("step_*.pt"), *out.glob("*.tmp")} - {path, *before}:
             old.unlink()
 
 
@@ -177,9 +177,10 @@ def restore(t, checkpoint):
         if not is_whole or not all(map(is_state, states, t.optimizers)):
             raise ValueError("the checkpoint's position or optimisers are damaged: start anew")
         if checkpoint["data"] != t.corpus.sha256:
-            t.run.say(
-                f"{t.corpus.name} has changed since the checkpoint: going on with what it is now"
-            )
+            t.run.say(f"{t.corpus.name} has changed since the checkpoint: going on with it")
+        here = [name for name, _ in t.position.curriculum]
+        if lost := [name for name, _ in checkpoint["position"]["curriculum"] if name not in here]:
+            raise ValueError(f"no text for the checkpoint's phase {lost[0]}: give its own data")
         if len(checkpoint["random"]) == t.run.world:
             for generator, state in zip(t.run.generators, checkpoint["random"][t.run.rank]):
                 generator.set_rng_state(state)
@@ -225,11 +226,6 @@ def rewind_log(out, step):
             kept += [line] * (json.loads(line)["step"] <= step)
     with whole_file(log) as file:
         file.write(b"".join(line + b"\n" for line in kept))
-
-
-def write_log(out, line):
-    with open(out / "log.jsonl", "a") as log:
-        log.write(json.dumps(line) + "\n")
 
 
 def set_aside(out):

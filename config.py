@@ -62,7 +62,7 @@ def writable(path):
         is_new = not Path(path).exists()
         open(path, "ab").close()
         if is_new:
-            Path(path).unlink()
+            Path(path).unlink(missing_ok=True)
     except OSError as error:
         raise ValueError(f"cannot write {path}: {error.strerror}; name another file") from None
     return path
@@ -121,6 +121,8 @@ def load(cls, argv, given={}):
     settings, names = {}, {f.name for f in dataclasses.fields(cls)}
     for path in paths:
         try:
+            if not path.endswith(".py"):  # runpy would run what a zip file holds
+                raise ValueError("its name must end in .py; a checkpoint is --ckpt or --init_from")
             found = runpy.run_path(path)
         except Exception as error:  # whatever a file can do wrong
             stop(f"cannot read the config file {path}: {type(error).__name__}: {error}")

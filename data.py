@@ -79,21 +79,16 @@ def _epoch(seed: int, epoch: int, n_windows: int, slack: int):
 class Feed:
     """The batches of one process: windows of the stored text, or a stream that is fetched.
 
-    curriculum: [(phase, length)]. rehearse: the share of rows that repeat the phase before.
-    answers_only: every target but Sam's answers is IGNORED. position: a list of the `position` of
-    each process, as a checkpoint keeps it.
+    c: tokens_per_step, seed, rehearse and answers_only as train.py declares them. curriculum:
+    [(phase, length)]. position: a list of the `position` of each process, as a checkpoint keeps it.
     """
 
-    def __init__(
-        self, corpus, curriculum, tokens_per_step, rehearse=0.0, answers_only=False,
-        seed=0, rank=0, world=1, position=None,
-    ):  # fmt: skip
-        self.corpus, self.curriculum, self.tokens_per_step = corpus, curriculum, tokens_per_step
-        self.rehearse, self.answers_only = rehearse, answers_only
-        self.seed, self.rank, self.world, self.stream = seed, rank, world, None
+    def __init__(self, c, corpus, curriculum, rank=0, world=1, position=None):
+        self.c, self.corpus, self.curriculum = c, corpus, curriculum
+        self.rank, self.world, self.stream = rank, world, None
         if corpus.mixture:
             mine = position and position[rank % len(position)]  # a Stream refuses a wrong one
-            self.stream = Stream(corpus.mixture, corpus.tokenizer, seed, rank, world, mine)
+            self.stream = Stream(corpus.mixture, corpus.tokenizer, c.seed, rank, world, mine)
 
     @property
     def position(self):
@@ -102,22 +97,22 @@ class Feed:
 
     def next(self, phase: int, step: int):
         """This process's (x, y) of step `step` of phase number `phase`, int64 (rows, length)."""
-        name, length = self.curriculum[phase]
-        rows = self.tokens_per_step // length // self.world * self.world
+        c, (name, length) = self.c, self.curriculum[phase]
+        rows = c.tokens_per_step // length // self.world * self.world
         if self.stream and name not in CUTS:  # words, phrases, sentences come from its sample
             return self.stream.batch(rows // self.world, length)
         before = self.curriculum[phase - 1][0] if phase else name
-        old = int(rows * self.rehearse) // self.world * self.world if phase else 0
-        x, y = self._draw(name, step, rows - old, length, self.seed)
+        old = int(rows * c.rehearse) // self.world * self.world if phase else 0
+        x, y = self._draw(name, step, rows - old, length, c.seed)
         if old:
-            again = self._draw(before, step, old, length, self.seed + 1)
+            again = self._draw(before, step, old, length, c.seed + 1)
             x, y = (torch.cat(both) for both in zip((x, y), again))
         return x, y
 
     def _draw(self, phase, step, rows, length, seed):
         where = step, rows, length, seed, self.rank, self.world
         x, y = batch(self.corpus.train[phase], *where)
-        if self.answers_only:
+        if self.c.answers_only:
             y = y.masked_fill(batch(self.corpus.answers["train"], *where)[1] == 0, IGNORED)
         return x, y
 
@@ -433,7 +428,7 @@ def prepare(dataset, tokenizer, vocab_size, data_dir, seed=0, log=print, ignore=
     """
     data_dir = Path(os.path.expanduser(data_dir))
     dataset, name, checksum, read = find_source(str(dataset), data_dir, seed, log, ignore)
-    known = None if isinstance(tokenizer, str) else tokenizer.hash
+    known, damaged = None if isinstance(tokenizer, str) else tokenizer.hash, []
     for recipe in [tokenizer] if known is None else [tokenizer.kind, known]:
         key = sha256(repr((checksum, recipe, vocab_size, seed, FORMAT)))[:12]
         folder = data_dir / f"{name}-{key}"
@@ -444,7 +439,7 @@ def prepare(dataset, tokenizer, vocab_size, data_dir, seed=0, log=print, ignore=
                     return found
             except DataError as error:
                 log(f"{error}: building it again")
-                shutil.rmtree(folder, ignore_errors=True)
+                damaged.append(folder)
     try:
         data_dir.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=".building-", dir=data_dir) as temporary:
@@ -457,6 +452,8 @@ def prepare(dataset, tokenizer, vocab_size, data_dir, seed=0, log=print, ignore=
                 raise DataError(f"{name}: too little to learn some and hold out some: add text")
             meta = {"name": name, "key": key, "sha256": checksum} | facts
             _build(building, meta, train, held, tokenizer, vocab_size, seed)
+            for old in damaged:  # not before: what is new may need what there is no more
+                shutil.rmtree(old, ignore_errors=True)
             with suppress(OSError):  # another process was first
                 os.rename(building, folder)
             return _load(folder, key, dataset)

@@ -430,8 +430,9 @@ def lif_triton(current, beta, theta, w_rec=None, state=None, **options):
     obstacle = obstacle_to(current, w_rec, surrogate=o.surrogate, reset=o.reset)
     if obstacle:
         raise obstacle
+    keep = o._replace(membrane=o.membrane or theta is None)  # a distance to 1e15 tells nothing
     theta = torch.full_like(beta, 1e15) if theta is None else theta  # no membrane reaches it
-    spikes, kept, *state = _forward(current, beta, theta, *rest, *o)
+    spikes, kept, *state = _forward(current, beta, theta, *rest, *keep)
     return spikes, kept if o.membrane else None, tuple(state)
 
 

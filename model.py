@@ -122,7 +122,7 @@ class SpikingLM(nn.Module):
         parts = self.parts.values()  # of each spiking layer the neurons, and a neuron's synapses
         self.sites = [n for part in parts for n in getattr(part, "sites", ())]
         self.fan_out = [n for part in parts for n in getattr(part, "fan_out", ())]
-        if self.head is not None:
+        if self.head is not None and c.spikes:
             self.sites, self.fan_out = [*self.sites, D], [*self.fan_out, c.vocab_size]
         if c.rate_penalty == "synops" and len(self.sites) > len(self.fan_out):
             raise ValueError("rate_penalty=synops takes a block that counts synapses, as snn does")

@@ -60,8 +60,8 @@ class NerConfig(ModelConfig):
     threads: int = 0  # CPU threads; 0 leaves it to torch
     seed: int = 1337  # of weights, sentences and batches
 
-    CHOICES = {"block": ("sam", "snn", "gpt")}
-    RANGE = {name: (1, math.inf) for name in ("max_steps", "words")} | {"lr": (0, math.inf)}
+    CHOICES = {"block": ("sam", "snn", "gpt"), "traits": ("none",)}
+    RANGE = {"max_steps": (1, math.inf), "words": (1, math.inf), "lr": (0, 1), "threads": (0, 999)}
 
     def __post_init__(self):
         super().__post_init__()
@@ -211,7 +211,7 @@ def train(c, bad):
     matrices = {"params": [p for p in tagger.parameters() if p.dim() > 1], "weight_decay": 0.05}
     vectors = {"params": [p for p in tagger.parameters() if p.dim() < 2], "weight_decay": 0.0}
     optimizer = torch.optim.AdamW([matrices, vectors], betas=(0.9, 0.95), fused=True)
-    rate = OneCycleLR(optimizer, c.lr, c.max_steps, pct_start=0.1, cycle_momentum=False)
+    rate = OneCycleLR(optimizer, c.lr, c.max_steps, pct_start=0.1 + 1e-9, cycle_momentum=False)
     for step, (words, tags) in zip(range(1, c.max_steps + 1), batches(c)):
         logits, report = tagger(words)
         tags = torch.tensor([[tagger.tags.index(tag) for tag in sentence] for sentence in tags])

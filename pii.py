@@ -51,7 +51,7 @@ def read_records(path, bad):
             try:
                 if is_json and parts:
                     record = json.loads(line)
-                    yield record["source_text"], good_spans(record, bad)
+                    yield record["source_text"] + "", good_spans(record, bad)
                 elif parts and parts[0] != "-DOCSTART-":
                     words.append(parts[0])
                     tags.append(re.fullmatch(r"O|[BIESLU]-\S+", parts[-1])[0])

@@ -37,12 +37,12 @@ import data
 import kernels
 from checkpoint import (
     check_weights, environment, load_cell, load_checkpoint, locked, newest, restore, rewind_log,
-    save, set_aside, shape_of, write_log, write_result,
+    save, set_aside, shape_of, write_result,
 )  # fmt: skip
 from machine import Run, fastest_threads
 from model import ModelConfig, SpikingLM
 from optim import OPTIMIZERS, make_optimizers, schedule, set_lr
-from sources import VERDICT, judge, told_by
+from sources import STREAM, VERDICT, judge, told_by
 from tokenizer import TOKENIZERS, tokenizer_from_state
 
 
@@ -102,8 +102,9 @@ class TrainConfig(ModelConfig):
 
     def __post_init__(self):
         super().__post_init__()
-        if self.answers_only and "conversations" not in dict(self.curriculum()):
-            raise ValueError("answers_only needs conversations in phases")
+        is_stream = self.dataset.startswith(STREAM)
+        if self.answers_only and (is_stream or "conversations" not in dict(self.curriculum())):
+            raise ValueError("answers_only needs conversations in phases, and no stream")
         if self.tokens_per_step < self.longest() * int(os.environ.get("WORLD_SIZE", 1)):
             raise ValueError(f"tokens_per_step must hold {self.longest()} tokens for every process")
 
@@ -170,12 +171,13 @@ def train_step(model, optimizers, x, y, c, run):
     neurons.
     """
     raw = getattr(model, "module", model)  # without DistributedDataParallel around it
-    rows, counted = max(1, c.micro_tokens // x.shape[1]), (y != data.IGNORED).sum().item()
+    rows = max(1, c.micro_tokens // x.shape[1])
+    counted = run.mean((y != data.IGNORED).sum().float()).item() or 1  # mean of the processes
     nats_mean, rates = torch.zeros((), device=run.device), torch.zeros_like(raw.rate)
     for start in range(0, len(x), rows):
         x_now, y_now = (z[start : start + rows].to(run.device) for z in (x, y))
         share = len(x_now) / len(x)
-        share_of_nats = (y_now != data.IGNORED).sum().item() / max(1, counted)
+        share_of_nats = (y_now != data.IGNORED).sum().item() / counted
         last = start + rows >= len(x)
         with nullcontext() if last or run.world == 1 else model.no_sync():
             with run.autocast:
@@ -295,11 +297,12 @@ def sample(t):
     c, tokenizer, ids = t.c, t.corpus.tokenizer, []
     start = torch.tensor([[tokenizer.end]], device=t.run.device)
     generator = torch.Generator(device=t.run.device).manual_seed(c.seed)
-    stream = t.model.generate(start, None, 0.7, 0, 0.95, generator, tokenizer.vocab_size)
+    stream = t.model.eval().generate(start, None, 0.7, 0, 0.95, generator, tokenizer.vocab_size)
     for token, _ in islice(stream, c.sample_tokens):
         ids.append(token.item())
         if ids[-1] == tokenizer.end and len(ids) > c.sample_tokens / 3:
             break  # rather than begin another document
+    t.model.train()
     parts = groupby(ids, lambda token: token == tokenizer.end)
     return [text for _, part in parts if (text := tokenizer.decode(part).strip())]
 
@@ -335,7 +338,7 @@ def table(line, c):
 
 
 def show(t, line):
-    """Print an evaluation: a row of the table, what the model writes by itself, dead layers."""
+    """Print and log an evaluation: a row of the table, what the model writes, dead layers."""
     cells, line["samples"] = table(line, t.c), sample(t)
     if not t.has_header:
         t.run.say(LEGEND + "\n" + "  ".join(head for head, _ in cells))
@@ -345,6 +348,8 @@ def show(t, line):
         t.run.say(textwrap.fill(text, 98, initial_indent=" " * 8, subsequent_indent=" " * 8))
     for warning in ill_layers(line["rate"]):
         t.run.say(warning)
+    with open(t.out / "log.jsonl", "a") as log:
+        log.write(json.dumps(line) + "\n")
 
 
 # ---- the run ----------------------------------------------------------------------------------
@@ -412,27 +417,26 @@ def begin(c, run):
         checkpoint = load_checkpoint(c.init_from)
     corpus = open_corpus(c, run, checkpoint, resuming)
     torch.manual_seed(c.seed)
-    model = SpikingLM(c)
-    if c.cell:
-        model.adopt(load_cell(c.cell)[0])
+    model = SpikingLM(c).to(run.device)
     if checkpoint and not resuming:
+        for name in ("theta", "diversity", "beta_low", "beta_high"):
+            if getattr(c, name) != checkpoint["config"][name]:
+                raise ValueError(f"{name} only says how weights begin: leave it to {c.init_from}")
         check_weights(checkpoint["model"], model)
         model.load_state_dict(checkpoint["model"])
-    model = model.to(run.device)
+    if c.cell:
+        model.adopt(load_cell(c.cell)[0])
     optimizers = make_optimizers(c, model, run.device)
     torch.manual_seed(c.seed + 1 + run.rank)  # each process has dropout and noise of its own
     t = Training(c, run, out, corpus, model, optimizers, Position(open_curriculum(corpus, c, run)))
     if resuming:
         restore(t, checkpoint)
     if run.main and resuming:
-        rewind_log(out, t.position.step)
+        rewind_log(out, t.position.evaluated)
     elif run.main and (aside := set_aside(out)):
         run.say(f"the run that was in {out} is kept in {aside}")
     set_threads(t)
-    t.feed = data.Feed(
-        corpus, t.position.curriculum, c.tokens_per_step, c.rehearse, c.answers_only, c.seed,
-        run.rank, run.world, t.position.stream,
-    )  # fmt: skip
+    t.feed = data.Feed(c, corpus, t.position.curriculum, run.rank, run.world, t.position.stream)
     t.record = environment(run.device, c.seed)  # now: the commit may be another one at the end
     return t
 
@@ -446,7 +450,6 @@ def introduce(t):
     machine = f"{run.device}" + f" x {run.world}" * (run.world > 1)
     if run.device.type == "cpu":
         machine += f", threads: {position.threads}"
-        machine += " (fastest in a trial)" * (not c.threads and not position.step)
     size = f"{sum(p.numel() for p in model.parameters()) / 1e6:.2f}M parameters on {machine}"
     run.say(" | ".join(filter(None, (size, kernels.backends(), f"files: {c.out_dir}"))))
     sizes = [f"{len(corpus.train[phase]) / 1e6:.2f}M {phase}" for phase, _ in position.curriculum]
@@ -508,7 +511,6 @@ def train(c, run):
             check_finite(t, "held-out loss", line["heldout"])
             if run.main:
                 show(t, line)
-                write_log(t.out, line)
             is_best = line["valid"] < position.best
             position.best = min(position.best, line["valid"])
             position.evaluated, position.losses = position.step, []

@@ -200,6 +200,8 @@ class ProgSem(Trait):
         super().__init__()
         if P is None:
             self.P = nn.Parameter(torch.randn(d, slots))
+        elif P.shape[1] != slots:
+            raise ValueError(f"with gene programs write progsem:{P.shape[1]}")
         else:
             self.register_buffer("P", P.clone())
         self.gate = Derf(slots)

@@ -29,7 +29,7 @@ from tokenizer import DataError
 
 # ---- inside a model ----------------------------------------------------------------------------
 
-SHOWN, ROWS = 128, 384  # neurons that are shown of a layer, and of all layers together, at most
+SHOWN, ROWS = 128, 384  # neurons shown of a layer at most; of all about, but of each at least 16
 
 
 class Layer:
@@ -39,7 +39,7 @@ class Layer:
         self.name, self.part, self.index = name, part, index  # where in the part's state
         self.out = weight.float().norm(dim=1).cpu()  # (N,) of what their spikes go through
         self.levels, self.program, N = [1], None, len(weight)  # thresholds, in theta
-        self.resets = isinstance(neurons, Block)  # the membrane falls by theta after a spike
+        self.resets = isinstance(neurons, Block) and neurons.config.reset == "soft"  # by theta
         logit = getattr(neurons, "w" if isinstance(neurons, PLIF) else "beta_logit", None)
         beta = getattr(neurons, "beta", None) if logit is None else logit.sigmoid()
         theta = getattr(neurons, "theta", None)

@@ -71,6 +71,8 @@ def all(
     write_result(f"results/kernels_{device}.json", record)
     outcome["kernels"] = {"seconds": time.time() - began, "end": ended.splitlines()[-1:]}
     for name, limit, command in steps(text, tiny, device):
+        if name == "resume" and not any(Path(MODEL).glob("step_*.pt")):
+            continue  # training failed: there is nothing to resume
         print(f"\n==== {name}: python {command}", flush=True)
         words, began = command.split(), time.time()
         if name == "resume":

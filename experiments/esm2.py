@@ -25,7 +25,7 @@ def read_fasta(path):
     """{gene: sequence}; ValueError, one line, if the file is none."""
     found = {}
     with open(path) as file:
-        records = file.read().split(">")
+        records = re.split("^>", file.read(), flags=re.M)
     for record in records[1:]:
         header, _, lines = record.partition("\n")
         gene = re.search(r"\bGN=(\S+)", header) or re.match(r"(\S+)", header)

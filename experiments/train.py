@@ -43,7 +43,8 @@ def train(
     shape = {"micro_tokens": c.micro_tokens, "dtype": c.dtype, "vocab_size": c.vocab_size}
     shape |= {"optimizer": c.optimizer}
     models = {OURS: (SpikingLM, c), "transformer": (SpikingLM, replace(gpt, **shape))}
-    if c.block == "sam" and c.residual == "gated" and c.rec_heads == 1:
+    is_plain = c.traits == "none" and c.head == "float"
+    if c.block == "sam" and c.residual == "gated" and c.rec_heads == 1 and is_plain:
         models["snnTorch, step by step"] = (SnnTorchSam, c)
     runs, facts, skipped = {}, {}, {}
     x, y = random_tokens(c, length), random_tokens(c, length)
@@ -99,10 +100,11 @@ def operations(name, step, most=12):
     """{operation of PyTorch: share of the time of step()}: the `most` longest, then the rest."""
     with torch.profiler.profile() as profiler:
         step()
-    on_gpu = torch.cuda.is_available()
+    events = profiler.key_averages()
+    on_gpu = any(e.self_device_time_total for e in events)
     times = {
         e.key.removeprefix("aten::"): e.self_device_time_total if on_gpu else e.self_cpu_time_total
-        for e in profiler.key_averages()
+        for e in events
     }
     longest = sorted(times, key=times.get, reverse=True)[:most]
     shares = {key: times[key] / sum(times.values()) for key in longest}

@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import shutil
 import sys
 import time
 from dataclasses import asdict, fields, replace
@@ -418,6 +419,10 @@ def test_everything_is_rehearsed(tmp_path, monkeypatch, capfd):
     assert len(ends) == 9 and all(end in (["done"], ["2 passed"]) for end in ends)
     assert steps["resume"]["before"] == steps["resume"]["after"]
     assert json.loads((tmp_path / "results/kernels_cpu.json").read_text())["passed"] == 2
+    shutil.rmtree(all_steps.MODEL)
+    monkeypatch.setattr(all_steps, "call", lambda *_: "FAILED, exit 1")
+    steps = all_steps.all(load("", all_steps.all), RUN, text=str(text), tiny=True)["steps"]
+    assert len(steps) == 9 and "resume" not in steps  # there is nothing to resume
 
 
 # ---- taking turns ------------------------------------------------------------------------------
@@ -496,10 +501,14 @@ def test_train_compares_tokens_per_second(monkeypatch, tmp_path):
     )
     both = {f"{name}{way}" for name in ("ours", "transformer") for way in ("", ", compiled")}
     assert both <= result["contestants"].keys() and {*used} == {"muon"}
+    against = str(tmp_path / "gpt.py")
+    with_traits = training.train(replace(c, traits="hrm:1"), RUN, length=8, against=against)
+    assert not any("snnTorch" in x for x in [*with_traits["contestants"], *with_traits["skipped"]])
 
 
-def test_where_the_time_of_a_step_goes():
+def test_where_the_time_of_a_step_goes(monkeypatch):
     x = torch.randn(400, 400)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)  # on which nothing runs
 
     def step():
         for _ in range(20):

@@ -573,7 +573,7 @@ def test_readout_decay_is_a_moving_average_of_the_membranes():
 
 # ---- embeddings of proteins ------------------------------------------------------------------
 
-FASTA = """>sp|P1|A_HUMAN Protein OS=Homo sapiens GN=ABC1 PE=1
+FASTA = """>sp|P1|A_HUMAN C->U-editing protein OS=Homo sapiens GN=ABC1 PE=1
 MKV
 L*
 >sp|P2|A2_HUMAN a fragment GN=ABC1

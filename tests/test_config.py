@@ -5,6 +5,7 @@ import contextlib
 import os
 import runpy
 import sys
+import zipfile
 from dataclasses import dataclass, fields
 from pathlib import Path
 
@@ -162,6 +163,22 @@ def test_paths_may_begin_with_a_tilde(monkeypatch):
     for cls in (TrainConfig, SampleConfig, CellConfig):
         for path in set(config.PATHS.split()) & {f.name for f in fields(cls)}:
             assert config.checked(cls, path, "~/x", "") == "/home/me/x"
+
+
+def test_a_config_that_is_no_python_file_is_not_run(tmp_path, capsys):
+    with zipfile.ZipFile(tmp_path / "stranger.pt", "w") as archive:  # as checkpoints are
+        archive.writestr("__main__.py", "print('it ran')")
+    with pytest.raises(SystemExit, match="2"):
+        config.load(Small, [str(tmp_path / "stranger.pt")])
+    said = capsys.readouterr()
+    assert "must end in .py" in said.err and not said.out
+
+
+def test_writable_is_for_all_processes_of_a_run(tmp_path, monkeypatch):
+    """Another one may have removed the new file by then."""
+    unlink = Path.unlink
+    monkeypatch.setattr(Path, "unlink", lambda p, **more: (os.remove(p), unlink(p, **more)))
+    assert config.writable(tmp_path / "a.json") and not (tmp_path / "a.json").exists()
 
 
 def test_writable_makes_the_folder_and_keeps_the_file(tmp_path):

@@ -1041,6 +1041,12 @@ def test_ranks_share_one_batch():
         data.batch(tokens[:16], 0, 1, 16, 0)
 
 
+def feed_of(corpus, curriculum, n, rehearse=0.0, answers_only=False, seed=0, **more):
+    """A Feed of n tokens per step."""
+    c = SimpleNamespace(tokens_per_step=n, rehearse=rehearse, answers_only=answers_only, seed=seed)
+    return data.Feed(c, corpus, curriculum, **more)
+
+
 def corpus_of(**phases):
     """A corpus whose phases count upwards, each in a range of its own."""
     streams = {
@@ -1052,14 +1058,17 @@ def corpus_of(**phases):
 
 def test_a_feed_rehearses_the_phase_before():
     corpus, curriculum = corpus_of(words=900, stories=900), [("words", 8), ("stories", 16)]
-    feed = data.Feed(corpus, curriculum, 128, rehearse=0.25, seed=1)
+    feed = feed_of(corpus, curriculum, 128, 0.25, seed=1)
     x, y = feed.next(0, 0)
     assert x.shape == (16, 8) and x.max() < 1000  # nothing is before the first phase
     assert feed.position is None and not torch.equal(x, feed.next(0, 1)[0])
     x, y = feed.next(1, 0)
     assert x.shape == (8, 16) and torch.equal(y, x + 1)
     assert (x[:, 0] < 1000).tolist() == [False] * 6 + [True] * 2
-    ranks = [data.Feed(corpus, curriculum, 128, 0.25, False, 1, r, 2).next(1, 0)[0] for r in (0, 1)]
+    ranks = [
+        feed_of(corpus, curriculum, 128, 0.25, seed=1, rank=r, world=2).next(1, 0)[0]
+        for r in (0, 1)
+    ]
     assert [len(part) for part in ranks] == [4, 4]
     assert sorted(map(tuple, torch.cat(ranks).tolist())) == sorted(map(tuple, x.tolist()))
 
@@ -1068,7 +1077,7 @@ def test_a_feed_of_answers_ignores_the_rest():
     corpus = corpus_of(conversations=900)
     corpus.answers = {"train": (np.arange(900) % 3 == 0).astype(np.uint8)}
     talks = [("conversations", 16), ("conversations", 8)]
-    feed = data.Feed(corpus, talks, 128, rehearse=0.25, answers_only=True)
+    feed = feed_of(corpus, talks, 128, 0.25, answers_only=True)
     for phase in (0, 1):
         x, y = feed.next(phase, 5)
         assert torch.equal(y == data.IGNORED, (x + 1) % 3 != 0)
@@ -1079,7 +1088,7 @@ def test_a_feed_streams_and_knows_where_it_is(rows_server, tmp_path, monkeypatch
     corpus = data.prepare(f"stream:{MIXTURE}", "byte", 0, tmp_path)
     curriculum = [("words", 8), ("stories", 16)]
     for world in (1, 2):
-        feeds = [data.Feed(corpus, curriculum, 64, rank=r, world=world) for r in range(world)]
+        feeds = [feed_of(corpus, curriculum, 64, rank=r, world=world) for r in range(world)]
         start = [feed.position for feed in feeds]
         x, _ = feeds[0].next(0, 0)  # words come from the sample
         assert x.shape == (8 // world, 8) and feeds[0].position == start[0]
@@ -1088,12 +1097,12 @@ def test_a_feed_streams_and_knows_where_it_is(rows_server, tmp_path, monkeypatch
         after = [json.loads(json.dumps(feed.position)) for feed in feeds]
         assert after != start
         for r, feed in enumerate(feeds):
-            again = data.Feed(corpus, curriculum, 64, rank=r, world=world, position=after)
+            again = feed_of(corpus, curriculum, 64, rank=r, world=world, position=after)
             assert torch.equal(again.next(1, 9)[0], feed.next(1, 1)[0])
     with pytest.raises(DataError, match="number of processes: resume with the same"):
-        data.Feed(corpus, curriculum, 64, position=after)
+        feed_of(corpus, curriculum, 64, position=after)
     with pytest.raises(DataError, match="number of processes: resume with the same"):
-        data.Feed(corpus, curriculum, 64, rank=1, world=2, position=after[:1])
+        feed_of(corpus, curriculum, 64, rank=1, world=2, position=after[:1])
 
 
 def test_turn():

@@ -57,7 +57,11 @@ def run(text, tmp_path_factory):  # noqa: F811
     os.chdir(ROOT)
     out = tmp_path_factory.mktemp("run") / "out"
     argv = [a for a in arguments(text, out, STORIES, "--eval_interval=1") if "--out_dir" not in a]
+    out.mkdir()
+    (out / "step_notes.txt").write_text("mine")
     assert outcome(train.main, *argv, f"--out_dir={out}")[0] == 0
+    assert (out / "step_notes.txt").read_text() == "mine"  # what is not the run's stays
+    (out / "step_notes.txt").unlink()
     return argv, out
 
 
@@ -492,6 +496,24 @@ def test_ids_outside_the_vocabulary_are_built_again(tmp_path):
     said = []
     assert np.array_equal(prepare(path, tmp_path / "cache", log=said.append).heldout, heldout)
     assert "outside the vocabulary" in said[0]
+
+
+def test_a_cache_outlives_a_vocabulary_that_cannot_be_loaded(tmp_path, monkeypatch):
+    """As that of gpt2 without a network: what cannot be built again is not thrown away."""
+    path, folder, heldout = cache_of(tmp_path)
+
+    def missing(*_):
+        raise data.DataError("cannot load the vocabulary")
+
+    with monkeypatch.context() as offline:
+        offline.setattr(data, "tokenizer_from_state", missing)
+        offline.setattr(data, "train_tokenizer", missing)
+        with pytest.raises(data.DataError, match="cannot load the vocabulary"):
+            prepare(path, tmp_path / "cache")
+    said = []
+    assert folder.exists()
+    assert np.array_equal(prepare(path, tmp_path / "cache", log=said.append).heldout, heldout)
+    assert not said
 
 
 def test_a_cache_of_another_tokenizer_is_built_again(tmp_path):

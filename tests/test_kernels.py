@@ -155,6 +155,16 @@ def test_without_theta(surrogate):
     for a, b in zip(*found):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
     assert (found[1][0] == 0).all()
+    grads = []
+    for scan, device in ((lif_torch, "cpu"), (kernels.lif_triton, DEVICE)):  # nobody asks for it
+        leaves = [x.detach().to(device).requires_grad_() for x in (current, beta, v)]
+        how = {"reset": "none", "surrogate": surrogate, "return_membrane": False}
+        _, membrane, (last, _) = scan(*leaves[:2], None, state=(leaves[2], 0 * leaves[2]), **how)
+        assert membrane is None
+        last.backward(g_v.to(device))
+        grads.append([x.grad.cpu() for x in leaves])
+    for a, b in zip(*grads):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
 
 
 @needs_triton

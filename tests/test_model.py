@@ -503,6 +503,14 @@ def test_events_touch_no_other_row():
         assert synapse(s, Report()).isfinite().all()
 
 
+def test_a_float_head_beside_blocks_that_fire():
+    """Its population sends floats, which have no rate."""
+    c = shrunk("sam_6m.py", head="spikes", spikes=False, n_embd=16, n_hidden=16)
+    model = model_of(c)
+    _, _, report = model(torch.randint(50, (2, 20)))
+    assert len(torch.cat(report.rates)) == len(model.rate) == sum(model.sites)
+
+
 def test_a_spiking_head_is_fed_by_spikes_and_tied():
     model = model_of(shrunk("snn_6m.py", head="spikes", n_embd=16, n_hidden=16))
     tokens = torch.randint(50, (2, 20))

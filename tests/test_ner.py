@@ -129,7 +129,8 @@ def test_conll(tmp_path):
 
 def test_a_line_that_is_no_record_is_named(tmp_path):
     good = json.dumps(record("a"))
-    for text in (f'{good}\n{{"a": 1}}', "Ann B-NAME\nhello", f"{good}\n[1]"):
+    nothing = json.dumps({"source_text": None, "privacy_mask": []})
+    for text in (f'{good}\n{{"a": 1}}', "Ann B-NAME\nhello", f"{good}\n[1]", f"{good}\n{nothing}"):
         (tmp_path / "a.jsonl").write_text(text)
         with pytest.raises(ValueError, match=r"a.jsonl, line 2: expected"):
             list(pii.read_records(tmp_path / "a.jsonl", Counter()))
@@ -181,12 +182,14 @@ def test_training_learns_and_a_checkpoint_scores_the_same(tmp_path, capsys):
     command = [sys.executable, "ner.py", f"--redact={text}", f"--ckpt={saved}"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True)
     assert (done.returncode, done.stdout) == (0, b"[NAME] is [AGE] now\r\n"), done.stderr
-    ner.main([f"--dataset={path}", out, *TINY, "--max_steps=2"])
+    ner.main([f"--dataset={path}", out, *TINY, "--max_steps=10"])
     assert "is kept in" in capsys.readouterr().out and (tmp_path / "1" / "ner.pt").exists()
 
 
 def test_what_cannot_be_done_is_one_line(tmp_path, capsys):
     assert "set --block=snn" in stopped(["--spikes=False"], capsys)
+    assert "traits must be one of none" in stopped(["--traits=engram:99"], capsys)
+    assert "threads must be 0 to" in stopped(["--threads=-1"], capsys)
     use = ["--tag=Ann", f"--ckpt={tmp_path}"]
     assert "there is no tagger" in stopped(use, capsys)
     saved = {"config": SIZES, "labels": LABELS, "model": tiny().state_dict()}

@@ -33,7 +33,15 @@ from model import SpikingLM
 from optim import make_optimizers, schedule
 from tokenizer import Bytes
 from train import (
-    Position, Run, TrainConfig, Training, advance, converged, evaluate, fastest_threads, show,
+    Position,
+    Run,
+    TrainConfig,
+    Training,
+    advance,
+    converged,
+    evaluate,
+    fastest_threads,
+    show,
     train_step,
 )
 
@@ -290,6 +298,15 @@ def test_converged_phase_ends_early(text, tmp_path, monkeypatch):
     assert [x["phase"] for x in log].count("words") == 3  # every gain is too small: two in a row
 
 
+def test_text_that_lost_a_phase_is_one_line(text, tmp_path):
+    more = ["--phases=stories:16 conversations:16", "--max_steps=1", "--eval_interval=1"]
+    run(text, tmp_path / "out", *more)
+    (tmp_path / "other.txt").write_text("A cat sat on a mat. " * 400)
+    more += [f"--dataset={tmp_path / 'other.txt'}", "--init_from=resume", "--max_steps=2"]
+    said = mistake(train.main, *settings(text, tmp_path / "out", *more))
+    assert "no text for the checkpoint's phase conversations" in said
+
+
 @pytest.fixture
 def chats(tmp_path):
     path = tmp_path / "chats.jsonl"
@@ -317,6 +334,8 @@ def test_fine_tuning(text, one, tmp_path, chats):
         assert code == 0, said + err
         return torch.load(tmp_path / "chat" / "best.pt", weights_only=True)
 
+    for name in ("theta", "beta_high"):  # the file's, whatever is asked for
+        assert f"{name} only says how weights begin" in mistake(train.main, *asked, f"--{name}=0.7")
     start = tuned("--max_steps=0")
     assert all(torch.equal(w, base["model"][name]) for name, w in start["model"].items())
     assert start["tokenizer"] == base["tokenizer"] and start["config"]["n_hidden"] == 32
@@ -363,6 +382,7 @@ def test_a_model_that_explodes_stops(text, tmp_path):
         (["--phases=stories:100000"], "tokens_per_step"),
         (["--phases=stories:90000", "--tokens_per_step=90000"], "too little text"),
         (["--out_dir=README.md"], "README.md"),
+        (["--dataset=stream:a/b/c@1", "--answers_only=True"], "and no stream"),
     ],
 )
 def test_mistakes_are_one_line(text, tmp_path, more, message):
@@ -561,6 +581,22 @@ def test_ignored_targets_have_no_weight():
     assert gradients(model, x, torch.full_like(y, IGNORED), c)[0] == 0
 
 
+def test_targets_count_alike_in_all_processes(monkeypatch):
+    """Also if one process has more of them than the other: what two average is the whole."""
+    c = tiny("--rate_weight=0", "--stress_gain=0")
+    torch.manual_seed(0)
+    model, (x, y) = SpikingLM(c), torch.randint(256, (2, 8, 16))
+    y[:4, 2:] = IGNORED
+    nats, _, whole = gradients(model, x, y, c)
+    mean = sum(gradients(model, *both, c)[2] for both in zip(x.split(4), y.split(4))) / 2
+    assert not torch.allclose(mean, whole, atol=1e-4)
+    count = (y != IGNORED).sum().float()
+    monkeypatch.setattr(Run, "mean", lambda run, x: x if x.dim() or x % 1 else count / 2)
+    halves = [gradients(model, *both, c) for both in zip(x.split(4), y.split(4))]
+    assert sum(half[0] for half in halves) / 2 == pytest.approx(nats)
+    assert torch.allclose(sum(half[2] for half in halves) / 2, whole, atol=1e-6)
+
+
 def test_a_phase_has_converged_when_several_gains_in_a_row_are_small():
     assert not converged([5.0, 4.0, 3.99])  # only the last gain is small
     assert not converged([4.0, 3.99])
@@ -599,6 +635,9 @@ def test_evaluation_is_exact(monkeypatch):
     assert lines[0] == lines[1] and raw.training
     assert lines[0]["bpb"] == pytest.approx(lines[0]["heldout"] / math.log(2))  # 40 bytes
     assert lines[0]["valid_bpb"] == pytest.approx(lines[0]["valid"] / math.log(2))
+    random = torch.get_rng_state()
+    assert train.sample(t) == train.sample(t) and raw.training  # noise is for training alone
+    assert torch.equal(random, torch.get_rng_state())
     t.position.step = c.max_steps
     last = evaluate(t)  # all 108 bytes and END
     assert last["bpb"] == pytest.approx(last["heldout"] * 109 / 108 / math.log(2))

@@ -308,6 +308,8 @@ def test_programs_are_read_from_all_membranes():
     torch.testing.assert_close(active, torch.tensor(expected))
     assert "P" in trait.state_dict() and "P" not in dict(trait.named_parameters())
     assert "P" in dict(ProgSem(D, 3).named_parameters())
+    with pytest.raises(ValueError, match="write progsem:3"):
+        ProgSem(D, 4, P=P)
     torch.testing.assert_close(trait.P, P)
 
 

@@ -63,6 +63,16 @@ def test_a_neuron_fires_where_its_membrane_reaches_its_threshold(name):
                 assert (v >= theta) == (row in fired) or abs(v - theta) < 0.006
 
 
+def test_a_membrane_without_reset_is_shown_as_it_is():
+    watcher = watcher_of(reset="none")
+    *_, event = watcher.speak("Once upon a time", 0, 1.0)
+    for i, layer in enumerate(watcher.layers):
+        v, s = watcher.state[layer.part]
+        assert s.sum() > 0 and not layer.resets
+        expected = [round(x, 2) for x in v[0][layer.shown].tolist()]
+        assert event["membrane"][i] == expected
+
+
 def test_the_numbers_are_those_of_the_model():
     """Against one pass over the whole text."""
     watcher, text = watcher_of(), "the cat"
