@@ -2,7 +2,7 @@
 experiments/.
 
     python bench.py generate configs/sam_6m.py    generation: ours and a transformer
-    python bench.py generate configs/snn_1b.py --rates=results/tinystories_snn_6m_sparse.json
+    python bench.py generate configs/snn_1b.py --rates=results/fw_snn_1m_head.json
     python bench.py train configs/sam_6m.py       training: ours, snnTorch, a transformer
     python bench.py scan                          one layer of neurons: ours and the peers'
     python bench.py params configs/sam_6m.py      parameters and operations per token

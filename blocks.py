@@ -74,8 +74,7 @@ def spread(n, low, high):
 
 def recurrent(n, heads):
     """Recurrent synapses of n neurons in `heads` groups, none between groups: (n, n/heads), a row
-    per presynaptic neuron; None for 0 heads. The function `heads` below gives them the shape that
-    `lif` takes."""
+    per presynaptic neuron; None for 0 heads. `by_head` gives them the shape that `lif` takes."""
     return uniform(n // heads, n, n // heads) if heads else None
 
 
@@ -287,7 +286,7 @@ class SNNBlock(Block):
     """Every matrix multiplies spikes; membranes, norms, fast weights and the residual stream are
     floats.
 
-    a = population(x / rms(x));  h = population(W_in a);  x + W_out h + FastWeights(a)
+    z = x / rms(x);  a = population(z);  h = population(W_in a);  x + W_out h + FastWeights(a, z)
     """
 
     heads = "n_head"

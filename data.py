@@ -419,7 +419,7 @@ class Data:
 
 def prepare(dataset, tokenizer, vocab_size, data_dir, seed=0, log=print, ignore=()) -> Data:
     """The corpus `dataset`, from the cache if it is there: a name in DATASETS, auto (real_sam if
-    there is a network, else nursery), a path, or stream:MIXTURE, of which only a sample and the
+    it is there or online, else nursery), a path, or stream:MIXTURE, of which only a sample and the
     held-out documents are kept.
 
     tokenizer: a name in TOKENIZERS, to be trained with vocab_size, or a checkpoint's Tokenizer.

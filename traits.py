@@ -1,8 +1,8 @@
 """Traits: what may be added before or after the blocks of any model here, one class each.
 
 A trait is built from the width d of the residual stream and the numbers in `--traits=name:numbers`;
-what else it needs of the model it asks for by name. It has a block's forward, with x (B, T, d) the
-residual stream, never spikes. MTP and JEPA, used in training only, have instead
+anything else it needs of the model is a keyword argument. It has a block's forward, with x
+(B, T, d) the residual stream, never spikes. MTP and JEPA, used in training only, have instead
 `loss(report, targets, readout) -> scalar`. B sequences, T tokens.
 
 Each starts as the identity, because exactly one factor of what it adds is zero. That factor has a

@@ -1,8 +1,8 @@
 # torchrun --nproc_per_node=8 train.py configs/snn_1b.py
 # 1.07B parameters, fully spike-driven: every matrix is fed by spikes, the output head too.
-# Its memory is persistent: fast weights are carried from token to token, without end.
-# Project Nord's experts and memory neurons, fed by floats, cost 31M parameters and 8.4M float
-# multiplications a token: --traits="memory:256 moe:8,896"
+# Fast weights are carried from token to token without end, and fade: a head begins with gamma 0.5
+# to 0.995. Not included: Project Nord's experts and memory neurons, fed by floats, which cost 31M
+# parameters and 8.4M float multiplications a token: --traits="memory:256 moe:8,896"
 # Never trained in full yet. Plan the run first: python bench.py params configs/snn_1b.py --gpus=8
 block = "snn"
 vocab_size = 50304
