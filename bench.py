@@ -155,8 +155,7 @@ def command_of(name):
 
 def settings_of(command, argv):
     """All settings of a command, read from argv: its keyword arguments, those of BenchConfig and,
-    if its first parameter is `c`, of train.py, from a CONFIG file or the command's own `preset`.
-    """
+    if its first parameter is `c`, of train.py, from a CONFIG file or the command's own `preset`."""
     first, *more = inspect.signature(command).parameters.values()
     own = [(p.name, p.annotation, p.default) for p in more if p.kind is p.KEYWORD_ONLY]
     bases = (BenchConfig, TrainConfig) if first.name == "c" else (BenchConfig,)

@@ -220,10 +220,8 @@ class WhaleBlock(Block):
         c = self.config
         theta, beta, gain = self.modulation() if self.modulation else (self.theta, self.beta, 1.0)
         current = gain * self.w_in(self.norm(x), report)
-        s, membrane, state = run_neurons(
-            c, current, beta, theta, self.w_rec, state, report, clamp=CLAMP
-        )
-        report.shown["membranes"] = (*seen.membranes, membrane)
+        s, pre, state = run_neurons(c, current, beta, theta, self.w_rec, state, report, clamp=CLAMP)
+        report.shown["membranes"] = (*seen.membranes, pre)
         return s, state
 
 
@@ -426,16 +424,12 @@ def look_back(q, k, v, state, window, report):
     q, k = rotate(q, position), rotate(k, position)
     if state is not None:
         k, v = torch.cat([state[0], k], 2), torch.cat([state[1], v], 2)
-    if past == 0 and T <= window:
-        y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
-    elif T == 1:  # the state holds what one token sees
-        y = F.scaled_dot_product_attention(q, k, v)
-    else:
-        age = torch.arange(past, past + T, device=q.device)[:, None] - torch.arange(
-            past + T, device=q.device
-        )
+    is_whole, mask = past == 0 and T <= window, None
+    if not is_whole and T > 1:  # of one token the state holds what it sees
+        at = torch.arange(past + T, device=q.device)
+        age = at[past:, None] - at
         mask = (age >= 0) & (age < window)
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+    y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=is_whole)
     keep = max(0, k.shape[2] - window + 1)
     return y.transpose(1, 2).flatten(2), (k[:, :, keep:], v[:, :, keep:], first + T)
 

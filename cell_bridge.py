@@ -341,8 +341,7 @@ def validate(screen, seed):
 def main(argv):
     with config.one_line():
         c = config.load(CellConfig, argv)
-        for path in filter(None, (c.out, c.result)):
-            config.writable(path)
+        files = [config.writable(path) for path in (c.out, c.result) if path]
         if c.embedding:
             screen = read_h5ad(c)
         elif c.data:
@@ -367,7 +366,7 @@ def main(argv):
             torch.save(pool | {"cell": cell.state_dict()} | result, file)
         if c.result:
             Path(c.result).write_text(json.dumps(result, indent=1) + "\n")
-        print(*(f"wrote {path}" for path in (c.out, c.result) if path), sep="\n")
+        print(*(f"wrote {path}" for path in files), sep="\n")
 
 
 if __name__ == "__main__":

@@ -490,15 +490,13 @@ def _build(folder: Path, meta: dict, train, held, tokenizer, vocab_size: int, se
             with open(folder / f"{split}_blended.bin", "wb") as blended:
                 for part in parts:
                     np.memmap(part, mode="r").tofile(blended)
-    meta["streams"] = {
-        p.stem: zlib.crc32(np.memmap(p, mode="r")) for p in sorted(folder.glob("*.bin"))
-    }
+    paths = sorted(folder.glob("*.bin"))
+    meta["streams"] = {path.stem: zlib.crc32(np.memmap(path, mode="r")) for path in paths}
     content = json.dumps(meta)
     (folder / "meta.json").write_text(json.dumps({"hash": sha256(content), "content": content}))
 
 
 def _write(path: Path, texts: list[str], tokenizer: Tokenizer, dtype: str) -> None:
-    """Write the stream of `texts`."""
     step, size = 4096, sum(map(len, texts))
     bar = tqdm(total=size, desc=path.stem, unit="B", unit_scale=True, disable=size < 2e7)
     with open(path, "wb") as file, bar:

@@ -15,7 +15,6 @@ A pointer is called p_x, and x is the tile it holds at this step. TRITON_INTERPR
 Python starts, runs the kernels on the CPU, slowly; the tests do that.
 """
 
-import math
 import os
 from types import SimpleNamespace
 
@@ -23,7 +22,7 @@ import torch
 from torch import library
 from torch.autograd.function import once_differentiable
 
-from lif import Options, check, lif_torch, previous, rms, take_rows
+from lif import Options, check, gradient_of_w, lif_torch, rms, take_rows
 
 try:
     import triton
@@ -289,8 +288,7 @@ def _backward_kernel(
 
 def _tiling(w_rec):
     """(width, ROWS, COLS, STEPS, warps): neurons per tile; padded, its shape; steps per block;
-    threads by the 32.
-    """
+    threads by the 32."""
     if w_rec is None:
         return NEURONS, 1, NEURONS, STEPS, 4
     d = w_rec.shape[-1]
@@ -400,16 +398,9 @@ def _differentiate(ctx, *cotangents):  # on spikes, kept, v, s; None where there
     d_current, d_beta, d_theta, d_v0, d_s0 = _backward(
         kept, beta, theta, w_rec, v0, *cotangents, ctx.dtype, needs[1], needs[2], *ctx.options
     )
-    if beta.dim() == 1:
-        d_beta = d_beta.sum(0)
-    if theta.dim() == 1:
-        d_theta = d_theta.sum(0)
-    d_w = None
-    if needs[3]:  # of all steps in one product per head, in the dtype of current
-        H, d, _ = w_rec.shape
-        s_before = previous(s0.to(ctx.dtype), spikes).view(-1, H, d)
-        d_w = torch.einsum("xhi,xhj->hij", s_before, d_current.view(-1, H, d))
-    d_beta, d_theta = d_beta if needs[1] else None, d_theta if needs[2] else None
+    d_beta = d_beta.sum_to_size(beta.shape) if needs[1] else None  # (N,) from (B, N), or as it is
+    d_theta = d_theta.sum_to_size(theta.shape) if needs[2] else None
+    d_w = gradient_of_w(s0, spikes, d_current, w_rec, ctx.dtype) if needs[3] else None
     return d_current, d_beta, d_theta, d_w, d_v0, d_s0, *[None] * len(ctx.options)
 
 
@@ -427,8 +418,7 @@ def lif_triton(current, beta, theta, w_rec=None, state=None, **options):
     float64, for heads of more than MAX_HEAD neurons, and for a surrogate or reset without a branch.
     """
     (_, _, _, *rest), o = check(current, beta, theta, w_rec, state, **options)
-    obstacle = obstacle_to(current, w_rec, surrogate=o.surrogate, reset=o.reset)
-    if obstacle:
+    if obstacle := obstacle_to(current, w_rec, surrogate=o.surrogate, reset=o.reset):
         raise obstacle
     keep = o._replace(membrane=o.membrane or theta is None)  # a distance to 1e15 tells nothing
     theta = torch.full_like(beta, 1e15) if theta is None else theta  # no membrane reaches it
@@ -455,26 +445,22 @@ def lif(current, beta, theta, w_rec=None, state=None, **options):
     `backends` tells what it took, and for a GPU without Triton why. A backend asked for by name
     that cannot run raises (see lif_triton); it is never replaced.
     """
-    scan, taken = choose(lif_triton, lif_torch, current, w_rec, **options)
-    result = scan(current, beta, theta, w_rec, state, **options)
-    remember(taken)
-    return result
+    return run_either(lif_triton, lif_torch, (current, beta, theta, w_rec, state), w_rec, **options)
 
 
-def choose(in_triton, in_torch, x, w_rec=None, **options):
-    """One of the two scans, and a line that says which."""
+def run_either(in_triton, in_torch, inputs, w_rec=None, **options):
+    """What one of the two scans returns for these inputs; `backends` then tells which it was."""
     if BACKEND not in ("auto", "triton", "torch"):
         raise ValueError(f"unknown LIF_BACKEND {BACKEND!r}; choose auto, triton or torch")
-    device = x.device.type
+    device = inputs[0].device.type
     auto_gpu = BACKEND == "auto" and device == "cuda"
-    obstacle = obstacle_to(x, w_rec, **options) if auto_gpu else None
+    obstacle = obstacle_to(inputs[0], w_rec, **options) if auto_gpu else None
+    scan, line = in_torch, f"lif: torch ({device})" + (f", as {obstacle}" if obstacle else "")
     if BACKEND == "triton" or auto_gpu and not obstacle:
-        return in_triton, "lif: triton"
-    return in_torch, f"lif: torch ({device})" + (f", as {obstacle}" if obstacle else "")
-
-
-def remember(line):
+        scan, line = in_triton, "lif: triton"
+    result = scan(*inputs, **options)
     _taken[line] = None
+    return result
 
 
 def obstacle_to(current, w_rec=None, **options):

@@ -292,9 +292,11 @@ def _add_recurrent(out, s, w):
         out.baddbmm_(s, w)
 
 
-def previous(first, x):
-    """x (B, T, N) one step earlier: `first` (B, N), then x without its last step."""
-    return torch.cat([first.unsqueeze(1), x[:, :-1]], dim=1)
+def gradient_of_w(s0, spikes, d_pre, w_rec, dtype):
+    """s'^T d_pre (H, d, d): of all steps in one product per head, in `dtype`."""
+    before = torch.cat([s0.to(spikes.dtype).unsqueeze(1), spikes[:, :-1]], 1)  # s'
+    s, d = (x.to(dtype).reshape(-1, *w_rec.shape[:2]) for x in (before, d_pre))
+    return torch.einsum("xhi,xhj->hij", s, d)
 
 
 def at_steps(x, steps):
@@ -311,8 +313,6 @@ def accumulate(total, x, steps):
 
 
 class _Scan(torch.autograd.Function):
-    """_scan and its backward."""
-
     @staticmethod
     def forward(ctx, current, beta, theta, w_rec, v0, s0, options):
         spikes, membrane, v = _scan(current, beta, theta, w_rec, v0, s0, options)
@@ -337,12 +337,11 @@ class _Scan(torch.autograd.Function):
         membrane, spikes, beta, theta, w_rec, v0, s0 = ctx.saved_tensors
         _, surrogate, slope, reset, reset_grad, clamp = ctx.options
         surrogate, rule = SURROGATES[surrogate], RESETS[reset]
-        need_beta, need_theta = ctx.needs_input_grad[1:3]
+        need_beta, need_theta, need_w = ctx.needs_input_grad[1:4]
         B, T, N = membrane.shape
         d_pre = torch.empty_like(membrane)
         d_beta = torch.zeros_like(beta) if need_beta else None
         d_theta = torch.zeros_like(theta) if need_theta else None
-        d_w = None
         w_back = None if w_rec is None else w_rec.transpose(1, 2)
         d_s = torch.zeros_like(s0)  # what reaches a step's spikes through W
         after_each = beta[:, 1:] if beta.dim() == 3 else beta.expand(1, T - 1, N)
@@ -398,13 +397,7 @@ class _Scan(torch.autograd.Function):
         if need_beta:
             accumulate(d_beta, (v0 * d_pre[:, 0]).unsqueeze(1), slice(0, 1))
         d_v0 = d_pre[:, 0] * (beta if beta.dim() == 1 else beta[:, 0])
-
-        if ctx.needs_input_grad[3]:
-            H, d, _ = w_rec.shape
-            s_before, d_now = (
-                x.to(w_rec.dtype).reshape(B * T, H, d) for x in (previous(s0, spikes), d_pre)
-            )
-            d_w = torch.einsum("xhi,xhj->hij", s_before, d_now)
+        d_w = gradient_of_w(s0, spikes, d_pre, w_rec, w_rec.dtype) if need_w else None
         return d_pre, d_beta, d_theta, d_w, d_v0, d_s, None
 
 
@@ -472,9 +465,7 @@ def fused(x, function):
     return _compiled(function) if x.is_cuda and not torch.compiler.is_compiling() else function
 
 
-@functools.cache
-def _compiled(function):
-    return torch.compile(function)
+_compiled = functools.cache(torch.compile)
 
 
 def _in_cache(x):

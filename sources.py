@@ -236,10 +236,9 @@ def read_records(text: str) -> tuple[list[str], str]:
         whole = json.loads(text)
     except (ValueError, RecursionError):
         return documents_of(text.split("\n"), "line")
-    is_chat = isinstance(whole, list) and all(
-        isinstance(record, dict) and record.keys() & {"role", "from"} for record in whole
-    )
-    return documents_of(whole if isinstance(whole, list) and not is_chat else [whole])
+    records = whole if isinstance(whole, list) else [whole]
+    is_chat = all(isinstance(r, dict) and r.keys() & {"role", "from"} for r in records)
+    return documents_of([whole] if is_chat else records)
 
 
 def documents_of(records, unit="record") -> tuple[list[str], str]:

@@ -1,7 +1,4 @@
-"""NeuronSpark (arXiv 2603.16148): neurons that run several steps, called frames, within a token.
-
-First the frames, then the neurons in plain PyTorch and in Triton, then the block made of them.
-"""
+"""NeuronSpark (arXiv 2603.16148): neurons that run several steps, called frames, within a token."""
 
 import math
 from dataclasses import dataclass
@@ -12,7 +9,7 @@ import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
 from blocks import Block, block
-from kernels import choose, load, obstacle_to, remember, surrogate_grad, tl, triton
+from kernels import load, obstacle_to, run_either, surrogate_grad, tl, triton
 from lif import Linear, lif_torch
 
 CHANNELS = 256  # neurons of a program: loads ahead of time bring 4 bytes per thread, or more
@@ -262,11 +259,10 @@ def _plif_backward_kernel(
 
     tl.store(p_d_v0 + state, carry, mask=live)
     d_beta += d_pre * v0
+    first = state if p_a is None else row * F * N + neurons
+    tl.store(p_d_b + first, d_beta * beta * (1 - beta), mask=live)
     if p_a is None:
-        tl.store(p_d_b + state, d_beta * beta * (1 - beta), mask=live)
         tl.store(p_d_t + state, d_theta, mask=live)
-    else:
-        tl.store(p_d_b + row * F * N + neurons, d_beta * beta * (1 - beta), mask=live)
     for f in range(length, F):
         now = (row * F + f) * N + neurons
         if not HELD:
@@ -310,12 +306,9 @@ class _PlifTriton(torch.autograd.Function):
         x, b, t, a, v0, ends, u = ctx.saved_tensors
         d_s = None if d_rate is None else d_rate / ends[:, -1].sum()
         cotangents = (y if y is None else y.contiguous() for y in (d_out, d_s, d_v))
-
-        def empty(y):  # of the row form one row per sequence: no atomics, a reproducible sum
-            return torch.empty_like(v0) if y.dim() == 1 else torch.empty_like(y)
-
-        d_x, d_b, d_t, d_v0 = (empty(y) for y in (x, b, t, v0))
-        d_a = None if a is None else empty(a)
+        # of the row form's b and t one row per sequence: no atomics, a reproducible sum
+        like = (x, v0, v0, None, v0) if a is None else (x, b, t, a, v0)
+        d_x, d_b, d_t, d_a, d_v0 = (y if y is None else torch.empty_like(y) for y in like)
         _launch_plif(
             _plif_backward_kernel,
             (x, b, t, a, v0, ends, u, *cotangents, d_x, d_b, d_t, d_a, d_v0),
@@ -332,8 +325,7 @@ def plif_triton(x, b, t, a=None, v=None, *, frames, slope=4.0, reset_grad=True):
     x is float32, bfloat16 or float16 and so is what is passed on; the rate and v are float32.
     """
     check_plif(x, b, t, a, v, frames)
-    obstacle = obstacle_to(x)
-    if obstacle:
+    if obstacle := obstacle_to(x):
         raise obstacle
     v = x.new_zeros(x.shape[0], x.shape[2], dtype=torch.float32) if v is None else v
     return _PlifTriton.apply(x, b, t, a, v, frames, float(slope), bool(reset_grad))
@@ -341,10 +333,7 @@ def plif_triton(x, b, t, a=None, v=None, *, frames, slope=4.0, reset_grad=True):
 
 def plif(x, b, t, a=None, v=None, **options):
     """The neurons of plif_torch on the backend that suits, chosen as for `lif`."""
-    scan, taken = choose(plif_triton, plif_torch, x)
-    result = scan(x, b, t, a, v, **options)
-    remember(taken)
-    return result
+    return run_either(plif_triton, plif_torch, (x, b, t, a, v), **options)
 
 
 # ---- the block --------------------------------------------------------------------------------
@@ -355,14 +344,12 @@ class PLIF(nn.Module):
 
     def __init__(self, config, n, theta):
         super().__init__()
-        self.config = config
+        self.reset_grad = config.reset_grad
         self.w = nn.Parameter(0.5 * torch.randn(n))  # decay sigmoid(w)
         self.theta = nn.Parameter(theta * (0.5 + torch.rand(n)))
 
     def forward(self, x, v, frames, report):  # (B, T or F, n) -> (B, F, n)
-        leak, rate, v = plif(
-            x, self.w, self.theta, v=v, frames=frames, reset_grad=self.config.reset_grad
-        )
+        leak, rate, v = plif(x, self.w, self.theta, v=v, frames=frames, reset_grad=self.reset_grad)
         report.rates.append(rate)
         return leak, v
 

@@ -153,9 +153,7 @@ BPE_WORDS = 1_000_000  # bytes of different words that teach merges: the most fr
 def _room(kind: str, vocab_size: int) -> int:
     """How many tokens may be learnt."""
     if vocab_size < 257:
-        raise DataError(
-            f"vocab_size {vocab_size} is too small: {kind} has 256 bytes and an end token"
-        )
+        raise DataError(f"vocab_size {vocab_size} is too small: set 257 or more for {kind}")
     return vocab_size - 257
 
 

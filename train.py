@@ -158,7 +158,6 @@ class Position:
         return self.phase_step >= c.phase_share * c.max_steps and not self.is_last()
 
     def is_last(self):
-        """Whether no phase comes after this one."""
         return self.phase + 1 == len(self.curriculum)
 
 
@@ -362,11 +361,8 @@ def open_corpus(c, run, checkpoint, resuming):
         dataset = checkpoint.get("dataset", dataset)  # `auto` may mean another one by now
     if checkpoint:
         tokenizer = tokenizer_from_state(checkpoint["tokenizer"])
-    corpus = run.one_first(
-        lambda: data.prepare(
-            dataset, tokenizer, c.vocab_size, c.data_dir, log=run.say, ignore=[c.out_dir]
-        )
-    )
+    wanted = dataset, tokenizer, c.vocab_size, c.data_dir
+    corpus = run.one_first(lambda: data.prepare(*wanted, log=run.say, ignore=[c.out_dir]))
     if (needed := corpus.tokenizer.vocab_size) > c.vocab_size:
         raise ValueError(
             f"the {corpus.tokenizer.kind} tokenizer has {needed} tokens, the model room for "

@@ -18,7 +18,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from blocks import fast_weights
+from blocks import fast_weights, in_heads
 from config import pairs
 from kernels import lif
 from lif import Linear, Synapse, fused, rms
@@ -176,10 +176,8 @@ class SpikeAttn(Trait):
         one = torch.ones_like(current[0, 0])
         s, _, _ = lif(current, 0 * one, one, surrogate="triangle", return_membrane=False)
         report.log["attention_rate"] = s.detach().float().mean()
-        q, k, v = (
-            y.float().reshape(B, T, self.heads, self.width).transpose(1, 2)
-            for y in (*s.chunk(2, -1), self.value(h, report))
-        )
+        q, k = in_heads(s.float().view(B, T, -1), self.heads, 2)
+        (v,) = in_heads(self.value(h, report).float(), self.heads, 1)
         S = q.new_zeros(B, self.heads, self.width, self.width) if state is None else state
         gamma = 1 - 2.0 ** -(3 + torch.arange(self.heads, device=x.device))
         o, S = fast_weights(q, k, v, gamma, S, self.chunk)

@@ -114,6 +114,7 @@ class Speaker:
     """A model, its tokenizer and the state of what has been said so far. c: a SampleConfig."""
 
     AT_ONCE = 512  # tokens of a prompt, so that a long one takes no more memory
+    READ = ("state", "logits", "seen", "wrote", "fired", "synops")  # what reading a token changes
 
     def __init__(self, model, tokenizer, c):
         self.model, self.tokenizer, self.c = model, tokenizer, c
@@ -137,11 +138,6 @@ class Speaker:
             self.synops += sum(triggered.item() for triggered, _ in self.report.synapses)
         return {"own": own, "text": self.decoder.decode(self.tokenizer.decode_bytes(ids))}
 
-    def marks(self):
-        """What reading a token changes."""
-        names = "state", "logits", "seen", "wrote", "fired", "synops"
-        return {name: getattr(self, name) for name in names}
-
     @torch.no_grad()
     def speak(self, text, n, temperature, chat=False):
         """Yield the events of the text, and of at most n tokens more that the model writes. In a
@@ -157,7 +153,7 @@ class Speaker:
                 yield self.read(ids[at : at + self.AT_ONCE], own=False)
         held = []  # (event, what was before it): what may be the start of `until`
         while n > 0 and not self.stopping:
-            n, before = n - 1, self.marks()
+            n, before = n - 1, {name: getattr(self, name) for name in self.READ}
             logits = self.logits.clone()
             if c.repetition != 1:  # what this turn said becomes less likely (Keskar et al. 2019)
                 said = logits[:, ids]
@@ -341,7 +337,6 @@ class Page(BaseHTTPRequestHandler):
         self.tell({})
 
     def think(self, tab, asked):
-        """Let the model read a text and write."""
         text, n, heat = (asked.get(key) for key in ("text", "tokens", "temperature"))
         is_fine = isinstance(text, str) and len(text) <= TEXT and type(n) is int
         is_fine = is_fine and 0 <= n <= TOKENS and type(heat) in (int, float) and 0 <= heat <= 5

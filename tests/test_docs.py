@@ -217,9 +217,9 @@ def test_results_say_where_they_come_from():
 # ---- the budget ------------------------------------------------------------------------------
 
 CEILINGS = {  # lowered as the code shrinks, never raised; lines, where it says nothing else
-    "all files": 7606,
-    "largest file": 642,
-    "afternoon path": 3013,
+    "all files": 7546,
+    "largest file": 633,
+    "afternoon path": 2992,
     "number of files": 20,
     "settings": 77,
     "longest function of train.py": 58,
