@@ -201,7 +201,6 @@ def synthetic_scores(seed=0):
 
 
 def read_npz(path, *names):
-    """The named arrays of an .npz."""
     try:
         with np.load(path, allow_pickle=False) as file:
             return [file[name] for name in names]

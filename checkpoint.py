@@ -6,7 +6,6 @@ touched. Files are written under another name first: there is never half a check
 """
 
 import datetime
-import itertools
 import json
 import os
 import platform
@@ -139,6 +138,8 @@ def save(t, is_best):
         for name in ["best.pt"] * is_best + [path.name]:
             with whole_file(out / name) as file:
                 torch.save(checkpoint, file)
+        if run.world > 1:  # from now on a restart by torchrun goes on with this run
+            run.store.set("saved", "1")
         before = sorted(old for old in out.glob("step_*.pt") if old < path)[-1:]
         for old in {*out.glob("step_*.pt"), *out.glob("*.tmp")} - {path, *before}:
             old.unlink()
@@ -172,15 +173,13 @@ def restore(t, checkpoint):
                 )
         check_weights(checkpoint["model"], t.model)
         states = [saved["state"] for saved in checkpoint["optimizers"]]
-        is_whole = is_position(checkpoint["position"], asdict(t.position))
-        is_whole = is_whole and len(states) == len(t.optimizers)
-        if not is_whole or not all(map(is_state, states, t.optimizers)):
+        fit = len(states) == len(t.optimizers) and all(map(is_state, states, t.optimizers))
+        if not (fit and is_position(checkpoint["position"], asdict(t.position))):
             raise ValueError("the checkpoint's position or optimisers are damaged: start anew")
         if checkpoint["data"] != t.corpus.sha256:
             t.run.say(f"{t.corpus.name} has changed since the checkpoint: going on with it")
-        here = [name for name, _ in t.position.curriculum]
-        if lost := [name for name, _ in checkpoint["position"]["curriculum"] if name not in here]:
-            raise ValueError(f"no text for the checkpoint's phase {lost[0]}: give its own data")
+        if lost := dict(checkpoint["position"]["curriculum"]).keys() - dict(t.position.curriculum):
+            raise ValueError(f"no text for the checkpoint's phase {min(lost)}: give its own data")
         if len(checkpoint["random"]) == t.run.world:
             for generator, state in zip(t.run.generators, checkpoint["random"][t.run.rank]):
                 generator.set_rng_state(state)
@@ -188,9 +187,8 @@ def restore(t, checkpoint):
         raise ValueError(f"the checkpoint is damaged ({error!r}): start from scratch") from None
     t.model.load_state_dict(checkpoint["model"])
     for optimizer, saved in zip(t.optimizers, checkpoint["optimizers"]):
-        number, groups = itertools.count(), []  # with this run's rates, which may be new
-        for group in optimizer.param_groups:
-            groups.append(group | {"params": [next(number) for _ in group["params"]]})
+        # with this run's rates, which may be new; not ZeRO's state_dict, which holds the shares
+        groups = torch.optim.Optimizer.state_dict(optimizer)["param_groups"]
         optimizer.load_state_dict({"state": saved["state"], "param_groups": groups})
     t.position = replace(t.position, **checkpoint["position"])
 
@@ -226,6 +224,11 @@ def rewind_log(out, step):
             kept += [line] * (json.loads(line)["step"] <= step)
     with whole_file(log) as file:
         file.write(b"".join(line + b"\n" for line in kept))
+
+
+def write_log(out, line):
+    with open(out / "log.jsonl", "a") as log:
+        log.write(json.dumps(line) + "\n")
 
 
 def set_aside(out):

@@ -154,7 +154,6 @@ def list_files(root: Path, own=(), log=print) -> dict[str, Path]:
 
 
 def read_documents(path, log=print) -> list[str]:
-    """All documents of a file or a folder."""
     files = list_files(Path(os.path.expanduser(path)), log=log)
     return [document for _, documents in read_files(files, log) for document in documents]
 

@@ -74,13 +74,14 @@ class Run:
         self.local = int(os.environ.get("LOCAL_RANK", 0))
         self.main, self.stopping = self.rank == 0, False
         restarts = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-        self.restarted = restarts != "0"  # by torchrun
+        self.restarted = restarts != "0"  # by torchrun, after a checkpoint of this run
         device = find_device(c.device).type
         if self.world > 1:
             device = "cpu" if device == "mps" else device  # gloo can not reduce tensors of MPS
-            store, _, _ = next(rendezvous("env://"))
+            self.store, _, _ = next(rendezvous("env://"))
+            self.restarted &= self.store.check(["saved"])
             # the store outlives its workers: restarted ones must not read addresses of the dead
-            store = dist.PrefixStore(restarts, store)
+            store = dist.PrefixStore(restarts, self.store)
             backend, wait = "nccl" if device == "cuda" else "gloo", datetime.timedelta(hours=3)
             dist.init_process_group(backend, None, wait, self.world, self.rank, store)
         self.device = torch.device(device, self.local) if device == "cuda" else torch.device(device)

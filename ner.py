@@ -211,7 +211,8 @@ def train(c, bad):
     matrices = {"params": [p for p in tagger.parameters() if p.dim() > 1], "weight_decay": 0.05}
     vectors = {"params": [p for p in tagger.parameters() if p.dim() < 2], "weight_decay": 0.0}
     optimizer = torch.optim.AdamW([matrices, vectors], betas=(0.9, 0.95), fused=True)
-    rate = OneCycleLR(optimizer, c.lr, c.max_steps, pct_start=0.1 + 1e-9, cycle_momentum=False)
+    warm_up = 0.1 + 1e-9  # where it is one step exactly, OneCycleLR divides by zero
+    rate = OneCycleLR(optimizer, c.lr, c.max_steps, pct_start=warm_up, cycle_momentum=False)
     for step, (words, tags) in zip(range(1, c.max_steps + 1), batches(c)):
         logits, report = tagger(words)
         tags = torch.tensor([[tagger.tags.index(tag) for tag in sentence] for sentence in tags])
@@ -276,7 +277,6 @@ def redact(tagger, path):
                 for start, end, label in reversed(spans):
                     text = f"{text[:start]}[{label}]{text[end:]}"
                 sys.stdout.buffer.write(text.encode("utf-8", "surrogateescape"))
-    sys.stdout.buffer.flush()
 
 
 def main(argv):

@@ -63,7 +63,6 @@ class Tokenizer:
         return self.encode_batch([text])[0]
 
     def encode_batch(self, texts: list[str]) -> list[list[int]]:
-        """`encode` of each text."""
         return [self.encode(text) for text in texts]
 
     def decode_bytes(self, ids) -> bytes:

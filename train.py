@@ -37,7 +37,7 @@ import data
 import kernels
 from checkpoint import (
     check_weights, environment, load_cell, load_checkpoint, locked, newest, restore, rewind_log,
-    save, set_aside, shape_of, write_result,
+    save, set_aside, shape_of, write_log, write_result,
 )  # fmt: skip
 from machine import Run, fastest_threads
 from model import ModelConfig, SpikingLM
@@ -337,7 +337,7 @@ def table(line, c):
 
 
 def show(t, line):
-    """Print and log an evaluation: a row of the table, what the model writes, dead layers."""
+    """Print an evaluation: a row of the table, what the model writes by itself, dead layers."""
     cells, line["samples"] = table(line, t.c), sample(t)
     if not t.has_header:
         t.run.say(LEGEND + "\n" + "  ".join(head for head, _ in cells))
@@ -347,8 +347,6 @@ def show(t, line):
         t.run.say(textwrap.fill(text, 98, initial_indent=" " * 8, subsequent_indent=" " * 8))
     for warning in ill_layers(line["rate"]):
         t.run.say(warning)
-    with open(t.out / "log.jsonl", "a") as log:
-        log.write(json.dumps(line) + "\n")
 
 
 # ---- the run ----------------------------------------------------------------------------------
@@ -507,6 +505,7 @@ def train(c, run):
             check_finite(t, "held-out loss", line["heldout"])
             if run.main:
                 show(t, line)
+                write_log(t.out, line)
             is_best = line["valid"] < position.best
             position.best = min(position.best, line["valid"])
             position.evaluated, position.losses = position.step, []

@@ -219,7 +219,7 @@ def test_results_say_where_they_come_from():
 CEILINGS = {  # lowered as the code shrinks, never raised; lines, where it says nothing else
     "all files": 7546,
     "largest file": 633,
-    "afternoon path": 2992,
+    "afternoon path": 2990,
     "number of files": 20,
     "settings": 77,
     "longest function of train.py": 58,

@@ -316,6 +316,14 @@ def test_torchrun_recovers_from_a_killed_worker(run, text, tmp_path):  # noqa: F
     assert [x["step"] for x in hit] == list(range(21)) and losses(hit) == losses(calm)
 
 
+def test_a_restart_before_the_first_checkpoint_takes_no_older_run(again, text):  # noqa: F811
+    _, out = again
+    old = read_log(out)
+    environment = {"TORCHELASTIC_RESTART_COUNT": "1"}
+    new = run_two(text, out, STORIES, "--lr=0.01", "--max_steps=2", environment=environment)
+    assert losses(read_log(out / "1")) == losses(old) and [x["step"] for x in new] == [0, 2]
+
+
 # ---- the machine -------------------------------------------------------------------------------
 
 
